@@ -1,0 +1,235 @@
+"""The adapted layers: linears that add x A S B, and the attention module that knows which S every token uses."""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from pte_trl.adapter.config import PteConfig
+from pte_trl.cache import BoundedCache, BoundedLayer
+from pte_trl.encoder import Encoder
+from pte_trl.replay import ReplayPlan
+
+
+@dataclass
+class StateInUse:
+    """The states a decoder layer uses in the forward under way, set by its attention, read by its linears.
+
+    Nothing survives in it from one forward to the next: every forward of the layer sets it first, also when
+    gradient checkpointing runs it again.
+
+    Attributes:
+        first: S, (n_g, r) or (batch, n_g, r), of every token that `plan` does not name.
+        later: S_1 .. S_J, (batch, J, n_g, r), of the tokens in `plan.users`.
+    """
+
+    first: Tensor | None = None
+    later: Tensor | None = None
+    plan: ReplayPlan | None = None
+
+    def set(self, first: Tensor, later: Tensor | None = None, plan: ReplayPlan | None = None) -> None:
+        self.first, self.later, self.plan = first, later, plan
+
+    def apply(self, x: Tensor, read: str) -> Tensor:
+        """x S (row reading, x: (batch, length, n_g)) or S x (column reading, x: (batch, length, r))."""
+        side = (lambda s: s) if read == "row" else (lambda s: s.transpose(-2, -1))
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.first.dtype)
+            y = x @ side(self.first)
+            if self.later is None:
+                return y
+            return self.plan.put(y, self.plan.users, self.plan.pick(x, self.plan.users) @ side(self.later))
+
+
+class PteLinear(nn.Module, BaseTunerLayer):
+    """y = W x + s * up(S^T down(x)), the row reading; up(S down(x)) for the column reading.
+
+    `down` is random and `up` zero at the start, so that the untrained adapter is exactly the base model.
+    """
+
+    adapter_layer_names = ("pte_down", "pte_up")
+
+    def __init__(self, base_layer: nn.Linear, in_use: StateInUse):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_use = in_use
+        self.pte_down = nn.ModuleDict()
+        self.pte_up = nn.ModuleDict()
+        self.dropout, self.scale, self.read = nn.ModuleDict(), {}, {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(self, adapter_name: str, config: PteConfig, inference_mode: bool = False) -> None:
+        inner, outer = config.num_global_tokens, config.rank
+        if config.read == "column":
+            inner, outer = outer, inner
+        self.pte_down[adapter_name] = nn.Linear(self.base_layer.in_features, inner, bias=False)
+        self.pte_up[adapter_name] = nn.Linear(outer, self.base_layer.out_features, bias=False)
+        nn.init.zeros_(self.pte_up[adapter_name].weight)
+        self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.scale[adapter_name] = config.alpha / config.rank
+        self.read[adapter_name] = config.read
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.pte_down:
+                down, up = self.pte_down[name], self.pte_up[name]
+                inner = down(self.dropout[name](x.to(down.weight.dtype)))
+                outer = self.in_use.apply(inner, self.read[name])
+                result = result + (self.scale[name] * up(outer.to(up.weight.dtype))).to(result.dtype)
+        return result
+
+
+class PteAttention(nn.Module, BaseTunerLayer):
+    """Finds the state that every token must use, then runs the layer's own attention unchanged.
+
+    Decoding takes it from the cache, after the eviction due before these tokens; a replay computes S_1 .. S_J from
+    the layer's own keys and values; a forward with neither uses S_0 throughout.
+    """
+
+    adapter_layer_names = ("pte_encoder",)
+    reads_replay_plan = True
+
+    def __init__(self, base_layer: nn.Module, in_use: StateInUse):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_use = in_use
+        self.pte_encoder = nn.ModuleDict()
+        self.config = {}
+        self.update_ratio: Tensor | None = None
+        self.watch_updates = False
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(self, adapter_name: str, config: PteConfig, inference_mode: bool = False) -> None:
+        attention = self.base_layer
+        self.pte_encoder[adapter_name] = Encoder(
+            attention.q_proj.in_features, attention.q_proj.out_features, attention.k_proj.out_features, config
+        )
+        self.config[adapter_name] = config
+        weight = attention.q_proj.weight
+        if self.pte_encoder[adapter_name].global_tokens.device.type != "meta":
+            self.pte_encoder[adapter_name].to(device=weight.device, dtype=weight.dtype)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def unload_and_optionally_merge_module(self, merge: bool, **kwargs) -> nn.Module:
+        for name, child in list(self.base_layer.named_children()):
+            if isinstance(child, PteLinear):
+                setattr(self.base_layer, name, child.base_layer)
+        return self.base_layer
+
+    def forward(self, hidden_states: Tensor, *args, replay: ReplayPlan | None = None, **kwargs):
+        name = self._adapter()
+        if name is not None:
+            cache = kwargs.get("past_key_values")
+            if replay is not None:
+                self._replay_states(name, hidden_states, kwargs["position_embeddings"], replay)
+            elif isinstance(cache, BoundedCache):
+                self._decode_state(name, cache.layer(self.base_layer.layer_idx), hidden_states.shape[1])
+            else:
+                _, memory = self._start(name)
+                self.in_use.set(self.pte_encoder[name].read(memory))
+        return self.base_layer(hidden_states, *args, **kwargs)
+
+    def _adapter(self) -> str | None:
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.pte_encoder]
+        if len(names) > 1:
+            raise ValueError(f"active adapters {names}: one PTE adapter can be active at a time, S belongs to it")
+        return names[0] if names else None
+
+    def _start(self, name: str) -> tuple[Tensor, Tensor]:
+        """Global queries (n_g, r) and the memory before any eviction, through the layer's own frozen projections."""
+        encoder, attention = self.pte_encoder[name], self.base_layer
+
+        def project(linear: str, norm: str | None = None) -> Tensor:
+            module = getattr(attention, linear)
+            module = module.base_layer if isinstance(module, PteLinear) else module
+            out = module(encoder.global_tokens.to(module.weight.dtype))
+            if norm is not None and hasattr(attention, norm):
+                out = getattr(attention, norm)(out.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
+            return out
+
+        queries = encoder.queries(project("q_proj", "q_norm"))
+        return queries, encoder.start(queries, *encoder.latents(project("k_proj", "k_norm"), project("v_proj")))
+
+    def _decode_state(self, name: str, layer: BoundedLayer, length: int) -> None:
+        encoder = self.pte_encoder[name]
+        if layer.memory is None:
+            layer.queries, layer.memory = self._start(name)
+            layer.owner = name
+        elif layer.owner != name:
+            raise ValueError(f"this cache holds the state of adapter {layer.owner!r}, but {name!r} is active now")
+
+        def encode(keys: Tensor, values: Tensor) -> None:
+            keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
+            layer.memory = encoder.advance(layer.memory, encoder.update(layer.queries, *encoder.latents(keys, values)))
+
+        layer.make_room(length, encode if self.config[name].encode_evicted else None)
+        self.in_use.set(encoder.read(layer.memory))
+
+    def _keys_values(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values as the cache would hold them, (batch, length, d_kv), under the state in use."""
+        attention = self.base_layer
+        keys = attention.k_proj(hidden).unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, "k_norm"):
+            keys = attention.k_norm(keys)
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        _, keys = rotate(keys, keys, *position_embeddings, unsqueeze_dim=2)
+        return keys.flatten(2), attention.v_proj(hidden)
+
+    def _replay_states(self, name: str, hidden: Tensor, rotary: tuple[Tensor, Tensor], plan: ReplayPlan) -> None:
+        encoder, config = self.pte_encoder[name], self.config[name]
+        queries, memory = self._start(name)
+        self.in_use.set(encoder.read(memory))
+        if plan.count == 0 or not config.encode_evicted:
+            return
+        latents = encoder.latents(*self._keys_values(hidden, rotary))
+        if {"k_proj", "v_proj"} & set(config.target_modules):
+            memories = self._walk(encoder, hidden, rotary, plan, queries, memory, latents)
+        else:
+            updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
+            self._watch(updates, memory)
+            memories = self._accumulate(encoder, memory, updates)
+        self.in_use.set(encoder.read(memory), encoder.read(memories), plan)
+
+    @staticmethod
+    def _accumulate(encoder: Encoder, memory: Tensor, updates: Tensor) -> Tensor:
+        """(batch, J, n_g, r) memories after every eviction, from all S' at once."""
+        if encoder.state_update == "sum":
+            return memory + updates.cumsum(1)
+        memories = []
+        for update in updates.unbind(1):
+            memory = encoder.advance(memory, update)
+            memories.append(memory)
+        return torch.stack(memories, dim=1)
+
+    def _walk(self, encoder, hidden, rotary, plan: ReplayPlan, queries, memory, latents) -> Tensor:
+        """The same when keys and values depend on S themselves: eviction by eviction, as they were decoded."""
+        cos, sin = (x.expand(hidden.shape[0], -1, -1) for x in rotary)
+        memories, updates = [], []
+        for k in range(plan.count):
+            updates.append(encoder.update(queries, *(plan.pick(x, plan.evicted[:, k]) for x in latents)))
+            memory = encoder.advance(memory, updates[-1])
+            memories.append(memory)
+            self.in_use.set(encoder.read(memory))
+            users = plan.users[:, k]
+            new = self._keys_values(plan.pick(hidden, users), (plan.pick(cos, users), plan.pick(sin, users)))
+            latents = [plan.put(old, users, rows) for old, rows in zip(latents, encoder.latents(*new), strict=True)]
+        self._watch(torch.stack(updates, dim=1), memories[0])
+        return torch.stack(memories, dim=1)
+
+    def _watch(self, updates: Tensor, memory: Tensor) -> None:
+        """Keeps |S'| / |S| of this forward for the trainer's log (Frobenius norms; S after its norm)."""
+        if self.watch_updates:
+            with torch.no_grad():
+                state_norm = memory.shape[-2:].numel() ** 0.5
+                self.update_ratio = updates.norm(dim=(-2, -1)).mean() / state_norm

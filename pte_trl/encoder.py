@@ -1,0 +1,114 @@
+"""The encoder of evicted thoughts (eq. 4): global tokens, the maps W^a, the state S and its norm.
+
+    S_0 = Norm((W_Q^a q_g) (W_K^a k_g)^T (W_V^a v_g))        before any eviction
+    S'  =      (W_Q^a q_g) (W_K^a K_e)^T (W_V^a V_e)         at an eviction
+    S  <- Norm(S + S')             "recursive", the text's rule
+    S   = Norm(S_0 + sum of S')    "sum", the reading of the paper's figure 2
+
+There is no softmax: it is linear attention from the global queries to the evicted tokens. What an eviction leaves
+behind is the *memory*, (batch, n_g, r); `read` turns a memory into the state S that the adapted layers use. For
+the recursive rule the memory is S itself, for the sum it is the sum before the norm.
+"""
+
+import torch
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+REFERENCE_EVICT = 32  # evicted tokens that the data-free initialisation reckons with
+
+
+def root_mean_square(state: Tensor, normalisation: str) -> Tensor:
+    """Norm of eq. 4: divide by the root mean square of the matrix ("rms") or of each of its rows ("row")."""
+    dims = (-2, -1) if normalisation == "rms" else (-1,)
+    return state * torch.rsqrt(state.square().mean(dim=dims, keepdim=True) + NORM_EPS)
+
+
+class Encoder(nn.Module):
+    """One layer's encoder.
+
+    Args:
+        hidden_size: d_model, the width of a global token.
+        query_size: d_q, all query heads together.
+        kv_size: d_kv, all key heads together.
+        config: the `PteConfig`.
+
+    Everything runs in float32 (or wider where the inputs are), whatever autocast says: in bfloat16 the decode
+    and the replay drift apart by up to 0.1 in log-probability.
+    """
+
+    def __init__(self, hidden_size: int, query_size: int, kv_size: int, config):
+        super().__init__()
+        self.state_update = config.state_update
+        self.normalisation = config.normalisation
+        self.use_global_tokens = config.use_global_tokens
+        self.global_tokens = nn.Parameter(torch.empty(config.num_global_tokens, hidden_size))
+        self.query_map = nn.Linear(query_size, config.rank, bias=False)
+        self.key_map = nn.Linear(kv_size, config.rank, bias=False)
+        self.value_map = nn.Linear(kv_size, config.rank, bias=False)
+        self.reset_parameters(config)
+
+    @torch.no_grad()
+    def reset_parameters(self, config) -> None:
+        """Scales such that |S'| of one eviction is `config.init_ratio` of |S|, for inputs of unit variance.
+
+        An entry of S' sums r * E products of three unit normals, so its deviation is sqrt(r * m) times (m evicted tokens) that of a
+        key entry times that of a value entry. With 1/sqrt(fan_in) weights alone |S'| would be 60 to 300 times
+        |S| and the recursion would remember only the last eviction. `calibrate` does the same on real keys.
+        """
+        nn.init.normal_(self.global_tokens)
+        for linear in (self.query_map, self.key_map, self.value_map):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        self.scale_update_(config.init_ratio / (config.rank * REFERENCE_EVICT) ** 0.5)
+
+    @torch.no_grad()
+    def scale_update_(self, factor: float) -> None:
+        """Multiplies S' (and S_0 before its norm) by `factor`, shared evenly by the key and the value map."""
+        self.key_map.weight.mul_(factor**0.5)
+        self.value_map.weight.mul_(factor**0.5)
+
+    @staticmethod
+    def _wide(x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        # The map's weights may be bfloat16 (a whole model cast for ZeRO-3): their product is then taken wide.
+        weight = linear.weight
+        return linear(self._wide(x).to(weight.dtype)) if weight.dtype.itemsize >= 4 else self._wide(linear(x))
+
+    def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, d_kv) keys and values as they lie in the cache -> their (…, r) latents, W_K^a K and W_V^a V."""
+        with torch.autocast(keys.device.type, enabled=False):
+            return self._project(self.key_map, keys), self._project(self.value_map, values)
+
+    def queries(self, global_queries: Tensor) -> Tensor:
+        """(n_g, d_q) -> (n_g, r), W_Q^a q_g."""
+        with torch.autocast(global_queries.device.type, enabled=False):
+            return self._project(self.query_map, global_queries)
+
+    def update(self, queries: Tensor, key_latents: Tensor, value_latents: Tensor) -> Tensor:
+        """S' of tokens that leave together.
+
+        Args:
+            queries: (n_g, r).
+            key_latents, value_latents: (…, m, r) of m evicted tokens.
+
+        Returns:
+            (…, n_g, r).
+        """
+        with torch.autocast(queries.device.type, enabled=False):
+            return queries @ (key_latents.transpose(-2, -1) @ value_latents)
+
+    def start(self, queries: Tensor, key_latents: Tensor, value_latents: Tensor) -> Tensor:
+        """The memory before any eviction, (n_g, r), from the latents of the global tokens; zero for global-0."""
+        if not self.use_global_tokens:
+            return queries.new_zeros(queries.shape[0], key_latents.shape[-1])
+        return root_mean_square(self.update(queries, key_latents, value_latents), self.normalisation)
+
+    def advance(self, memory: Tensor, update: Tensor) -> Tensor:
+        """The memory after an eviction that contributes S' = `update`, both (…, n_g, r)."""
+        memory = memory + update
+        return memory if self.state_update == "sum" else root_mean_square(memory, self.normalisation)
+
+    def read(self, memory: Tensor) -> Tensor:
+        """S of a memory, (…, n_g, r) -> the same shape."""
+        return root_mean_square(memory, self.normalisation) if self.state_update == "sum" else memory
