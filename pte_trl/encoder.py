@@ -51,8 +51,8 @@ class Encoder(nn.Module):
     def reset_parameters(self, config) -> None:
         """Scales such that |S'| of one eviction is `config.init_ratio` of |S|, for inputs of unit variance.
 
-        An entry of S' sums r * E products of three unit normals, so its deviation is sqrt(r * m) times (m evicted tokens) that of a
-        key entry times that of a value entry. With 1/sqrt(fan_in) weights alone |S'| would be 60 to 300 times
+        An entry of S' of m evicted tokens sums r * m products of three unit normals: its deviation is
+        sqrt(r * m) times that of a key entry times that of a value entry. With 1/sqrt(fan_in) weights alone |S'| would be 60 to 300 times
         |S| and the recursion would remember only the last eviction. `calibrate` does the same on real keys.
         """
         nn.init.normal_(self.global_tokens)

@@ -27,13 +27,12 @@ def geometry_of(config) -> dict:
     }
 
 
-def check_supported(model: nn.Module) -> None:
-    """Refuses what would be silently wrong under a bounded cache.
+def check_supported(config) -> None:
+    """Refuses a model's configuration that would be silently wrong under a bounded cache.
 
     Raises:
         ValueError: another family, sliding-window layers, quantised weights, or a length-dependent rotary.
     """
-    config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r}: PTE supports {', '.join(FAMILIES)}")
@@ -43,7 +42,7 @@ def check_supported(model: nn.Module) -> None:
             f"{model_type} with sliding_window={config.sliding_window}: layers with a window of their own are not "
             "supported; set sliding_window=null (use_sliding_window=false) in the model's config"
         )
-    if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None:
         raise ValueError("quantised weights are not supported by PTE: load the model in bfloat16 or float32")
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotary in LENGTH_DEPENDENT_ROTARY:
@@ -61,7 +60,7 @@ class PteModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: PteConfig, model: PreTrainedModel) -> None:
-        check_supported(model)
+        check_supported(getattr(model, "config", None))
         found = geometry_of(model.config)
         made_for = peft_config.geometry or found
         if made_for != found:

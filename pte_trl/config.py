@@ -1,0 +1,123 @@
+"""What a recipe can say: two dataclasses, read by TrlParser, checked before any weights load."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from pte_trl.adapter import PteConfig
+from pte_trl.adapter.config import one_of
+from pte_trl.schedule import Schedule
+
+METHODS = ("pte", "lora", "lora_c")
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+
+
+@dataclass
+class RecipeArguments:
+    """Model, data, adapter and reward of a run. Every field is a key of the recipe and a flag."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub name or folder of the base model."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Weights' dtype: bfloat16, float32 or auto."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa or eager (a replay needs a mask)."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter to start from."})
+
+    dataset_name: str = field(default="dapo_math_17k", metadata={"help": "Known name, hub name, folder or file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Hub configuration of the dataset."})
+    dataset_split: str | None = field(default=None, metadata={"help": "Split of the dataset."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of NAME.jsonl files instead of the hub."})
+    problem_column: str | None = field(default=None, metadata={"help": "Column of the problem."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the gold answer."})
+    dataset_limit: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
+    max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are dropped, and counted aloud."})
+    decontaminate: bool = field(default=True, metadata={"help": "Drop problems that overlap with the benchmarks."})
+
+    rank: int = field(default=32, metadata={"help": "r, of PTE and of LoRA."})
+    alpha: float = field(default=32.0, metadata={"help": "Scale s = alpha / rank."})
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "o_proj"], metadata={"help": "Linears."})
+    adapter_dropout: float = field(default=0.0, metadata={"help": "On the adapter's input."})
+    num_global_tokens: int = field(default=32, metadata={"help": "n_g, learnable tokens per layer (PTE)."})
+    state_update: str = field(default="recursive", metadata={"help": "recursive or sum (PTE)."})
+    read: str = field(default="row", metadata={"help": "row or column (PTE)."})
+    normalisation: str = field(default="rms", metadata={"help": "rms or row (PTE)."})
+    use_global_tokens: bool = field(default=True, metadata={"help": "False: the ablation global-0 (PTE)."})
+    encode_evicted: bool = field(default=True, metadata={"help": "False: the ablation global-only (PTE)."})
+    init_ratio: float = field(default=0.25, metadata={"help": "|S'| / |S| at the start, on real prompts (PTE)."})
+
+    format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of a reward for a boxed answer."})
+    grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
+    grader_time_limit: float = field(default=5.0, metadata={"help": "Seconds one answer may take."})
+
+    def adapter_config(self, method: str):
+        """The PEFT config of a method."""
+        if method == "pte":
+            names = (
+                "rank num_global_tokens alpha target_modules state_update read normalisation "
+                "use_global_tokens encode_evicted init_ratio"
+            )
+            return PteConfig(dropout=self.adapter_dropout, **{name: getattr(self, name) for name in names.split()})
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.adapter_dropout,
+            target_modules=list(self.target_modules),
+            task_type="CAUSAL_LM",
+        )
+
+
+@dataclass
+class PteGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` with the method and its cache policy."""
+
+    method: str = field(default="pte", metadata={"help": "pte, lora_c (bounded cache) or lora (full cache)."})
+    window: str | None = field(default=None, metadata={"help": "W, thought tokens kept; auto: longest prompt."})
+    budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept, instead of window."})
+    evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
+
+    def __post_init__(self):
+        if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
+            self.window = int(self.window)
+        check_cache_policy(self)
+        super().__post_init__()
+
+
+def check_cache_policy(args: PteGRPOConfig) -> None:
+    """Refuses combinations that would train on other log-probs than were sampled, or on nothing.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    one_of("method", args.method, METHODS)
+    one_of("loss_type", args.loss_type, LOSS_TYPES)
+    if args.method == "lora":
+        for key in ("window", "budget"):
+            if getattr(args, key) is not None:
+                raise ValueError(
+                    f"{key}={getattr(args, key)!r}: method=lora keeps the full cache and takes no {key}; "
+                    "lora_c and pte do"
+                )
+        return
+    if (args.window is None) == (args.budget is None):
+        raise ValueError(
+            f"window={args.window!r}, budget={args.budget!r}: method={args.method} needs exactly one of them; "
+            "window is a number of thought tokens or auto, budget counts prompt and thought"
+        )
+    if args.window not in (None, "auto"):
+        Schedule(args.window, args.evict_ratio)
+    if args.budget is not None and args.budget < 2:
+        raise ValueError(f"budget={args.budget!r}: must be at least 2 (a prompt token and a thought token)")
+    Schedule(1, args.evict_ratio)
+    if not args.temperature > 0:
+        raise ValueError(f"temperature={args.temperature!r}: must be above 0, a greedy rollout has no log-probs")
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
+    for key, value in neutral.items():
+        if getattr(args, key) != value and not (key == "generation_kwargs" and not getattr(args, key)):
+            raise ValueError(
+                f"{key}={getattr(args, key)!r}: method={args.method} allows only {value!r}, since the replay scores "
+                "the whole vocabulary and would not give the log-probs that were sampled"
+            )
+    for key in ("use_vllm", "use_transformers_continuous_batching", "use_liger_kernel"):
+        if getattr(args, key, False):
+            raise ValueError(f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false")

@@ -1,0 +1,61 @@
+"""A recipe's model, tokenizer and adapter, refused before the weights load where they cannot work."""
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pte_trl.adapter.config import one_of
+from pte_trl.adapter.model import calibrate, check_supported, pte_layers
+from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.rollout import left_pad
+from pte_trl.schedule import Schedule, resolve_window
+
+
+def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
+    """Reads only the model's configuration.
+
+    Raises:
+        ValueError: an unsupported architecture or attention implementation for a bounded method.
+    """
+    one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
+    config = AutoConfig.from_pretrained(script.model_name_or_path)
+    if args.method != "lora":
+        one_of("attn_implementation", script.attn_implementation, ("sdpa", "eager"))
+        check_supported(config)
+
+
+def load_tokenizer(script: RecipeArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(script: RecipeArguments) -> PreTrainedModel | PeftModel:
+    """The base model, with the adapter that training starts from if the recipe names one."""
+    dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        script.model_name_or_path, dtype=dtype, attn_implementation=script.attn_implementation
+    )
+    if script.adapter is not None:
+        model = PeftModel.from_pretrained(model, script.adapter, is_trainable=True)
+    return model
+
+
+def calibrate_encoders(trainer, prompts: int = 8) -> None:
+    """Sets |S'| / |S| of a fresh PTE adapter to `init_ratio` on the first prompts of the training set, aloud."""
+    if not pte_layers(trainer.model):
+        return
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        trainer.accelerator.print("ZeRO-3 shards the weights: encoders keep their data-free initial scale")
+        return
+    rows = [trainer.train_dataset[i]["prompt"] for i in range(min(prompts, len(trainer.train_dataset)))]
+    ids, _, _ = trainer._tokenize_prompts(rows)
+    inputs = left_pad(ids, trainer._tokenizer.pad_token_id, trainer.model.device)
+    window = resolve_window(trainer.args.window, trainer.args.budget, max(map(len, ids)))
+    found = calibrate(trainer.model, *inputs, evict=Schedule(window, trainer.args.evict_ratio).evict)
+    trainer.accelerator.print(
+        f"encoders calibrated on {len(rows)} prompts: |S'|/|S| was {min(found):.3g} to {max(found):.3g} over "
+        f"{len(found)} layers"
+    )

@@ -1,0 +1,138 @@
+"""Batched sampling under the bounded cache: prompts in, completions and the log-probs they were sampled under out.
+
+This is the plain decode: one prefill, then one token at a time for the whole batch until every sequence has ended.
+"""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pte_trl.cache import BoundedCache
+from pte_trl.schedule import Schedule
+
+
+@dataclass
+class Rollout:
+    """What a rollout batch produced.
+
+    Attributes:
+        completion_ids: token ids of each completion, its end-of-sequence token included.
+        logprobs: log-prob of each of them under the sampling distribution (at the rollout's temperature).
+        window: W that the batch was decoded under.
+        evictions: evictions each completion has gone through.
+        cache_bytes: bytes of keys, values and state per sample at the end.
+        seconds: wall time.
+    """
+
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]
+    window: int
+    evictions: list[int]
+    cache_bytes: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.completion_ids)) / self.seconds
+
+
+def left_pad(prompt_ids: list[list[int]], pad_token_id: int, device) -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths -> (batch, longest) ids and mask, padded on the left."""
+    longest = max(map(len, prompt_ids))
+    ids = torch.full((len(prompt_ids), longest), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompt_ids):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+@contextmanager
+def eval_mode(model: nn.Module):
+    """Dropout off while sampling; every module gets its own mode back."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def rollout(
+    model: nn.Module,
+    prompt_ids: list[list[int]],
+    *,
+    window: int,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    pad_token_id: int,
+    evict_ratio: float = 0.25,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Samples one completion per prompt.
+
+    Args:
+        model: bare, LoRA or PTE causal language model.
+        prompt_ids: token ids of each prompt; lengths may differ.
+        window: W, thought tokens kept.
+        max_new_tokens: completion tokens at most.
+        eos_token_ids: any of these ends a completion.
+        pad_token_id: fed where a sequence has ended or not begun.
+        evict_ratio: share of a full window that leaves at once.
+        temperature: of the sampling; 0 is greedy (log-probs are then at temperature 1).
+        generator: for sampling; the global one if None.
+    """
+    began = time.perf_counter()
+    device = model.device
+    tokens, prompt_mask = left_pad(prompt_ids, pad_token_id, device)
+    cache = BoundedCache(window, evict_ratio)
+    stops = torch.tensor(eos_token_ids, device=device)
+    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    mask, alive = prompt_mask, torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
+    sampled, logprobs, lengths = [], [], torch.zeros(len(prompt_ids), dtype=torch.long, device=device)
+    with eval_mode(model):
+        while True:
+            logits = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            token, logprob = sample(logits, temperature, generator)
+            token = torch.where(alive, token, pad_token_id)
+            sampled.append(token)
+            logprobs.append(logprob)
+            lengths += alive
+            alive = alive & ~torch.isin(token, stops)
+            if len(sampled) == max_new_tokens or not alive.any():
+                break
+            tokens, position = token.unsqueeze(1), position[:, -1:] + 1
+            # The mask is over what the cache keeps: the prompt, the thoughts still there, and this token.
+            thoughts = cache.layers[0].kept() - prompt_mask.shape[1] + 1
+            mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_ids), thoughts)], dim=1)
+    lengths = lengths.tolist()
+    ids, lps = torch.stack(sampled, 1).tolist(), torch.stack(logprobs, 1).tolist()
+    schedule = Schedule(window, evict_ratio)
+    return Rollout(
+        completion_ids=[row[:n] for row, n in zip(ids, lengths, strict=True)],
+        logprobs=[row[:n] for row, n in zip(lps, lengths, strict=True)],
+        window=window,
+        evictions=[schedule.evictions(n - 1) for n in lengths],
+        cache_bytes=cache.nbytes / len(prompt_ids),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """One token per row of (batch, vocabulary) logits, and its log-prob under the distribution it came from."""
+    logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    token = logps.argmax(-1) if temperature == 0 else logps.exp().multinomial(1, generator=generator)[:, 0]
+    return token, logps.gather(1, token.unsqueeze(1)).squeeze(1)

@@ -1,0 +1,185 @@
+"""GRPO under a bounded cache (eq. 3): TRL's trainer, with its generating and its scoring method replaced.
+
+The rollout decodes with a window; scoring replays the same windows, so that the loss sees exactly the log-probs that
+the completions were sampled under. W travels with every sample, since TRL shuffles and splits a rollout batch before
+it is scored. The reference model of the KL term is the base with the full cache: TRL's own method, untouched.
+"""
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from pte_trl.adapter.model import pte_layers
+from pte_trl.config import PteGRPOConfig
+from pte_trl.replay import adapters_disabled, replay_inputs
+from pte_trl.rewards import has_boxed
+from pte_trl.rollout import rollout
+from pte_trl.schedule import resolve_window
+
+logger = get_logger(__name__)
+
+
+class PteGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` whose rollouts and scoring run under cache policy D.
+
+    Takes what `GRPOTrainer` takes, with a `PteGRPOConfig`. `method="lora"` is TRL untouched; `lora_c` and `pte` differ
+    only in the adapter, given as `peft_config` or as a model that has one.
+    """
+
+    args: PteGRPOConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
+        if self.bounded and "ref" in getattr(self.model, "peft_config", {}):
+            # TRL would take the adapter that training starts from as the reference; eq. 3 takes the base model.
+            self.model.delete_adapter("ref")
+        for layer in pte_layers(self.model):
+            layer.watch_updates = True
+
+    @property
+    def bounded(self) -> bool:
+        return self.args.method != "lora"
+
+    # ---- rollout -------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        if not self.bounded:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
+        window = resolve_window(self.args.window, self.args.budget, max(map(len, prompt_ids)))
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self.accelerator.autocast(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            result = rollout(
+                model,
+                prompt_ids,
+                window=window,
+                evict_ratio=self.args.evict_ratio,
+                max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self._tokenizer.pad_token_id,
+            )
+        self._samples = {"windows": torch.full((len(prompt_ids),), window, device=self.accelerator.device)}
+        self._record("rollout/window", window)
+        self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))
+        self._record("rollout/tokens_per_second", result.tokens_per_second)
+        self._record("rollout/cache_bytes_per_sample", result.cache_bytes)
+        return result.completion_ids, result.logprobs
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        texts = self.processing_class.batch_decode(
+            [ids[keep.bool()] for ids, keep in zip(output["completion_ids"], output["completion_mask"], strict=True)],
+            skip_special_tokens=True,
+        )
+        self._record("completions/format_rate", sum(map(has_boxed, texts)) / len(texts))
+        self._warn_without_signal()
+        if self.bounded:
+            output.update(self._samples)
+            if "old_per_token_logps" in output:
+                self._record_mismatch(output["old_per_token_logps"], output)
+        return output
+
+    # ---- scoring -------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **kwargs,
+    ):
+        if not self.bounded or adapters_disabled(self.accelerator.unwrap_model(model)):
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **kwargs,
+            )
+        unwrapped, prompt = self.accelerator.unwrap_model(model), input_ids.shape[1] - logits_to_keep
+        logps, entropies = [], []
+        for rows in torch.arange(len(input_ids), device=input_ids.device).split(batch_size or len(input_ids)):
+            ids, mask, windows = input_ids[rows], attention_mask[rows], self._samples["windows"][rows]
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, :prompt] = -100
+            with self.accelerator.autocast():
+                inputs = replay_inputs(unwrapped, mask, prompt, windows, self.args.evict_ratio)
+                outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
+            logps.append(outputs.log_probs[:, -logits_to_keep:])
+            entropies.append(outputs.entropy[:, -logits_to_keep:])
+        logps = torch.cat(logps)
+        # Inside `_compute_loss` without old log-probs the weights are still those of the rollout.
+        if "sampling_per_token_logps" in self._samples and "old_per_token_logps" not in self._samples:
+            self._record_mismatch(logps, self._samples)
+        return logps, torch.cat(entropies) if compute_entropy else None, None
+
+    def _compute_loss(self, model, inputs):
+        self._samples = inputs
+        loss = super()._compute_loss(model, inputs)
+        ratios = [layer.update_ratio for layer in pte_layers(self.accelerator.unwrap_model(model))]
+        ratios = [ratio for ratio in ratios if ratio is not None]
+        if ratios:
+            self._record("pte/update_over_state", torch.stack(ratios).mean())
+        return loss
+
+    # ---- what is logged ------------------------------------------------------------------------------------
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _record(self, name: str, value: float | Tensor) -> None:
+        """One number of this process -> the mean over processes, averaged by TRL over a logging step."""
+        value = torch.as_tensor(float(value), device=self.accelerator.device)
+        self._metrics[self._mode][name].append(self.accelerator.gather(value).mean().item())
+
+    @torch.no_grad()
+    def _record_mismatch(self, replayed: Tensor, samples: dict[str, Tensor]) -> None:
+        """|replay - rollout| of the log-probs of the same tokens under the same weights; 0 but for rounding.
+
+        The KL is the non-negative estimate exp(d) - d - 1 with d = replay - rollout, as TRL's.
+        """
+        d = (replayed - samples["sampling_per_token_logps"])[samples["completion_mask"].bool()].double()
+        self._record("mismatch/mean", d.abs().mean())
+        self._record("mismatch/kl", (d.exp() - d - 1).mean())
+        worst = self.accelerator.gather(d.abs().max().float()).max().item()
+        kept = self._metrics[self._mode]["mismatch/max"]
+        kept[:] = [max([worst, *kept])]  # TRL averages a list over the logging step; a maximum is kept as one
+
+    def _warn_without_signal(self) -> None:
+        """Says aloud that a rollout batch teaches nothing, instead of a silent zero gradient."""
+        metrics = self._metrics[self._mode]
+        if metrics["frac_reward_zero_std"][-1] == 1.0:
+            logger.warning(
+                "step %d: every group has zero reward spread (mean reward %.3f), so this batch has no gradient; "
+                "the task is too hard or too easy for the policy, or completions are cut (truncated share %.2f)",
+                self.state.global_step,
+                metrics["reward"][-1],
+                metrics["completions/clipped_ratio"][-1],
+            )
+        elif metrics["completions/clipped_ratio"][-1] == 1.0:
+            logger.warning(
+                "step %d: every completion was cut at max_completion_length=%d",
+                self.state.global_step,
+                self.max_completion_length,
+            )

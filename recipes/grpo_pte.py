@@ -1,0 +1,71 @@
+"""GRPO under a bounded cache, with Progressive Thought Encoding, LoRA-c or LoRA.
+
+    python recipes/grpo_pte.py --config recipes/tiny.yaml
+    accelerate launch recipes/grpo_pte.py --config recipes/qwen3b.yaml
+    accelerate launch recipes/grpo_pte.py --config recipes/qwen3b.yaml --method lora_c --output_dir outputs/lora_c
+
+Every key of a recipe is a flag as well; the flag beats the recipe. `--help` lists them.
+"""
+
+import sys
+
+from pte_trl.data import build_prompts, load_problems
+from pte_trl.decontaminate import load_eval_problems, remove_overlap
+
+from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
+from pte_trl.parsing import parse_recipe
+from pte_trl.rewards import AccuracyReward, check_golds, format_reward
+from pte_trl.trainer import PteGRPOTrainer
+
+
+def load_data(script, args, tokenizer):
+    """Training prompts: loaded, cleaned of benchmark problems, golds parsed, long prompts dropped."""
+    problems = load_problems(
+        script.dataset_name,
+        data_dir=script.data_dir,
+        config=script.dataset_config,
+        split=script.dataset_split,
+        problem_column=script.problem_column,
+        answer_column=script.answer_column,
+        limit=script.dataset_limit,
+    )
+    if script.decontaminate:
+        problems = remove_overlap(problems, load_eval_problems(script.data_dir))
+    check_golds(problems)
+    return build_prompts(
+        problems, tokenizer, system_prompt=script.system_prompt, max_prompt_tokens=script.max_prompt_tokens
+    )
+
+
+def main(argv: list[str] | None = None) -> PteGRPOTrainer:
+    try:
+        script, args = parse_recipe(argv)
+        check_model(script, args)
+        tokenizer = load_tokenizer(script)
+        with args.main_process_first(desc="data"):
+            dataset = load_data(script, args, tokenizer)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+    rewards = [AccuracyReward(workers=script.grader_workers, time_limit=script.grader_time_limit)]
+    if script.format_reward_weight:
+        rewards.append(format_reward)
+        args.reward_weights = [1.0, script.format_reward_weight]
+
+    trainer = PteGRPOTrainer(
+        model=load_model(script),
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=None if script.adapter else script.adapter_config(args.method),
+    )
+    if script.adapter is None:
+        calibrate_encoders(trainer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
