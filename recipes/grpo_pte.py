@@ -9,12 +9,12 @@ Every key of a recipe is a flag as well; the flag beats the recipe. `--help` lis
 
 import sys
 
-from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
 
+from pte_trl.data import build_prompts, load_problems
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.parsing import parse_recipe
-from pte_trl.rewards import AccuracyReward, check_golds, format_reward
+from pte_trl.rewards import AccuracyReward, Grader, check_golds, format_reward
 from pte_trl.trainer import PteGRPOTrainer
 
 
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer:
     except ValueError as error:
         sys.exit(f"error: {error}")
 
-    rewards = [AccuracyReward(workers=script.grader_workers, time_limit=script.grader_time_limit)]
+    grader = Grader(workers=script.grader_workers, time_limit=script.grader_time_limit)
+    rewards = [AccuracyReward(grader)]
     if script.format_reward_weight:
         rewards.append(format_reward)
         args.reward_weights = [1.0, script.format_reward_weight]

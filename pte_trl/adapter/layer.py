@@ -87,6 +87,11 @@ class PteLinear(nn.Module, BaseTunerLayer):
         return result
 
 
+def frozen(linear: nn.Module) -> nn.Linear:
+    """The base model's own linear layer, adapted or not."""
+    return linear.base_layer if isinstance(linear, PteLinear) else linear
+
+
 class PteAttention(nn.Module, BaseTunerLayer):
     """Finds the state that every token must use, then runs the layer's own attention unchanged.
 
@@ -109,20 +114,17 @@ class PteAttention(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def update_layer(self, adapter_name: str, config: PteConfig, inference_mode: bool = False) -> None:
-        attention = self.base_layer
-        self.pte_encoder[adapter_name] = Encoder(
-            attention.q_proj.in_features, attention.q_proj.out_features, attention.k_proj.out_features, config
-        )
+        query, key = frozen(self.base_layer.q_proj), frozen(self.base_layer.k_proj)
+        self.pte_encoder[adapter_name] = Encoder(query.in_features, query.out_features, key.out_features, config)
         self.config[adapter_name] = config
-        weight = attention.q_proj.weight
         if self.pte_encoder[adapter_name].global_tokens.device.type != "meta":
-            self.pte_encoder[adapter_name].to(device=weight.device, dtype=weight.dtype)
+            self.pte_encoder[adapter_name].to(device=query.weight.device, dtype=query.weight.dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def unload_and_optionally_merge_module(self, merge: bool, **kwargs) -> nn.Module:
         for name, child in list(self.base_layer.named_children()):
             if isinstance(child, PteLinear):
-                setattr(self.base_layer, name, child.base_layer)
+                setattr(self.base_layer, name, frozen(child))
         return self.base_layer
 
     def forward(self, hidden_states: Tensor, *args, replay: ReplayPlan | None = None, **kwargs):
@@ -151,8 +153,7 @@ class PteAttention(nn.Module, BaseTunerLayer):
         encoder, attention = self.pte_encoder[name], self.base_layer
 
         def project(linear: str, norm: str | None = None) -> Tensor:
-            module = getattr(attention, linear)
-            module = module.base_layer if isinstance(module, PteLinear) else module
+            module = frozen(getattr(attention, linear))
             out = module(encoder.global_tokens.to(module.weight.dtype))
             if norm is not None and hasattr(attention, norm):
                 out = getattr(attention, norm)(out.unflatten(-1, (-1, attention.head_dim))).flatten(-2)

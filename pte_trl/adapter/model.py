@@ -94,9 +94,13 @@ class PteModel(BaseTuner):
                 linear = PteLinear(linear, target.in_use)
                 setattr(holder, name, linear)
             linear.update_layer(adapter_name, peft_config, inference)
-        if adapter_name not in self.active_adapters:
-            for module in (target.pte_encoder[adapter_name],):
-                module.requires_grad_(False)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # PEFT's own copies `weight`, which an attention module does not have.
+        if isinstance(child, PteAttention):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_merge_allowed(self):
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Measurements that can be run again: `python -m benchmarks.probe`, `python -m benchmarks.replay`."""

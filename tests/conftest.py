@@ -1,0 +1,14 @@
+"""Settings of every test."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the models are tiny: threads cost more than they give
+settings.register_profile("pte", deadline=None, max_examples=100, derandomize=True)
+settings.load_profile("pte")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

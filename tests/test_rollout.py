@@ -1,0 +1,67 @@
+"""Sampling: the log-probs it reports are the replay's, and a batch is its samples."""
+
+import pytest
+import torch
+
+from pte_trl.replay import replay_inputs
+from pte_trl.rollout import left_pad, rollout
+from tests.models import tiny, with_lora, with_pte
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+WINDOW, NEW, ENDS = 8, 30, [40, 41]
+
+
+def sample(model, prompts=PROMPTS, **changes):
+    settings = {"window": WINDOW, "max_new_tokens": NEW, "eos_token_ids": ENDS, "pad_token_id": 0, "temperature": 0.8}
+    torch.manual_seed(0)
+    return rollout(model, prompts, **settings | changes)
+
+
+def replayed(model, prompts, completions, window=WINDOW, temperature=0.8):
+    """Log-probs of the completions by a replay of the whole batch, padded on the right."""
+    ids, mask = left_pad(prompts, 0, "cpu")
+    longest = max(map(len, completions))
+    tail = torch.tensor([c + [0] * (longest - len(c)) for c in completions])
+    kept = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in completions])
+    prompt = ids.shape[1]
+    ids, mask = torch.cat([ids, tail], 1), torch.cat([mask, kept], 1)
+    logits = model(input_ids=ids, **replay_inputs(model, mask, prompt, window)).logits[:, prompt - 1 : -1]
+    logps = (logits.float() / temperature).log_softmax(-1).gather(2, tail.unsqueeze(2)).squeeze(2)
+    return [row[: len(c)].tolist() for row, c in zip(logps, completions, strict=True)]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("method", ["pte", "lora_c", "bare"])
+def test_reported_logprobs_are_the_replayed_ones(family, method):
+    model = tiny(family, torch.float64)
+    model = {"pte": with_pte, "lora_c": with_lora, "bare": lambda m: m}[method](model)
+    result = sample(model)
+    assert max(result.evictions) > 5
+    assert len({len(c) for c in result.completion_ids}) > 1, "all sequences ended together: choose another seed"
+    for ours, theirs in zip(result.logprobs, replayed(model, PROMPTS, result.completion_ids), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_ended_sequences_keep_their_end_and_nothing_after():
+    result = sample(with_pte(tiny("qwen2", torch.float32)))
+    for completion in result.completion_ids:
+        assert not set(ENDS) & set(completion[:-1])
+        assert completion[-1] in ENDS or len(completion) == NEW
+
+
+def test_greedy_batch_equals_its_samples_alone():
+    model = with_pte(tiny("llama", torch.float64))
+    together = sample(model, temperature=0).completion_ids
+    assert together == [sample(model, [prompt], temperature=0).completion_ids[0] for prompt in PROMPTS]
+
+
+def test_same_seed_same_completions_and_training_mode_is_given_back():
+    model = with_pte(tiny("qwen2", torch.float32)).train()
+    assert sample(model).completion_ids == sample(model).completion_ids
+    assert all(module.training for module in model.modules())
+
+
+def test_cache_does_not_grow_with_the_completion():
+    model = tiny("qwen2", torch.float32)
+    short, long = (sample(model, eos_token_ids=[-1], max_new_tokens=n).cache_bytes for n in (20, 84))
+    assert short == long  # both stop at the same place of the window's cycle (E = 2)
