@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer:
         tokenizer = load_tokenizer(script)
         with args.main_process_first(desc="data"):
             dataset = load_data(script, args, tokenizer)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
         sys.exit(f"error: {error}")
 
     grader = Grader(workers=script.grader_workers, time_limit=script.grader_time_limit)

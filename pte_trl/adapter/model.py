@@ -102,6 +102,13 @@ class PteModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own looks at the end of a key only, and would leave the name before an encoder's maps in the file:
+        # an adapter saved under one name and loaded under another would keep random maps.
+        key = key.replace(f"pte_encoder.{adapter_name}.", "pte_encoder.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
     def _check_merge_allowed(self):
         raise ValueError(
             "a PTE adapter cannot be merged: its dW = A S B differs from sample to sample and changes while a "

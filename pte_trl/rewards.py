@@ -1,0 +1,219 @@
+r"""The outcome reward: 1 if the final answer of a completion equals the gold answer, else 0.
+
+The final answer is the content of the last closed `\boxed{...}`; of a completion without one, what
+math-verify finds near its end. Earlier boxes and lists of candidates never pay. Answers are compared by
+math-verify in processes that can be killed (`grading.py`), because a completion can make sympy run forever.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from .grading import Job, Reply, WorkerPool
+
+# In characters: a longer final answer is no answer; without a box, the answer is looked for in this tail; a
+# box is looked for in the last million, more than any completion has.
+MAX_ANSWER, MAX_TAIL, MAX_SEARCH = 1000, 2000, 1_000_000
+
+_BOXED_OR_BRACE = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
+_MATH_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]|\\?\$")
+_THOUSANDS_SPACE = re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))")
+# 4.5e33, which math-verify reads as 4.5 * e * 33. Not x2e5, 2e5_{16}, 1.2e3.4.
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?)(\d+)(?!\w|\.\d)")
+
+
+class Verdict(NamedTuple):
+    """The grade of one completion.
+
+    `reason` is correct, wrong, unparsable (no answer that math-verify can read), timeout or crashed;
+    `extracted` is the text of the final answer, None if there is none or none was found in time.
+    """
+
+    correct: bool
+    extracted: str | None
+    reason: str
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last closed `\boxed{...}`, None without one. Of nested boxes, the innermost.
+
+    One pass over the text, so that ten thousand unclosed boxes cost no more than prose.
+    """
+    text = text[-MAX_SEARCH:]
+    open_braces: list[tuple[int, bool]] = []  # where the content starts, and whether of a box
+    best = None
+    for token in _BOXED_OR_BRACE.finditer(text):
+        if token[0] == "{" or token[0].startswith(r"\boxed"):
+            open_braces.append((token.end(), token[0] != "{"))
+        elif token[0] == "}" and open_braces:
+            start, boxed = open_braces.pop()
+            if boxed and (best is None or start > best[0]):
+                best = (start, token.start())
+    return None if best is None else text[slice(*best)]
+
+
+def has_boxed(text: str) -> bool:
+    r"""Whether the text has an answer in the form asked for: its last closed `\boxed{...}` is not blank."""
+    return bool((last_boxed(text) or "").strip())
+
+
+def clean_answer(answer: str) -> str:
+    r"""An answer as LaTeX between `$`, "" if nothing is left: `4.5e33` becomes `$4.5 \times 10^{33}$`."""
+    answer = _MATH_DELIMITERS.sub("", answer).replace("\n", " ")
+    answer = _THOUSANDS_SPACE.sub("", answer)
+    answer = _SCIENTIFIC.sub(lambda m: rf"{m[1]} \times 10^{{{m[2].strip('+')}{m[3]}}}", answer)
+    answer = answer.strip().rstrip("\\ ")  # a backslash at the end would escape the dollar
+    return f"${answer}$" if answer else ""
+
+
+def _clean_gold(gold: str) -> str:
+    boxed = last_boxed(gold)
+    return clean_answer(gold if boxed is None else boxed)
+
+
+class Grader:
+    """Grades completions against gold answers in `workers` processes.
+
+    `time_limit` is in seconds of CPU time for one completion (wall-clock time: four times that, reached only
+    by a process that does not get a core); the process is then killed and replaced, and the verdict is
+    "timeout". A process that dies or outgrows `memory_limit_mb` (MiB of address space) gives "crashed". The
+    processes start with the first call, are shared by all threads and end with `close`, with the object or
+    with the interpreter.
+    """
+
+    def __init__(self, workers: int = 2, time_limit: float = 5.0, memory_limit_mb: int | None = 2048):
+        self._settings = (workers, time_limit, memory_limit_mb)
+        self._pool = WorkerPool(*self._settings)
+        self._checked_golds: set[str] = set()
+
+    def __reduce__(self):  # a copy in another process has its own workers
+        return type(self), self._settings
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; the next call starts new ones."""
+        self._pool.close()
+
+    def grade(self, golds: list[str], completions: list[str]) -> list[Verdict]:
+        """Verdicts of the completions, in order; `golds[i]` is the gold answer of `completions[i]`.
+
+        Raises ValueError if the lengths differ or math-verify cannot read a gold (see `check_golds`).
+        """
+        if len(golds) != len(completions):
+            raise ValueError(f"{len(golds)} gold answers for {len(completions)} completions")
+        boxes = [last_boxed(completion) for completion in completions]
+        jobs = []
+        for gold, box, completion in zip(golds, boxes, completions, strict=True):
+            answer = completion[-MAX_TAIL:].strip() if box is None else clean_answer(box[: MAX_ANSWER + 1])
+            too_long = box is not None and len(box) > MAX_ANSWER
+            jobs.append(None if too_long or not answer else Job(_clean_gold(gold), answer))
+
+        # The completions of one group share their gold and often their answer: each pair is compared once.
+        distinct = list(dict.fromkeys(job for job in jobs if job is not None))
+        replies = dict(zip(distinct, self._pool.run(distinct), strict=True))
+        verdicts = []
+        for gold, box, job in zip(golds, boxes, jobs, strict=True):
+            reply = Reply("unparsable") if job is None else replies[job]
+            if reply.reason == "bad gold":
+                raise ValueError(f"math-verify cannot read the gold answer {gold!r}; see check_golds")
+            extracted = reply.extracted if box is None else box[:MAX_ANSWER]
+            verdicts.append(Verdict(reply.reason == "correct", extracted, reply.reason))
+        return verdicts
+
+    def gold_faults(self, golds: Iterable[str]) -> dict[str, str]:
+        """Reason per gold answer that does not parse, or does not equal itself; {} if all are good.
+
+        A good string is checked once in the life of this grader; a bad one is tried again alone before it is
+        called bad.
+        """
+        jobs = {gold: Job(_clean_gold(gold), _clean_gold(gold)) for gold in dict.fromkeys(golds)}
+        jobs = {gold: job for gold, job in jobs.items() if gold not in self._checked_golds}
+        faults = {gold: "too long" for gold, job in jobs.items() if len(job.gold) > MAX_ANSWER}
+        jobs = {gold: job for gold, job in jobs.items() if gold not in faults}
+        replies = dict(zip(jobs, self._pool.run(list(jobs.values())), strict=True))
+        for gold, reply in replies.items():
+            if reply.reason != "correct":
+                reply = self._pool.run([jobs[gold]])[0]
+            if reply.reason == "correct":
+                self._checked_golds.add(gold)
+            else:
+                faults[gold] = reply.reason
+        return faults
+
+
+def parse_gold(answer: str, grader: Grader | None = None) -> str:
+    """The gold answer as it is given to math-verify, in `$...$`; ValueError if math-verify cannot read it."""
+    check_golds([{"answer": answer}], grader=grader)
+    return _clean_gold(str(answer))
+
+
+def check_golds(rows: Iterable[Mapping], key: str = "answer", grader: Grader | None = None) -> int:
+    """Check the gold answer `row[key]` of every row, before training or evaluation; returns the row count.
+
+    Raises ValueError that names the first bad rows (their `id`, else their index), the key and the value.
+    Without a `grader` a temporary one is used.
+    """
+    if grader is None:
+        with Grader() as grader:
+            return check_golds(rows, key, grader)
+    golds = [(row.get("id", index), row.get(key)) for index, row in enumerate(rows)]
+    faults = grader.gold_faults(str(gold) for _, gold in golds if gold is not None)
+    bad = [
+        f"row {name}: {key}={gold!r} ({'missing' if gold is None else faults[str(gold)]})"
+        for name, gold in golds
+        if gold is None or str(gold) in faults
+    ]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(f"math-verify cannot read {len(bad)} gold answers: {'; '.join(bad[:5])}{more}")
+    return len(golds)
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """The text of a completion as TRL passes it: a string, or messages, of which the last one counts."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    if isinstance(content, list):  # content blocks: [{"type": "text", "text": ...}, ...]
+        content = "".join(block.get("text") or "" for block in content)
+    return content or ""
+
+
+class AccuracyReward:
+    """TRL reward function: 1.0 for a correct final answer, else 0.0. Needs the dataset column `answer`.
+
+    Every rank of a distributed run has its own grader. Logs the shares of completions that were unparsable,
+    ran into the time limit, or crashed their worker.
+    """
+
+    def __init__(self, grader: Grader | None = None):
+        self.__name__ = "accuracy_reward"  # the name TRL logs it under
+        self.grader = Grader() if grader is None else grader
+
+    def __call__(
+        self,
+        prompts: list,
+        completions: list,
+        answer: list,
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs,
+    ) -> list[float]:
+        """Rewards, one per completion. Raises ValueError for a gold that math-verify cannot read."""
+        texts = [completion_text(completion) for completion in completions]
+        verdicts = self.grader.grade([str(gold) for gold in answer], texts)
+        if log_metric is not None and verdicts:
+            # Always the same names: TRL averages them over the ranks that logged them.
+            for reason in ("unparsable", "timeout", "crashed"):
+                count = sum(verdict.reason == reason for verdict in verdicts)
+                log_metric(f"accuracy_reward/{reason}", count / len(verdicts))
+        return [float(verdict.correct) for verdict in verdicts]
+
+
+def format_reward(completions: list, **kwargs) -> list[float]:
+    r"""TRL reward function: 1.0 where the completion has the form asked for (`has_boxed`), else 0.0."""
+    return [float(has_boxed(completion_text(completion))) for completion in completions]
