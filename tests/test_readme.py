@@ -1,0 +1,73 @@
+"""What the README tells a newcomer to type works: the demo end to end, the launch line, the four lines of Python."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "16", "--max_completion_length", "48"]
+
+
+def run(folder: Path, *command: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder in which the demo has run, with a model that has had no time to learn."""
+    folder = tmp_path_factory.mktemp("demo")
+    pretrain = [str(ROOT / "recipes/pretrain_tiny.py"), "--steps", "20", "--test-problems", "8"]
+    run(folder, sys.executable, *pretrain)
+    script = [str(ROOT / "recipes/demo.py"), "--tier", "tiny", "--test_problems", "8", *SHORT]
+    return folder, run(folder, sys.executable, *script)
+
+
+def test_the_demo_shows_what_it_promises(demo):
+    folder, output = demo
+    assert "is there already; nothing to do" in output  # the pretrained model is kept
+    for line in ("untrained, full cache", "untrained, window 16", "PTE after 2 steps, window 16", "completion "):
+        assert line in output
+    picture = (folder / "outputs/tiny-pte/reward.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5_000
+    assert float(re.search(r"of a log-prob in the whole run: (\S+)", output)[1]) < 1e-3
+
+
+def test_the_launch_line(demo):
+    folder, _ = demo
+    launcher = Path(sys.executable).with_name("accelerate")
+    recipe = str(ROOT / "recipes/tiny.yaml")
+    arguments = ["launch", "--cpu", "--num_processes", "1", str(ROOT / "recipes/grpo_pte.py"), "--config", recipe]
+    run(folder, str(launcher), *arguments, *SHORT, "--method", "lora_c", "--output_dir", "outputs/launched")
+    assert (folder / "outputs/launched/adapter_model.safetensors").exists()
+
+
+def test_the_four_lines_of_python(demo, monkeypatch):
+    folder, _ = demo
+    monkeypatch.chdir(folder)
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len(block.strip().splitlines()) == 4
+    tokenizer = AutoTokenizer.from_pretrained("outputs/tiny-base")
+    names = {
+        "base_model": AutoModelForCausalLM.from_pretrained("outputs/tiny-base", dtype=torch.float32),
+        "inputs": tokenizer("Modulo 10: a=4;b=a+7. Find b.", return_tensors="pt"),
+    }
+    exec(block.replace("qwen3b-pte", "tiny-pte").replace("512", "8").replace("8192", "40"), names)
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+
+
+def test_targets_and_files_that_are_named_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z0-9-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"\b((?:recipes|docs|pte_trl|accelerate_configs)/[\w./-]+\.\w+)", README):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,107 @@
+"""Recipes parse, say where their values come from, and bad ones are refused before any weights load."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pte_trl.parsing import parse_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PAPER = [ROOT / f"recipes/{name}.yaml" for name in ("qwen3b", "qwen7b", "llama8b")]
+CPU = ["--use_cpu", "true", "--bf16", "false"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_parses_and_every_line_has_its_reason(path):
+    _, args = parse_recipe(["--config", str(path), *CPU])
+    assert args.method == "pte"
+    values = [line for line in path.read_text().splitlines() if re.match(r"\w+:", line)]
+    unexplained = [
+        line for line in values if " # " not in line and not line.startswith(("output_dir", "save_strategy"))
+    ]
+    assert not unexplained
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_the_values_the_paper_states(path):
+    script, args = parse_recipe(["--config", str(path), *CPU])
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 512
+    assert (args.learning_rate, args.max_grad_norm, args.max_completion_length) == (1e-5, 1.0, 3072)
+    assert (script.rank, script.num_global_tokens, args.evict_ratio, args.window) == (32, 32, 0.25, "auto")
+    assert script.dataset_name == "dapo_math_17k"
+
+
+def test_the_command_line_beats_the_recipe():
+    script, args = parse_recipe(["--config", str(ROOT / "recipes/tiny.yaml"), "--window", "24", "--rank", "8"])
+    assert (args.window, script.rank) == (24, 8)
+    script, args = parse_recipe([f"--config={ROOT / 'recipes/tiny.yaml'}"])
+    assert args.window == 16
+
+
+def recipe(tmp_path, **changes) -> list[str]:
+    values = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text()) | {"output_dir": str(tmp_path)} | changes
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return ["--config", str(path)]
+
+
+BAD = [
+    ({"window": 0}, "window=0"),
+    ({"window": "wide"}, "window='wide'"),
+    ({"window": None}, "exactly one"),
+    ({"budget": 64}, "exactly one"),
+    ({"window": None, "budget": 1}, "budget=1"),
+    ({"evict_ratio": 1.5}, "evict_ratio=1.5"),
+    ({"method": "lorac"}, "method='lorac'.*'lora_c'"),
+    ({"method": "lora"}, "window=16.*full cache"),
+    ({"top_p": 0.9}, "top_p=0.9"),
+    ({"top_k": 50}, "top_k=50"),
+    ({"min_p": 0.1}, "min_p=0.1"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+    ({"temperature": 0.0}, "temperature=0.0"),
+    ({"use_vllm": True}, "use_vllm"),
+    ({"loss_type": "bogus"}, "loss_type='bogus'"),
+    ({"max_steps": 2.5}, "max_steps=2.5.*int"),
+    ({"beta": True}, "beta=True.*float"),
+    ({"rank": "many"}, "rank='many'"),
+    ({"windw": 16}, "windw=16: no such key"),
+    ({"per_device_train_batch_size": 3}, "divisible"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(changes) for changes, _ in BAD])
+def test_a_bad_recipe_names_key_value_and_what_is_allowed(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe(tmp_path, **changes))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text((ROOT / "recipes/tiny.yaml").read_text() + "\nwindow: 99\n")
+    with pytest.raises(ValueError, match="window: stands twice"):
+        parse_recipe(["--config", str(path)])
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
+        parse_recipe(["--config", "nowhere.yaml"])
+
+
+def run(tmp_path, *flags):
+    command = [sys.executable, str(ROOT / "recipes/grpo_pte.py"), *recipe(tmp_path), *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+
+
+def test_the_script_stops_in_one_line_before_weights_load(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "gpt2"}')  # a configuration, and no weights
+    done = run(tmp_path, "--model_name_or_path", str(tmp_path / "model"))
+    assert done.returncode != 0
+    assert (
+        done.stderr.strip().splitlines()[-1] == "error: model_type='gpt2': PTE supports llama, mistral, qwen2, qwen3"
+    )

@@ -1,0 +1,485 @@
+"""The outcome reward with the real math-verify: what is right, what must not pay, what must not hang."""
+
+import inspect
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pte_trl.rewards import (
+    AccuracyReward,
+    Grader,
+    Verdict,
+    check_golds,
+    clean_answer,
+    format_reward,
+    has_boxed,
+    last_boxed,
+    parse_gold,
+)
+
+TOWER = r"\boxed{9^{9^{9^9}}}"
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=2, time_limit=1.0) as grader:
+        yield grader
+
+
+def grade(grader: Grader, gold: str, completion: str) -> Verdict:
+    return grader.grade([gold], [completion])[0]
+
+
+def busy_pid(grader: Grader) -> int:
+    """Wait until a worker has its first job, and return its process id."""
+    for _ in range(1000):
+        time.sleep(0.05)
+        for worker in grader._pool._workers:
+            if worker.job == 0:
+                return worker.process.pid
+    raise AssertionError("no worker became busy")
+
+
+def runs(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_ended(pids: list[int]) -> None:
+    for _ in range(200):
+        if not any(runs(pid) for pid in pids):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"one of the processes {pids} does not end")
+
+
+# What is right.
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("1/2", "0.5"),
+        ("1/2", r"\frac12"),
+        ("0.5", r"\dfrac{1}{2}"),
+        ("1000", "1,000"),
+        ("1,234,567", "1234567"),
+        ("1000", r"1{,}000"),
+        ("1000", r"1\,000"),
+        ("69, 84", "84, 69"),
+        (r"\{1,2\}", r"\left\{2, 1\right\}"),
+        ("x^2-1", "(x-1)(x+1)"),
+        (r"2\sqrt{2}", r"\sqrt{8}"),
+        ("5", "x = 5"),
+        ("5", "$5$"),
+        ("5", r"5 \text{ cm}"),
+        ("$5$", r"\(5\)"),
+        (r"\boxed{5}", "5\n"),
+        ("(0,4]", "(0, 4]"),
+        ("4.5e33", r"4.5 \times 10^{33}"),
+        (r"4.5 \times 10^{33}", "4.5e33"),
+        ("1.6e-19", r"1.60 \cdot 10^{-19}"),
+        ("2E+3", "2000"),
+    ],
+)
+def test_equal_forms_are_correct(grader, gold, answer):
+    assert grade(grader, gold, rf"So the answer is $\boxed{{{answer}}}$.").reason == "correct"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("1/2", "0.51"),
+        ("1000", "100"),
+        ("69, 84", "69"),
+        ("5", "3 \\text{ or } 5"),
+        ("5", "1, 2, 3, 4, 5"),
+        ("5", r"\pm 5"),
+        ("(0,4]", "(0,4)"),
+        ("4.5e33", r"4.6 \times 10^{33}"),
+        ("4.5e33", r"4.5 \times 10^{34}"),
+        # math-verify alone takes these for equal: it rounds to six decimals and drops what is below 1e-15
+        ("1.24e-8", "0.0"),
+        ("1.24e-8", "0.0000001"),
+        ("1.6e-19", "1.5e-19"),
+        ("1.6e-19", "x = 1.5e-19"),
+    ],
+)
+def test_other_values_are_wrong(grader, gold, answer):
+    assert grade(grader, gold, rf"\boxed{{{answer}}}") == Verdict(False, answer, "wrong")
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        (r"\boxed{4} no, \boxed{5}", "correct"),
+        (r"\boxed{5} no, \boxed{4}", "wrong"),
+        (r"\boxed{5}, \boxed{4}", "wrong"),
+        (r"\boxed{4} and \boxed{5}", "correct"),
+        (r"\boxed{5} or $\boxed{6}$ or \boxed{7}", "wrong"),
+        (r"\boxed{5}, that is, \boxed{}", "unparsable"),
+        (r"The answer is \boxed{5}. " + "Some afterthought. " * 1000, "correct"),
+        (r"\boxed{\boxed{5}}", "correct"),
+        (r"\boxed{5} and then \boxed{6", "correct"),
+        ("so the answer is 5.", "correct"),
+        ("the answer is $4$. No: the answer is $5$.", "correct"),
+        ("the answer is $5$. No: the answer is $4$.", "wrong"),
+        ("the answer is 5. " + "Or is it really? " * 1000, "unparsable"),
+        ("I do not know", "unparsable"),
+    ],
+)
+def test_only_the_final_answer_counts(grader, completion, reason):
+    assert grade(grader, "5", completion).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{1}\boxed{ 2 }", " 2 "),
+        (r"\boxed {\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1\}}", r"\{1\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"a \\\boxed{3}", "3"),
+        (r"} \boxed{3} {", "3"),
+        (r"\boxed{3", None),
+        ("boxed{3}", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text, content):
+    assert last_boxed(text) == content
+    assert has_boxed(text) == (content is not None)
+
+
+def test_clean_answer():
+    assert clean_answer(" -4.5e+33 ") == r"$-4.5 \times 10^{33}$"
+    assert clean_answer(r"\$5\ ") == "$5$"
+    assert clean_answer("$ $") == ""
+    for unchanged in ("x2e5", "1e5_{16}", "2e^3", "1.2e3.4", "2e5x"):
+        assert clean_answer(unchanged) == f"${unchanged}$"
+
+
+# What must not hang, crash or cost much.
+
+NASTY = [
+    (TOWER, "timeout"),
+    ("answer: $9^{9^{9^9}}$", "timeout"),
+    (r"\boxed{(10^7)!}", "timeout"),
+    (r"\boxed{2^{2^{2^{2^{2^2}}}}}", "timeout"),
+    (r"\boxed{" + "(" * 400 + "5" + ")" * 400 + "}", "timeout"),
+    (r"\boxed{" + r"\frac{1}{2}+" * 40_000 + "1}", "unparsable"),
+    (r"\boxed{" + "7" * 5_000 + "}", "unparsable"),
+    (r"\boxed{" + "7" * 900 + "}", "wrong"),
+    (r"\boxed{" * 10_000, "unparsable"),
+    (r"\boxed{" * 10_000 + "5" + "}" * 10_000, "correct"),
+    (r"\(\boxed{x" * 2_000, "unparsable"),
+    (r"\(\boxed{x\}" * 2_000, "unparsable"),
+    ("{" * 1_000_000, "unparsable"),
+    ("x" * 5_000_000, "unparsable"),
+    ("$" * 4_000, "unparsable"),
+    (r"\(" * 2_000, "unparsable"),
+    (r"\boxed{\frac{}", "unparsable"),
+    (r"\boxed{\frac{1}{}}", "unparsable"),
+    (r"\boxed{\left\{5\right.}", "unparsable"),
+    (r"\boxed{1/0}", "wrong"),
+    ("", "unparsable"),
+    (r"\boxed{}", "unparsable"),
+    (r"\boxed{ $ $ }", "unparsable"),
+    ("\x00", "unparsable"),
+    ("\\boxed{\x00}", "unparsable"),
+    ("\ud800", "unparsable"),
+    ("\\boxed{\ud800}", "unparsable"),
+    ("\\boxed{5} \ud800", "correct"),
+]
+
+
+def test_nasty_completions(grader):
+    completions = [completion for completion, _ in NASTY]
+    start = time.process_time(), time.monotonic()
+    verdicts = grader.grade(["5"] * len(NASTY), completions)
+    for (completion, reason), verdict in zip(NASTY, verdicts, strict=True):
+        assert verdict.reason == reason, f"{completion[:50]!r}: {verdict.reason}, not {reason}"
+        assert verdict.correct == (reason == "correct")
+        assert len(verdict.extracted or "") <= 2000
+    assert time.process_time() - start[0] < 10  # s in this process
+    assert time.monotonic() - start[1] < 60
+    assert grade(grader, "5", r"\boxed{5}").correct
+
+
+def test_a_group_with_one_answer_is_compared_once(grader):
+    start = time.monotonic()
+    verdicts = grader.grade(["5"] * 16 + ["6"], [TOWER] * 16 + [r"\boxed{6}"])
+    assert [verdict.reason for verdict in verdicts] == ["timeout"] * 16 + ["correct"]
+    assert time.monotonic() - start < 14  # 1 s of CPU time once, not sixteen times
+
+
+def test_order_is_kept(grader):
+    numbers = [str(number) for number in range(100)]
+    verdicts = grader.grade(numbers, [rf"\boxed{{{number}}}" for number in numbers])
+    assert [verdict.extracted for verdict in verdicts] == numbers
+    assert all(verdict.correct for verdict in verdicts)
+    shifted = grader.grade(numbers[1:], [rf"\boxed{{{number}}}" for number in numbers[:-1]])
+    assert not any(verdict.correct for verdict in shifted)
+
+
+def test_lengths_must_agree(grader):
+    with pytest.raises(ValueError, match="2 gold answers for 1 completions"):
+        grader.grade(["1", "2"], [r"\boxed{1}"])
+    assert grader.grade([], []) == []
+
+
+# The pool.
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+
+
+def test_a_worker_killed_at_work_is_replaced():
+    with Grader(workers=1, time_limit=60.0) as grader:
+        verdicts = []
+        work = lambda: verdicts.extend(grader.grade(["5", "6"], [TOWER, r"\boxed{6}"]))  # noqa: E731
+        thread = threading.Thread(target=work)
+        thread.start()
+        killed = busy_pid(grader)
+        os.kill(killed, signal.SIGKILL)
+        thread.join(30)
+        assert [verdict.reason for verdict in verdicts] == ["crashed", "correct"]
+        assert killed not in grader._pool.pids()
+
+
+@needs_proc
+def test_a_worker_killed_while_idle_is_replaced():
+    with Grader(workers=2) as grader:
+        golds, completions = ["1", "2", "3"], [r"\boxed{1}", r"\boxed{2}", r"\boxed{4}"]
+        for _ in range(2):
+            reasons = [verdict.reason for verdict in grader.grade(golds, completions)]
+            assert reasons == ["correct", "correct", "wrong"]
+            pids = grader._pool.pids()
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            wait_until_ended(pids)
+
+
+def test_a_worker_that_gets_no_cpu_meets_the_wall_clock_limit():
+    with Grader(workers=1, time_limit=0.5) as grader:
+        assert grade(grader, "5", r"\boxed{5}").correct
+        os.kill(grader._pool.pids()[0], signal.SIGSTOP)
+        start = time.monotonic()
+        assert grade(grader, "5", r"\boxed{5}").reason == "timeout"
+        assert 1.9 < time.monotonic() - start < 10
+        assert grade(grader, "5", r"\boxed{5}").correct
+
+
+@needs_proc
+def test_a_worker_that_outgrows_its_memory_is_replaced():
+    with Grader(workers=1, memory_limit_mb=None) as grader:
+        assert grade(grader, "5", r"\boxed{5}").correct
+        with open(f"/proc/{grader._pool.pids()[0]}/status") as status:
+            peak_mb = int(re.search(r"VmPeak:\s*(\d+)", status.read())[1]) // 1024
+    with Grader(workers=1, time_limit=60.0, memory_limit_mb=peak_mb + 30) as grader:
+        assert grade(grader, "5", r"\boxed{(x+y+z+w)^{100}}").reason == "crashed"
+        assert grader._pool.pids() == []
+        assert grade(grader, "5", r"\boxed{5}").correct
+
+
+def test_from_several_threads_at_once(grader):
+    """math-verify's own time limit fails outside the main thread; and replies must reach their own caller."""
+    results = {}
+
+    def work(number):
+        results[number] = grader.grade([str(number)] * 5, [rf"\boxed{{{number + i}}}" for i in range(5)])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for number in range(4):
+        assert [verdict.correct for verdict in results[number]] == [True] + [False] * 4
+
+
+def test_interrupted_run_leaves_no_late_reply(grader, monkeypatch):
+    def interrupt(*args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    assert grade(grader, "5", r"\boxed{5}").correct
+    monkeypatch.setattr(grader._pool, "_receive", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        grade(grader, "7", r"\boxed{7}")
+    assert grade(grader, "7", r"\boxed{8}").reason == "wrong"
+
+
+# The package's own import is left out: it brings torch, which takes long.
+SCRIPT = r"""
+import os, signal, sys, threading, time, types
+package = sys.modules["pte_trl"] = types.ModuleType("pte_trl")
+package.__path__ = [sys.argv[2]]
+from pte_trl.rewards import Grader
+print("main is run", flush=True)  # no `if __name__ == "__main__"`: a worker must not import this
+grader = Grader(time_limit=600.0)
+assert grader.grade(["1", "2"], [r"\boxed{1}", r"\boxed{2}"])[1].correct
+if os.fork() == 0:  # a fork has workers of its own, and its end leaves its parent's alone
+    pids = grader._pool.pids()
+    assert grader.grade(["1"], [r"\boxed{1}"])[0].correct and grader._pool.pids()[0] not in pids
+    sys.exit()
+assert os.wait()[1] == 0
+pids = grader._pool.pids()
+assert grader.grade(["1"], [r"\boxed{1}"])[0].correct and grader._pool.pids() == pids
+print(*pids, flush=True)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+# It exits while a worker is at work.
+threading.Thread(target=grader.grade, args=(["5"], [r"\boxed{9^{9^{9^9}}}"]), daemon=True).start()
+while all(worker.job is None for worker in grader._pool._workers):
+    time.sleep(0.1)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("end", ["exits", "killed"])
+def test_workers_end_with_the_program(tmp_path, end):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    package = os.path.dirname(inspect.getfile(Grader))
+    command = [sys.executable, script, end, package]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0)
+    assert done.stdout.count("main is run") == 1
+    pids = [int(pid) for pid in done.stdout.split("\n")[-2].split()]
+    assert len(pids) == 2
+    wait_until_ended(pids)
+
+
+def test_a_worker_that_cannot_start_says_so(monkeypatch):
+    monkeypatch.setattr("pte_trl.grading._PROGRAM", "raise SystemExit(3)")
+    with Grader() as grader, pytest.raises(RuntimeError, match=r"do not start \(last exit code 3\)"):
+        grade(grader, "5", r"\boxed{5}")
+
+
+# Gold answers.
+
+# Forms that occur in the benchmarks and that math-verify, given them as they stand, reads as something else
+# or not at all; beside each, an answer that must be rewarded.
+KNOWN_BAD_GOLDS = [
+    ("4.5e33", r"4.5 \times 10^{33}"),
+    ("1.325e-27", "1.325e-27"),
+    ("1e-5", "0.00001"),
+    ("6.5e-2", "0.065"),
+    ("025", "25"),
+    ("27.0", "27"),
+    ("$ 5 $", "5"),
+    ("7\n", "7"),
+    (r"\$32,\!348.89", "32348.89"),
+    ("16,3,1,1", "16, 3, 1, 1"),
+]
+
+
+def test_known_bad_golds_are_read_and_matched(grader):
+    golds, answers = zip(*KNOWN_BAD_GOLDS, strict=True)
+    assert check_golds([{"answer": gold} for gold in golds], grader=grader) == len(golds)
+    verdicts = grader.grade(list(golds), [rf"\boxed{{{answer}}}" for answer in answers])
+    assert [gold for gold, verdict in zip(golds, verdicts, strict=True) if not verdict.correct] == []
+
+
+def test_unparsable_gold_names_the_row(grader):
+    rows = [{"id": "aime/1", "target": "5"}, {"id": "aime/2", "target": "$ $"}]
+    with pytest.raises(ValueError, match=r"1 gold answers: row aime/2: target='\$ \$' \(bad gold\)$"):
+        check_golds(rows, key="target", grader=grader)
+    with pytest.raises(ValueError, match=r"row 1: answer=None \(missing\)"):
+        check_golds([{"answer": 5}, {}], grader=grader)
+    with pytest.raises(ValueError, match=r"row 0: answer='9\^\{9\^\{9\^9\}\}' \(timeout\)"):
+        check_golds([{"answer": "9^{9^{9^9}}"}], grader=grader)
+    with pytest.raises(ValueError, match=r"8 gold answers: .* and 3 more$"):
+        check_golds([{"answer": ""}] * 8, grader=grader)
+
+
+def test_a_gold_that_fails_under_load_is_tried_again_alone():
+    with Grader(workers=1, time_limit=0.5) as grader:
+        assert grade(grader, "5", r"\boxed{5}").correct
+        os.kill(grader._pool.pids()[0], signal.SIGSTOP)  # it misses the wall-clock limit
+        assert check_golds([{"answer": "12"}], grader=grader) == 1
+
+
+def test_parse_gold(grader):
+    assert parse_gold("4.5e33", grader) == r"$4.5 \times 10^{33}$"
+    with pytest.raises(ValueError, match=r"answer='\$'"):
+        parse_gold("$", grader)
+
+
+def test_grading_against_an_unparsable_gold_is_an_error(grader):
+    with pytest.raises(ValueError, match="cannot read the gold answer ''"):
+        grader.grade(["5", ""], [r"\boxed{5}", r"\boxed{5}"])
+
+
+def test_a_gold_is_checked_once(grader):
+    with Grader(workers=1) as fresh:
+        assert check_golds([{"answer": "12"}] * 3, grader=fresh) == 3
+        fresh.close()
+        assert check_golds([{"answer": "12"}], grader=fresh) == 1
+        assert fresh._pool.pids() == []  # nothing was left to ask a worker
+
+
+# The reward functions.
+
+
+def test_accuracy_reward(grader):
+    reward = AccuracyReward(grader)
+    assert reward.__name__ == "accuracy_reward"
+    texts = [r"\boxed{5}", r"\boxed{4}", "none", TOWER]
+    metrics = {}
+    kwargs = {"completion_ids": [[0]] * 4, "trainer_state": None, "log_extra": None}
+    rewards = reward(["q"] * 4, texts, answer=["5", 5, "5", "5"], log_metric=metrics.__setitem__, **kwargs)
+    assert rewards == [1.0, 0.0, 0.0, 0.0]
+    assert metrics == {
+        "accuracy_reward/unparsable": 0.25,
+        "accuracy_reward/timeout": 0.25,
+        "accuracy_reward/crashed": 0.0,
+    }
+
+
+def test_conversations(grader):
+    texts = [r"\boxed{5}", r"\boxed{4}"]
+    conversations = [[{"role": "assistant", "content": text}] for text in texts]
+    conversations += [
+        [{"role": "assistant", "content": r"\boxed{4}"}, {"role": "assistant", "content": r"\boxed{5}"}],
+        [{"role": "assistant", "content": [{"type": "text", "text": r"\boxed{5}"}]}],
+        [{"role": "assistant", "content": None}],
+        [],
+    ]
+    prompts = [[{"role": "user", "content": "2+3?"}]] * 6
+    assert AccuracyReward(grader)(prompts, conversations, answer=["5"] * 6) == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    assert format_reward(completions=conversations, answer=["5"] * 6) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_accuracy_reward_can_be_pickled(grader):
+    reward = AccuracyReward(grader)
+    reward(["q"], [r"\boxed{5}"], answer=["5"])
+    copy = pickle.loads(pickle.dumps(reward))
+    assert copy.__name__ == "accuracy_reward"
+    assert copy(["q"], [r"\boxed{5}"], answer=["5"]) == [1.0]
+    assert set(copy.grader._pool.pids()).isdisjoint(grader._pool.pids())
+    copy.grader.close()
+
+
+def test_format_reward():
+    completions = [
+        r"\boxed{5}",
+        "5",
+        r"\boxed{5",
+        r"\boxed{ }",
+        r"\boxed{}",
+        r"\boxed{5}\boxed{}",
+        "",
+        r"$\boxed{x}$.",
+    ]
+    assert format_reward(completions=completions) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
