@@ -73,7 +73,7 @@ def with_pte(model: PreTrainedModel, seed: int = 1, adapter_name: str = "default
     torch.manual_seed(seed)
     config = PteConfig(**{"rank": 5, "num_global_tokens": 6, "alpha": 5.0, **config})
     model = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False).eval()
-    randomise_up(model)
+    randomise_up(model, adapter_name)
     return model
 
 

@@ -1,0 +1,131 @@
+"""A third implementation of METHOD, slow and plain: one sample, one token at a time, lists of keys and values.
+
+It shares no code with the package: weights come out of the model's state dict by name, everything else is written
+out. It serves models of the Llama and Qwen2 shape whose norms run in the model's own precision.
+"""
+
+import math
+
+import torch
+
+
+class Naive:
+    def __init__(self, model, read="row", state_update="recursive", normalisation="rms", encode_evicted=True):
+        self.weights = {
+            name.removeprefix("base_model.model.").replace("base_layer.", "").replace(".default", ""): tensor
+            for name, tensor in model.state_dict().items()
+        }
+        self.config = model.config
+        self.read, self.state_update, self.normalisation = read, state_update, normalisation
+        self.encode_evicted = encode_evicted
+        self.use_global_tokens = True
+
+    def linear(self, name, x, state=None):
+        """W x + b, and x A S B with s = 1 where this linear carries an adapter."""
+        w = self.weights
+        y = w[f"{name}.weight"] @ x
+        if f"{name}.bias" in w:
+            y = y + w[f"{name}.bias"]
+        if state is not None and f"{name}.pte_down.weight" in w:
+            down, up = w[f"{name}.pte_down.weight"], w[f"{name}.pte_up.weight"]
+            middle = state if self.read == "column" else state.T
+            y = y + up @ (middle @ (down @ x))
+        if f"{name}.lora_A.weight" in w:
+            y = y + w[f"{name}.lora_B.weight"] @ (w[f"{name}.lora_A.weight"] @ x)
+        return y
+
+    def rms_norm(self, name, x):
+        return self.weights[f"{name}.weight"] * x / torch.sqrt((x * x).mean() + self.config.rms_norm_eps)
+
+    def norm(self, state):
+        """Norm of eq. 4, with the same small constant under the root as the package."""
+        square = (state * state).mean() if self.normalisation == "rms" else (state * state).mean(1, keepdim=True)
+        return state / torch.sqrt(square + 1e-6)
+
+    def rotate(self, x, position):
+        """Rotary: in every head, the pair (j, j + half) turns by position * theta ** (-j / half)."""
+        size, half = self.config.head_dim, self.config.head_dim // 2
+        theta = self.config.rope_parameters["rope_theta"]
+        out = x.clone()
+        for head in range(0, x.shape[0], size):
+            for j in range(half):
+                # float32, as transformers computes its angles
+                angle = torch.tensor(position, dtype=torch.float32) * (1.0 / theta ** torch.tensor(2 * j / size))
+                cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+                a, b = x[head + j], x[head + j + half]
+                out[head + j], out[head + j + half] = a * cos - b * sin, b * cos + a * sin
+        return out
+
+    def encode(self, layer, keys, values):
+        """S' = (W_Q^a q_g) (W_K^a K)^T (W_V^a V)."""
+        enc = f"model.layers.{layer}.self_attn.pte_encoder"
+        w = self.weights
+        attention = f"model.layers.{layer}.self_attn"
+        q_g = torch.stack([self.linear(f"{attention}.q_proj", h) for h in w[f"{enc}.global_tokens"]])
+        queries = q_g @ w[f"{enc}.query_map.weight"].T
+        return queries @ (keys @ w[f"{enc}.key_map.weight"].T).T @ (values @ w[f"{enc}.value_map.weight"].T)
+
+    def first_memory(self, layer):
+        tokens = self.weights.get(f"model.layers.{layer}.self_attn.pte_encoder.global_tokens")
+        if tokens is None:
+            return None
+        attention = f"model.layers.{layer}.self_attn"
+        k_g = torch.stack([self.linear(f"{attention}.k_proj", h) for h in tokens])
+        v_g = torch.stack([self.linear(f"{attention}.v_proj", h) for h in tokens])
+        state = self.norm(self.encode(layer, k_g, v_g))
+        return state if self.use_global_tokens else torch.zeros_like(state)
+
+    def evict(self, layer, count):
+        """The oldest `count` thoughts of a layer leave; what they say goes into its memory."""
+        thoughts = self.thoughts[layer]
+        gone, self.thoughts[layer] = thoughts[:count], thoughts[count:]
+        if self.memory[layer] is not None and self.encode_evicted:
+            update = self.encode(layer, torch.stack([k for k, _ in gone]), torch.stack([v for _, v in gone]))
+            total = self.memory[layer] + update
+            self.memory[layer] = total if self.state_update == "sum" else self.norm(total)
+
+    def attend(self, layer, x, position, state, is_prompt):
+        name, config = f"model.layers.{layer}.self_attn", self.config
+        size = config.head_dim
+        query = self.rotate(self.linear(f"{name}.q_proj", x, state=state), position)
+        key = self.rotate(self.linear(f"{name}.k_proj", x, state=state), position)
+        value = self.linear(f"{name}.v_proj", x, state=state)
+        (self.prompts if is_prompt else self.thoughts)[layer].append((key, value))
+        seen = self.prompts[layer] + self.thoughts[layer]
+        heads = []
+        for head in range(config.num_attention_heads):
+            shared = head // (config.num_attention_heads // config.num_key_value_heads)
+            part = slice(shared * size, (shared + 1) * size)
+            q = query[head * size : (head + 1) * size]
+            scores = torch.stack([q @ k[part] / math.sqrt(size) for k, _ in seen])
+            heads.append(scores.softmax(0) @ torch.stack([v[part] for _, v in seen]))
+        return self.linear(f"{name}.o_proj", torch.cat(heads), state=state)
+
+    def feed(self, token, position, is_prompt):
+        x = self.weights["model.embed_tokens.weight"][token]
+        for layer in range(self.config.num_hidden_layers):
+            name, state = f"model.layers.{layer}", self.memory[layer]
+            if state is not None and self.state_update == "sum":
+                state = self.norm(state)
+            x = x + self.attend(layer, self.rms_norm(f"{name}.input_layernorm", x), position, state, is_prompt)
+            inner = self.rms_norm(f"{name}.post_attention_layernorm", x)
+            gate = torch.nn.functional.silu(self.linear(f"{name}.mlp.gate_proj", inner, state=state))
+            up = self.linear(f"{name}.mlp.up_proj", inner, state=state)
+            x = x + self.linear(f"{name}.mlp.down_proj", gate * up, state=state)
+        return self.linear("lm_head", self.rms_norm("model.norm", x))
+
+    @torch.no_grad()
+    def logps(self, prompt, completion, window, ratio, temperature):
+        """(completion, vocab) log-probs; `prompt` and `completion` are lists of token ids."""
+        layers = range(self.config.num_hidden_layers)
+        self.prompts, self.thoughts = [[] for _ in layers], [[] for _ in layers]
+        self.memory = [self.first_memory(layer) for layer in layers]
+        for position, token in enumerate(prompt):
+            logits = self.feed(token, position, is_prompt=True)
+        out = [logits]
+        for i, token in enumerate(completion[:-1]):
+            if len(self.thoughts[0]) == window:
+                for layer in layers:
+                    self.evict(layer, math.ceil(ratio * window))
+            out.append(self.feed(token, len(prompt) + i, is_prompt=False))
+        return (torch.stack(out) / temperature).log_softmax(-1)
