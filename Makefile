@@ -27,10 +27,10 @@ demo-smollm2: $(READY)  ## the same run on a real pretrained model and real rows
 	$(PY) recipes/demo.py --tier smollm2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 test: $(READY)  ## all tests
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 test-fast: $(READY)  ## all tests that take less than a minute
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 -m "not slow"
 
 lint: $(READY)  ## ruff, lint and format
 	$(VENV)/bin/ruff check .

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
+import pte_trl.attention  # noqa: F401  (registers "blockwise")
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "benchmarks"
 
@@ -41,7 +43,9 @@ SHAPES = {
 def random_model(shape: str, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of a named shape with random weights; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(SHAPES[shape], attn_implementation="sdpa").to(device=device, dtype=dtype)
+    return AutoModelForCausalLM.from_config(SHAPES[shape], attn_implementation="blockwise").to(
+        device=device, dtype=dtype
+    )
 
 
 def hardware(device: str) -> str:

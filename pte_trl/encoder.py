@@ -52,8 +52,9 @@ class Encoder(nn.Module):
         """Scales such that |S'| of one eviction is `config.init_ratio` of |S|, for inputs of unit variance.
 
         An entry of S' of m evicted tokens sums r * m products of three unit normals: its deviation is
-        sqrt(r * m) times that of a key entry times that of a value entry. With 1/sqrt(fan_in) weights alone |S'| would be 60 to 300 times
-        |S| and the recursion would remember only the last eviction. `calibrate` does the same on real keys.
+        sqrt(r * m) times that of a key entry times that of a value entry. With 1/sqrt(fan_in) weights alone
+        |S'| would be 60 to 300 times |S| and the recursion would remember only the last eviction. `calibrate`
+        does the same on real keys.
         """
         nn.init.normal_(self.global_tokens)
         for linear in (self.query_map, self.key_map, self.value_map):

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.model import calibrate, check_supported, pte_layers
 from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import left_pad
 from pte_trl.schedule import Schedule, resolve_window
 
@@ -20,7 +21,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
     one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
     config = AutoConfig.from_pretrained(script.model_name_or_path)
     if args.method != "lora":
-        one_of("attn_implementation", script.attn_implementation, ("sdpa", "eager"))
+        one_of("attn_implementation", script.attn_implementation, MASKED_ATTENTION)
         check_supported(config)
 
 

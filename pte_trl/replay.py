@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from pte_trl.schedule import Schedule
 
+MASKED_ATTENTION = ("blockwise", "sdpa", "eager")  # attention implementations that take an arbitrary mask
+BLOCK = 128  # queries that attend together in `pte_trl.attention`
+
 
 @dataclass(frozen=True)
 class ReplayPlan:
@@ -24,6 +27,7 @@ class ReplayPlan:
         start: (batch, completion) position of the oldest thought token each thought token attends to.
         length: prompt and completion tokens, padding included.
         prompt: prompt tokens, padding included.
+        blocks: (first query, end, oldest thought position that one of them sees) of runs of BLOCK queries.
     """
 
     evicted: Tensor
@@ -31,6 +35,7 @@ class ReplayPlan:
     start: Tensor
     length: int
     prompt: int
+    blocks: list[tuple[int, int, int]]
 
     @classmethod
     def build(cls, windows: Tensor, evict_ratio: float, prompt: int, completion: int) -> "ReplayPlan":
@@ -49,12 +54,15 @@ class ReplayPlan:
 
         evictions = range(1, count + 1)
         thought = torch.arange(completion)
+        start = torch.stack([prompt + s.first_visible(thought) for s in schedules])
+        oldest = [prompt] * prompt + start.amin(0).tolist()
         return cls(
             evicted=torch.stack([positions([s.evicted_by(k) for k in evictions]) for s in schedules]).to(device),
             users=torch.stack([positions([s.decoded_under(k) for k in evictions]) for s in schedules]).to(device),
-            start=torch.stack([prompt + s.first_visible(thought) for s in schedules]).to(device),
+            start=start.to(device),
             length=length,
             prompt=prompt,
+            blocks=[(at, min(length, at + BLOCK), oldest[at]) for at in range(0, length, BLOCK)],
         )
 
     @property
@@ -93,11 +101,6 @@ def adapters_disabled(model: nn.Module) -> bool:
     return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
-def has_pte(model: nn.Module) -> bool:
-    """Whether the model carries a PTE adapter, which is told the plan."""
-    return any(getattr(m, "reads_replay_plan", False) for m in model.modules())
-
-
 def replay_inputs(
     model: nn.Module, attention_mask: Tensor, prompt: int, windows: Tensor | int, evict_ratio: float = 0.25
 ) -> dict:
@@ -114,10 +117,10 @@ def replay_inputs(
         ValueError: the model's attention takes no arbitrary mask.
     """
     config = getattr(model, "config", None) or model.module.config
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in MASKED_ATTENTION:
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r}: a replay needs an arbitrary attention mask; "
-            "allowed are 'sdpa' and 'eager'"
+            f"allowed are {', '.join(map(repr, MASKED_ATTENTION))}"
         )
     batch, length = attention_mask.shape
     windows = torch.as_tensor(windows, device=attention_mask.device).expand(batch)
@@ -127,5 +130,4 @@ def replay_inputs(
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    inputs = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
-    return {**inputs, "replay": plan} if has_pte(model) else inputs
+    return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False, "replay": plan}

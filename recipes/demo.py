@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from grpo_pte import main as train
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_pte import main as train
 from pte_trl.data import build_prompts, load_problems
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import Grader

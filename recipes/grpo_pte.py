@@ -9,9 +9,8 @@ Every key of a recipe is a flag as well; the flag beats the recipe. `--help` lis
 
 import sys
 
-from pte_trl.decontaminate import load_eval_problems, remove_overlap
-
 from pte_trl.data import build_prompts, load_problems
+from pte_trl.decontaminate import load_eval_problems, remove_overlap
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import AccuracyReward, Grader, check_golds, format_reward

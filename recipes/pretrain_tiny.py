@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/tiny-base"))
     parser.add_argument("--difficulty", choices=DIFFICULTIES, default="medium")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--test-problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

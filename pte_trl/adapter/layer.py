@@ -100,7 +100,6 @@ class PteAttention(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("pte_encoder",)
-    reads_replay_plan = True
 
     def __init__(self, base_layer: nn.Module, in_use: StateInUse):
         super().__init__()
@@ -138,7 +137,7 @@ class PteAttention(nn.Module, BaseTunerLayer):
             else:
                 _, memory = self._start(name)
                 self.in_use.set(self.pte_encoder[name].read(memory))
-        return self.base_layer(hidden_states, *args, **kwargs)
+        return self.base_layer(hidden_states, *args, replay=replay, **kwargs)
 
     def _adapter(self) -> str | None:
         if self.disable_adapters:

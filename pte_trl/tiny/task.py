@@ -14,6 +14,7 @@ import random
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 SPLITS = ("train", "test")
 
@@ -44,8 +45,8 @@ class Difficulty:
 
 
 DIFFICULTIES = {
-    "easy": Difficulty(lines=(5, 9)),
-    "medium": Difficulty(lines=(6, 12)),
+    "easy": Difficulty(lines=(5, 8)),
+    "medium": Difficulty(lines=(5, 10)),
     "hard": Difficulty(lines=(8, 14), kept=3),
 }
 
@@ -57,12 +58,12 @@ def split_of(problem: str) -> str:
 
 def draw(rng: random.Random, difficulty: Difficulty) -> dict[str, str]:
     """One random row `{id, problem, answer, solution}`, of either split."""
-    names = string.ascii_lowercase[: rng.randint(*difficulty.lines)]
+    names = rng.sample(string.ascii_lowercase, rng.randint(*difficulty.lines))
     recalled = rng.sample(names[2 : 2 + difficulty.kept], difficulty.recalls)
     first = rng.randrange(10)
     values = {names[0]: first}
     program, steps = [f"{names[0]}={first}"], [f"{names[0]}={first}"]
-    for index, (before, name) in enumerate(zip(names, names[1:], strict=False), start=1):
+    for index, (before, name) in enumerate(pairwise(names), start=1):
         sign = rng.choice("+-")
         if index >= len(names) - difficulty.recalls:
             term = recalled[len(names) - 1 - index]

@@ -1,0 +1,60 @@
+"""Attention of a replay at the price of what is visible, not of T squared.
+
+Blocks of queries each attend to the prompt and to the thought tokens that any of them sees; the mask within a block
+stays exact. It is a transformers attention function, chosen as `attn_implementation="blockwise"`; without a plan (a
+decode, an ordinary forward) it is plain SDPA. `attn_implementation="sdpa"` is its twin: the same mask, all at once.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pte_trl.replay import ReplayPlan
+
+NAME = "blockwise"
+
+
+def blockwise_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    replay: ReplayPlan | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: (batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out."""
+    if replay is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+    outputs = []
+    for start, stop, oldest in replay.blocks:
+
+        def seen(x: Tensor, dim: int, stop=stop, oldest=oldest) -> Tensor:
+            """The prompt and the thought tokens from `oldest` on."""
+            if oldest <= replay.prompt:
+                return x.narrow(dim, 0, stop)
+            return torch.cat([x.narrow(dim, 0, replay.prompt), x.narrow(dim, oldest, stop - oldest)], dim)
+
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, start:stop],
+                seen(key, 2),
+                seen(value, 2),
+                attn_mask=seen(attention_mask[:, :, start:stop], 3),
+                dropout_p=dropout,
+                scale=scaling,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, blockwise_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,68 @@
+"""The blockwise attention of a replay against its plain twin, SDPA with the whole mask at once."""
+
+import pytest
+import torch
+
+from pte_trl.replay import BLOCK
+from tests.models import (
+    ALL_SEVEN,
+    chosen,
+    decode_logps,
+    gap,
+    left_padded_batch,
+    replay_logps,
+    tiny,
+    with_lora,
+    with_pte,
+)
+
+LENGTHS, COMPLETION = [9, 4, 6], 3 * BLOCK
+WINDOWS = torch.tensor([16, 40, 7])
+METHODS = {
+    "bare": lambda model: model,
+    "lora_c": with_lora,
+    "pte": with_pte,
+    "pte, all seven": lambda model: with_pte(model, target_modules=ALL_SEVEN),
+}
+
+
+def scored(model, implementation):
+    """Log-probs of a batch with mixed windows and padding on both sides, and their gradients."""
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
+    ids, mask, prompt = left_padded_batch(LENGTHS, COMPLETION)
+    mask[1, -100:] = 0
+    logps = replay_logps(model, ids, mask, prompt, WINDOWS)
+    kept = mask[:, prompt:].bool()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(chosen(logps, ids, prompt)[kept].sum(), parameters)
+    return logps[kept].detach(), gradients
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_blockwise_equals_the_whole_mask(family, method):
+    model = METHODS[method](tiny(family, torch.float64, wide_norms=True))
+    (plain, plain_gradients), (fast, fast_gradients) = scored(model, "sdpa"), scored(model, "blockwise")
+    assert gap(plain, fast) <= 1e-10
+    for a, b in zip(plain_gradients, fast_gradients, strict=True):
+        assert a.norm() > 0 and (a - b).norm() <= 1e-8 * a.norm()
+
+
+@torch.no_grad()
+def test_blockwise_replay_equals_the_decode():
+    model = with_pte(tiny("llama", torch.float64))
+    model.set_attn_implementation("blockwise")
+    ids, mask, prompt = left_padded_batch(LENGTHS, 2 * BLOCK)
+    assert gap(decode_logps(model, ids, mask, prompt, 24), replay_logps(model, ids, mask, prompt, 24)) <= 1e-9
+
+
+@torch.no_grad()
+def test_without_a_plan_it_is_plain_attention():
+    model = tiny("qwen2", torch.float64)
+    ids, mask, _ = left_padded_batch(LENGTHS, 20)
+    logits = []
+    for implementation in ("sdpa", "blockwise"):
+        model.set_attn_implementation(implementation)
+        logits.append(model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
+    assert torch.equal(*logits)
