@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/tiny-base"))
     parser.add_argument("--difficulty", choices=DIFFICULTIES, default="medium")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--test-problems", type=int, default=200)
@@ -121,7 +121,7 @@ def save(model, tokenizer, output: Path) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    if args.output.exists():
+    if (args.output / "config.json").exists():
         print(f"{args.output} is there already; nothing to do")
         return
     args.output.parent.mkdir(parents=True, exist_ok=True)

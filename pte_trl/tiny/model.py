@@ -1,11 +1,15 @@
 r"""A Qwen2 model of about a million parameters and a tokenizer of single bytes plus a few words."""
 
+import string
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 END, PAD, START = "<|im_end|>", "<|pad|>", "<|im_start|>"
-WORDS = ("system", "user", "assistant", "Modulo 10: ", ". Find ", r"\boxed{")
+# A number with its name is one token: finding it again is then one step of attention, learnt in a minute.
+PAIRS = [f"{name}{digit}" for name in string.ascii_letters for digit in range(10)]
+WORDS = ["system", "user", "assistant", ". Find ", r"\boxed{", *PAIRS]
 # As ChatML: every message stands between START and END, and a prompt ends where the answer begins.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

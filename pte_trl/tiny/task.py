@@ -1,12 +1,11 @@
-r"""Straight-line arithmetic modulo 10 whose last line needs a value written long before.
+r"""Running sums modulo 10, one of which is asked for at the end.
 
-    problem    Modulo 10: a=4;b=a+7;c=b-2;d=c+5;e=d+1;f=e+9;g=f+c. Find g.
-    solution   a=4;b=4+7=1;c=1-2=9;d=9+5=4;e=4+1=5;f=5+9=4;g=4+9=3;\boxed{3}
+    problem    a1b2c0d2. Find B.
+    solution   a1A1b2B3c0C3d2D5;B3=3;\boxed{3}
 
-Every line but the last needs the value just written, so a short window of thought is enough for it. The last
-line goes back to an early variable. Its value stands in the thought only: the problem defines it through a
-chain of steps, which has to be worked out again once the value has left the window. A program that is short
-enough still fits, so accuracy falls step by step with the window instead of all at once.
+`b2` is a number that is given, `B3` the sum up to it. Every line needs the line before and the problem, so a short
+window of thought is enough for it. The end goes back to one of the sums. It stands in the thought only: once it has
+left the window it has to be added up again, or remembered.
 """
 
 import hashlib
@@ -14,40 +13,26 @@ import random
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How long the programs are and how much of the early thought is needed at the end.
-
-    Args:
-        lines: shortest and longest program, in lines of the solution (about 8 tokens each).
-        kept: how many early variables, from the third line on, may be asked for again.
-        recalls: how many of the last lines go back to one of them.
-    """
+    """Args: lines: the shortest and the longest list of numbers; a line of the solution has two tokens."""
 
     lines: tuple[int, int]
-    kept: int = 1
-    recalls: int = 1
 
     def __post_init__(self):
         shortest, longest = self.lines
-        # The third line is the first whose value cannot be read off the problem at a glance.
-        if not 2 + self.kept + self.recalls < shortest <= longest <= len(string.ascii_lowercase):
-            raise ValueError(
-                f"{self}: the shortest program must have more than 2 + kept + recalls lines, the longest at most 26"
-            )
-        if not 1 <= self.recalls <= self.kept:
-            raise ValueError(f"{self}: recalls must lie between 1 and kept")
+        if not 2 <= shortest <= longest <= len(string.ascii_lowercase):
+            raise ValueError(f"{self}: there must be at least 2 lines and at most {len(string.ascii_lowercase)}")
 
 
 DIFFICULTIES = {
-    "easy": Difficulty(lines=(5, 8)),
-    "medium": Difficulty(lines=(5, 10)),
-    "hard": Difficulty(lines=(8, 14), kept=3),
+    "easy": Difficulty(lines=(5, 9)),
+    "medium": Difficulty(lines=(12, 20)),
+    "hard": Difficulty(lines=(16, 26)),
 }
 
 
@@ -58,29 +43,20 @@ def split_of(problem: str) -> str:
 
 def draw(rng: random.Random, difficulty: Difficulty) -> dict[str, str]:
     """One random row `{id, problem, answer, solution}`, of either split."""
-    names = rng.sample(string.ascii_lowercase, rng.randint(*difficulty.lines))
-    recalled = rng.sample(names[2 : 2 + difficulty.kept], difficulty.recalls)
-    first = rng.randrange(10)
-    values = {names[0]: first}
-    program, steps = [f"{names[0]}={first}"], [f"{names[0]}={first}"]
-    for index, (before, name) in enumerate(pairwise(names), start=1):
-        sign = rng.choice("+-")
-        if index >= len(names) - difficulty.recalls:
-            term = recalled[len(names) - 1 - index]
-            number = values[term]
-        else:
-            term = number = rng.randrange(10)
-        values[name] = (values[before] + (number if sign == "+" else -number)) % 10
-        program.append(f"{name}={before}{sign}{term}")
-        steps.append(f"{name}={values[before]}{sign}{number}={values[name]}")
-
-    problem = f"Modulo 10: {';'.join(program)}. Find {names[-1]}."
-    answer = str(values[names[-1]])
+    names = string.ascii_lowercase[: rng.randint(*difficulty.lines)]
+    numbers = [rng.randrange(3) for _ in names]  # small steps: the model learns to add them in minutes
+    sums = [sum(numbers[: line + 1]) % 10 for line in range(len(names))]
+    asked = rng.randrange(len(names) - 1)
+    answer = str(sums[asked])
+    problem = "".join(f"{name}{number}" for name, number in zip(names, numbers, strict=True))
+    problem += f". Find {names[asked].upper()}."
+    lines = "".join(f"{n}{x}{n.upper()}{s}" for n, x, s in zip(names, numbers, sums, strict=True))
+    recall = f"{names[asked].upper()}{sums[asked]}={answer}"
     return {
         "id": "tiny-" + hashlib.sha256(problem.encode()).hexdigest()[:12],
         "problem": problem,
         "answer": answer,
-        "solution": ";".join(steps) + rf";\boxed{{{answer}}}",
+        "solution": rf"{lines};{recall};\boxed{{{answer}}}",
     }
 
 
@@ -105,4 +81,5 @@ def rows(split: str, count: int, seed: int, difficulty: Difficulty) -> list[dict
     for row in stream(split, seed, difficulty):
         chosen.setdefault(row["id"], row)
         if len(chosen) == count:
-            return list(chosen.values())
+            break
+    return list(chosen.values())
