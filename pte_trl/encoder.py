@@ -10,6 +10,8 @@ behind is the *memory*, (batch, n_g, r); `read` turns a memory into the state S 
 the recursive rule the memory is S itself, for the sum it is the sum before the norm.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,12 @@ def root_mean_square(state: Tensor, normalisation: str) -> Tensor:
     """Norm of eq. 4: divide by the root mean square of the matrix ("rms") or of each of its rows ("row")."""
     dims = (-2, -1) if normalisation == "rms" else (-1,)
     return state * torch.rsqrt(state.square().mean(dim=dims, keepdim=True) + NORM_EPS)
+
+
+def without_autocast(device: torch.device):
+    """A context in which products keep their operands' precision; free where autocast is off anyway."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class Encoder(nn.Module):
@@ -78,12 +86,12 @@ class Encoder(nn.Module):
 
     def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """(…, d_kv) keys and values as they lie in the cache -> their (…, r) latents, W_K^a K and W_V^a V."""
-        with torch.autocast(keys.device.type, enabled=False):
+        with without_autocast(keys.device):
             return self._project(self.key_map, keys), self._project(self.value_map, values)
 
     def queries(self, global_queries: Tensor) -> Tensor:
         """(n_g, d_q) -> (n_g, r), W_Q^a q_g."""
-        with torch.autocast(global_queries.device.type, enabled=False):
+        with without_autocast(global_queries.device):
             return self._project(self.query_map, global_queries)
 
     def update(self, queries: Tensor, key_latents: Tensor, value_latents: Tensor) -> Tensor:
@@ -96,7 +104,7 @@ class Encoder(nn.Module):
         Returns:
             (…, n_g, r).
         """
-        with torch.autocast(queries.device.type, enabled=False):
+        with without_autocast(queries.device):
             return queries @ (key_latents.transpose(-2, -1) @ value_latents)
 
     def start(self, queries: Tensor, key_latents: Tensor, value_latents: Tensor) -> Tensor:

@@ -40,9 +40,11 @@ def test_solutions_are_graded_correct_and_others_wrong():
 
 
 def test_splits_are_disjoint_and_seeds_repeat():
-    train, test = (rows(split, 3000, 0, Difficulty((2, 3))) for split in ("train", "test"))
+    train, test = (rows(split, 15, 0, Difficulty((2, 3))) for split in ("train", "test"))
     assert not {row["problem"] for row in train} & {row["problem"] for row in test}
     assert rows("train", 20, 5, DIFFICULTIES["easy"]) == rows("train", 20, 5, DIFFICULTIES["easy"])
+    with pytest.raises(ValueError, match="count=3000"):
+        rows("train", 3000, 0, Difficulty((2, 3)))
     with pytest.raises(ValueError, match="'valid'"):
         next(stream("valid", 0, DIFFICULTIES["easy"]))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pte_trl.adapter.config import PteConfig
 from pte_trl.cache import BoundedCache, BoundedLayer
-from pte_trl.encoder import Encoder
+from pte_trl.encoder import Encoder, without_autocast
 from pte_trl.replay import ReplayPlan
 
 
@@ -35,7 +35,7 @@ class StateInUse:
     def apply(self, x: Tensor, read: str) -> Tensor:
         """x S (row reading, x: (batch, length, n_g)) or S x (column reading, x: (batch, length, r))."""
         side = (lambda s: s) if read == "row" else (lambda s: s.transpose(-2, -1))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             x = x.to(self.first.dtype)
             y = x @ side(self.first)
             if self.later is None:

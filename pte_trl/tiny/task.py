@@ -76,10 +76,17 @@ def stream(split: str, seed: int, difficulty: Difficulty) -> Iterator[dict[str, 
 
 
 def rows(split: str, count: int, seed: int, difficulty: Difficulty) -> list[dict[str, str]]:
-    """`count` different rows of one split, in a fixed order."""
-    chosen = {}
+    """`count` different rows of one split, in a fixed order.
+
+    Raises:
+        ValueError: the difficulty does not have so many problems.
+    """
+    chosen, repeats = {}, 0
     for row in stream(split, seed, difficulty):
+        repeats = repeats + 1 if row["id"] in chosen else 0
         chosen.setdefault(row["id"], row)
         if len(chosen) == count:
             break
+        if repeats > 10_000:
+            raise ValueError(f"count={count}: {difficulty} has about {len(chosen)} problems in the split {split!r}")
     return list(chosen.values())
