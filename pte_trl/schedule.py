@@ -6,6 +6,7 @@ model computes its keys and values; if the window is full at that moment, the ol
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -33,7 +34,7 @@ class Schedule:
         if isinstance(self.evict_ratio, bool) or not 0 < self.evict_ratio <= 1:
             raise ValueError(f"evict_ratio={self.evict_ratio!r}: must be above 0 and at most 1")
 
-    @property
+    @cached_property  # asked for several times per layer and token
     def evict(self) -> int:
         """E = ceil(rho * W), tokens that leave together. 1 <= E <= W."""
         # round() first: 0.1 * 30 is 3.0000000000000004 and must give 3, not 4.
