@@ -40,8 +40,8 @@ class Encoder(nn.Module):
         kv_size: d_kv, all key heads together.
         config: the `PteConfig`.
 
-    Everything runs in float32 (or wider where the inputs are), whatever autocast says: in bfloat16 the decode
-    and the replay drift apart by up to 0.1 in log-probability.
+    Everything runs in float32 (or wider where the inputs are), whatever autocast says: rounding S would
+    come on top of the base model's own rounding.
     """
 
     def __init__(self, hidden_size: int, query_size: int, kv_size: int, config):
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 
         An entry of S' of m evicted tokens sums r * m products of three unit normals: its deviation is
         sqrt(r * m) times that of a key entry times that of a value entry. With 1/sqrt(fan_in) weights alone
-        |S'| would be 60 to 300 times |S| and the recursion would remember only the last eviction. `calibrate`
+        |S'| would be far above |S|, and the recursion would remember only the last eviction. `calibrate`
         does the same on real keys.
         """
         nn.init.normal_(self.global_tokens)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pte_trl.rewards import Grader
+
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they give
 settings.register_profile("pte", deadline=None, max_examples=100, derandomize=True)
 settings.load_profile("pte")
@@ -12,3 +14,9 @@ settings.load_profile("pte")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=2, time_limit=1.0) as grader:
+        yield grader

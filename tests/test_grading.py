@@ -19,12 +19,6 @@ from pte_trl.rewards import (
 TOWER = r"\boxed{9^{9^{9^9}}}"
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(workers=2, time_limit=1.0) as grader:
-        yield grader
-
-
 def grade(grader: Grader, gold: str, completion: str) -> Verdict:
     return grader.grade([gold], [completion])[0]
 

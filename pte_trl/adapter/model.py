@@ -3,7 +3,7 @@
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pte_trl.adapter.config import ATTENTION_LINEARS, PteConfig
 from pte_trl.adapter.layer import PteAttention, PteLinear, StateInUse
@@ -128,7 +128,7 @@ def pte_layers(model: nn.Module) -> list[PteAttention]:
 def calibrate(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, evict: int) -> list[float]:
     """Rescales the encoders of a fresh adapter so that |S'| / |S| is `init_ratio` on real keys and values.
 
-    Keys of real models are far from unit variance (Qwen2.5 has key biases in the hundreds), which the data-free
+    Keys of real models are far from unit variance (docs/log.md has the ratios found), which the data-free
     initialisation cannot know. S_0 is normalised, hence unchanged up to rounding.
 
     Args:
@@ -155,8 +155,6 @@ def calibrate(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.T
 
 
 def _plain_cache(model, input_ids, attention_mask):
-    from transformers import DynamicCache
-
     cache = DynamicCache(config=model.config)
     with model.disable_adapter():
         model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
