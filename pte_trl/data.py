@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
@@ -241,5 +242,5 @@ def drop_long(prompts: Dataset, lengths: list[int], limit: int) -> Dataset:
     count = f"{len(lengths) - len(kept)} of {len(lengths)} prompts have more than max_prompt_tokens={limit} tokens"
     if not kept:
         raise ValueError(f"{count} and none is left: the shortest has {min(lengths)}")
-    print(f"{count} and are dropped; the longest has {max(lengths)}", flush=True)
+    PartialState().print(f"{count} and are dropped; the longest has {max(lengths)}", flush=True)
     return prompts.select(kept)

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from .data import BENCHMARKS, load_problems
@@ -85,16 +86,17 @@ def remove_overlap(dataset: Dataset, eval_sets: dict[str, list[str]], threshold:
     """
     if not eval_sets:
         raise ValueError("eval_sets is empty: no evaluation problems to compare the training problems with")
+    say = PartialState().print  # on the main process
     origin = [(name, index) for name, problems in eval_sets.items() for index in range(len(problems))]
     matches = overlap(list(dataset["problem"]), [eval_sets[name][i] for name, i in origin], threshold)
     for name, problems in eval_sets.items():
         pairs = [(m.train_index, m.eval_index) for m in matches if origin[m.eval_index][0] == name]
         rows, hit = len({train for train, _ in pairs}), len({evaluated for _, evaluated in pairs})
-        print(f"decontamination: {rows} training problems repeat {hit} of {len(problems)} in {name}", flush=True)
+        say(f"decontamination: {rows} training problems repeat {hit} of {len(problems)} in {name}", flush=True)
     removed = {match.train_index for match in matches}
     if len(removed) == len(dataset):
         raise ValueError(f"all {len(dataset)} training problems overlap with {', '.join(eval_sets)}: none is left")
-    print(f"decontamination: {len(removed)} of {len(dataset)} training problems removed (share >= {threshold})")
+    say(f"decontamination: {len(removed)} of {len(dataset)} training problems removed (share >= {threshold})")
     return dataset.select([index for index in range(len(dataset)) if index not in removed])
 
 

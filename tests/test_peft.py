@@ -178,6 +178,14 @@ def test_unload_gives_the_base_model_back(batch):
     assert gap(logps(with_pte(unloaded), batch), logps(plain, batch)) > 1e-3  # it can be adapted again
 
 
+def test_one_config_serves_two_shapes():
+    config = PteConfig(rank=4, num_global_tokens=3)
+    small, large = (get_peft_model(base(num_hidden_layers=n), config) for n in (1, 2))
+    assert config.geometry is None
+    assert small.peft_config["default"].geometry["num_hidden_layers"] == 1
+    assert large.peft_config["default"].geometry["num_hidden_layers"] == 2
+
+
 def test_another_geometry_names_both(tmp_path):
     with_pte(base()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"made for num_hidden_layers=3; the model has num_hidden_layers=2"):

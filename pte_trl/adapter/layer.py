@@ -83,7 +83,10 @@ class PteLinear(nn.Module, BaseTunerLayer):
                 down, up = self.pte_down[name], self.pte_up[name]
                 inner = down(self.dropout[name](x.to(down.weight.dtype)))
                 outer = self.in_use.apply(inner, self.read[name])
-                result = result + (self.scale[name] * up(outer.to(up.weight.dtype))).to(result.dtype)
+                outer = up(outer.to(up.weight.dtype))
+                if self.scale[name] != 1.0:  # a pass over the output that decoding can do without
+                    outer = self.scale[name] * outer
+                result = result + outer.to(result.dtype)
         return result
 
 

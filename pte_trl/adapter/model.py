@@ -1,5 +1,7 @@
 """The PEFT tuner: puts PTE into every decoder layer of a supported model."""
 
+import copy
+
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -71,7 +73,11 @@ class PteModel(BaseTuner):
                 + "; the model has "
                 + ", ".join(f"{k}={found[k]}" for k in differ)
             )
-        peft_config.geometry = found
+        # Into a copy: the caller's config then serves a model of another shape as well.
+        for name, config in self.peft_config.items():
+            if config is peft_config:
+                self.peft_config[name] = filled = copy.copy(config)
+                filled.geometry = found
 
     @staticmethod
     def _check_target_module_exists(peft_config: PteConfig, key: str) -> bool:
