@@ -1,20 +1,17 @@
 """What the benchmarks share: model shapes with random weights, the environment line, tables and records."""
 
 import json
-import platform
-import shlex
-import subprocess
-import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 import pte_trl.attention  # noqa: F401  (registers "blockwise")
+from pte_trl.manifest import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "benchmarks"
+__all__ = ["environment", "print_environment", "print_table", "random_model", "record"]
 
 # Shapes only: a benchmark of time needs no trained weights.
 SHAPES = {
@@ -46,42 +43,6 @@ def random_model(shape: str, seed: int, device: str = "cpu", dtype: torch.dtype 
     return AutoModelForCausalLM.from_config(SHAPES[shape], attn_implementation="blockwise").to(
         device=device, dtype=dtype
     )
-
-
-def hardware(device: str) -> str:
-    """What the benchmark runs on, as its maker calls it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def commit() -> str:
-    """The commit that is measured, marked when the working tree differs from it."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" (changed)" if changed else "")
-
-
-def environment(device: str = "cpu") -> dict:
-    """What a figure is worth nothing without."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {module.name}" if module else f"python {Path(sys.argv[0]).name}"
-    return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit(),
-        "command": f"{program} {shlex.join(sys.argv[1:])}".strip(),
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
 
 
 def print_environment(environment: dict) -> None:

@@ -1,12 +1,13 @@
 """A recipe's model, tokenizer and adapter, refused before the weights load where they cannot work."""
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.model import calibrate, check_supported, pte_layers
 from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import left_pad
 from pte_trl.schedule import Schedule, resolve_window
@@ -25,7 +26,18 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
         check_supported(config)
 
 
-def load_tokenizer(script: RecipeArguments) -> PreTrainedTokenizerBase:
+def check_evaluation_model(args: EvaluationArguments) -> None:
+    """Reads only configurations: the model's and the adapter's.
+
+    Raises:
+        ValueError: an unsupported architecture, or a folder without an adapter.
+    """
+    check_supported(AutoConfig.from_pretrained(args.model_name_or_path))
+    if args.adapter is not None:
+        PeftConfig.from_pretrained(args.adapter)
+
+
+def load_tokenizer(script: RecipeArguments | EvaluationArguments) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token."""
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, padding_side="left")
     if tokenizer.pad_token is None:
@@ -42,6 +54,17 @@ def load_model(script: RecipeArguments) -> PreTrainedModel | PeftModel:
     if script.adapter is not None:
         model = PeftModel.from_pretrained(model, script.adapter, is_trainable=True)
     return model
+
+
+def load_for_evaluation(args: EvaluationArguments, device: torch.device) -> PreTrainedModel | PeftModel:
+    """The model with its adapter, for sampling only."""
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path, dtype=dtype, attn_implementation=args.attn_implementation
+    )
+    if args.adapter is not None:
+        model = PeftModel.from_pretrained(model, args.adapter)
+    return model.to(device).eval()
 
 
 def calibrate_encoders(trainer, prompts: int = 8) -> None:

@@ -31,12 +31,17 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[RecipeArguments, PteGRP
         ValueError: naming key, value and what is allowed.
         SystemExit: for a flag that does not exist, with argparse's message.
     """
+    return parse((RecipeArguments, PteGRPOConfig), argv)
+
+
+def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
+    """An object of each dataclass; errors as in `parse_recipe`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # TrlParser does not load `--config=f.yaml`, and says nothing.
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
-        check_types(read_recipe(argv[argv.index("--config") + 1 :]))
-    return TrlParser((RecipeArguments, PteGRPOConfig)).parse_args_and_config(argv)
+        check_types(read_recipe(argv[argv.index("--config") + 1 :]), classes)
+    return TrlParser(classes).parse_args_and_config(argv)
 
 
 def read_recipe(rest: list[str]) -> dict:
@@ -49,14 +54,14 @@ def read_recipe(rest: list[str]) -> dict:
     return recipe
 
 
-def check_types(recipe: dict) -> None:
+def check_types(recipe: dict, classes: tuple[type, ...]) -> None:
     """Compares every value of a recipe with its field's type: TrlParser passes `max_steps: 2.5` or `beta: true`."""
-    hints = typing.get_type_hints(RecipeArguments) | typing.get_type_hints(PteGRPOConfig)
+    hints = {key: hint for cls in classes for key, hint in typing.get_type_hints(cls).items()}
     for key, value in recipe.items():
         if key in ("config", "env"):
             continue
         if key not in hints:
-            raise ValueError(f"{key}={value!r}: no such key; see `grpo_pte.py --help` for those there are")
+            raise ValueError(f"{key}={value!r}: no such key; --help lists those there are")
         allowed = members(hints[key])
         if value is not None and not any(fits(value, kind) for kind in allowed):
             names = " or ".join(sorted({getattr(kind, "__name__", str(kind)) for kind in allowed}))

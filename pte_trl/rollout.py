@@ -73,7 +73,9 @@ def rollout(
     pad_token_id: int,
     evict_ratio: float = 0.25,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    seeds: list[int] | None = None,
 ) -> Rollout:
     """Samples one completion per prompt.
 
@@ -86,7 +88,10 @@ def rollout(
         pad_token_id: fed where a sequence has ended or not begun.
         evict_ratio: share of a full window that leaves at once.
         temperature: of the sampling; 0 is greedy (log-probs are then at temperature 1).
+        top_p: sample from the smallest set of tokens with this much probability; for evaluation, since a replay
+            scores the whole vocabulary.
         generator: for sampling; the global one if None.
+        seeds: one per prompt. A completion then depends on its own seed and, but for rounding, not on its batch.
     """
     began = time.perf_counter()
     device = model.device
@@ -95,6 +100,7 @@ def rollout(
     stops = torch.tensor(eos_token_ids, device=device)
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     mask, alive = prompt_mask, torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
+    uniforms = Uniforms(seeds, device) if seeds is not None else None
     sampled, logprobs, lengths = [], [], torch.zeros(len(prompt_ids), dtype=torch.long, device=device)
     with eval_mode(model):
         while True:
@@ -106,7 +112,9 @@ def rollout(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            token, logprob = sample(logits, temperature, generator)
+            token, logprob = sample(
+                logits, temperature, top_p, generator=generator, uniform=uniforms and uniforms.next()
+            )
             token = torch.where(alive, token, pad_token_id)
             sampled.append(token)
             logprobs.append(logprob)
@@ -131,8 +139,55 @@ def rollout(
     )
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """One token per row of (batch, vocabulary) logits, and its log-prob under the distribution it came from."""
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
+    *,
+    generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token per row of (batch, vocabulary) logits, and its log-prob under the distribution it came from.
+
+    Args:
+        uniform: (batch,) numbers in [0, 1) that decide the tokens, instead of `generator`.
+    """
     logps = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    token = logps.argmax(-1) if temperature == 0 else logps.exp().multinomial(1, generator=generator)[:, 0]
+    if temperature == 0:
+        token = logps.argmax(-1)
+    else:
+        logps = nucleus(logps, top_p) if top_p < 1 else logps
+        if uniform is None:
+            token = logps.exp().multinomial(1, generator=generator)[:, 0]
+        else:
+            # In float64: the many small probabilities of a large vocabulary would be lost in a float32 sum.
+            reached = logps.double().exp().cumsum(-1)
+            token = torch.searchsorted(reached, (uniform * reached[:, -1]).unsqueeze(1), right=True)[:, 0]
+            token = token.clamp(max=logps.shape[-1] - 1)
     return token, logps.gather(1, token.unsqueeze(1)).squeeze(1)
+
+
+def nucleus(logps: Tensor, top_p: float) -> Tensor:
+    """Log-probs of the smallest set of tokens whose probability reaches `top_p`, renormalised; -inf elsewhere."""
+    ordered, order = logps.sort(dim=-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # what more likely tokens already have
+    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+    return torch.full_like(logps, -torch.inf).scatter(-1, order, ordered).log_softmax(-1)
+
+
+class Uniforms:
+    """A stream of random numbers per row, each from a seed of its own, drawn a block at a time."""
+
+    BLOCK = 256
+
+    def __init__(self, seeds: list[int], device):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device, self.at = device, 0
+
+    def next(self) -> Tensor:
+        """(batch,) numbers in [0, 1), float64."""
+        if self.at % self.BLOCK == 0:
+            rows = [torch.rand(self.BLOCK, generator=g, dtype=torch.float64) for g in self.generators]
+            self.block = torch.stack(rows, dim=1).to(self.device)
+        self.at += 1
+        return self.block[(self.at - 1) % self.BLOCK]

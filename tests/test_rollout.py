@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pte_trl.replay import replay_inputs
-from pte_trl.rollout import left_pad, rollout
+from pte_trl.rollout import left_pad, nucleus, rollout
+from pte_trl.rollout import sample as sample_token
 from tests.models import tiny, with_lora, with_pte
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
@@ -65,3 +66,36 @@ def test_cache_does_not_grow_with_the_completion():
     model = tiny("qwen2", torch.float32)
     short, long = (sample(model, eos_token_ids=[-1], max_new_tokens=n).cache_bytes for n in (20, 84))
     assert short == long  # both stop at the same place of the window's cycle (E = 2)
+
+
+def test_a_completion_depends_on_its_seed_and_not_on_its_batch():
+    model = with_pte(tiny("llama", torch.float64))
+    seeds = [11, 12, 2**62 + 13]
+    together = sample(model, seeds=seeds)
+    alone = [sample(model, [p], seeds=[s]) for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert together.completion_ids == [result.completion_ids[0] for result in alone]
+    turned = sample(model, PROMPTS[::-1], seeds=seeds[::-1])
+    assert together.completion_ids == turned.completion_ids[::-1]
+    assert together.completion_ids != sample(model, seeds=[1, 2, 3]).completion_ids
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_uniform_numbers_give_every_token_its_share(top_p):
+    count = 20_000
+    logits = torch.tensor([2.0, -1.0, 0.5, 0.4, -30.0])
+    share = (logits / 0.5).softmax(-1)
+    if top_p < 1:  # 0.92 of it is the first token's
+        share = torch.tensor([1.0, 0, 0, 0, 0])
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    token, logps = sample_token(logits.expand(count, -1), 0.5, top_p, uniform=uniform)
+    assert torch.bincount(token, minlength=5) / count == pytest.approx(share, abs=1e-4)
+    assert logps == pytest.approx(share.log()[token], abs=1e-5)
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    logps = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    for top_p, kept in ((0.4, [1]), (0.6, [1, 3]), (0.79, [1, 3]), (0.9, [0, 1, 3]), (0.99, [0, 1, 2, 3])):
+        found = nucleus(logps, top_p).exp()[0]
+        assert found.nonzero().flatten().tolist() == kept
+        assert found.sum().item() == pytest.approx(1)
+        assert found[kept] == pytest.approx(logps.exp()[0, kept] / logps.exp()[0, kept].sum())

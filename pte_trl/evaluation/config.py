@@ -1,0 +1,86 @@
+"""What an evaluation can be told; read by TrlParser, checked before any weights load."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from pte_trl.adapter.config import one_of
+from pte_trl.schedule import Schedule
+
+FROM_RECIPE = ("model_name_or_path", "dtype", "attn_implementation", "system_prompt", "data_dir")
+# What decides the text of a sample. A folder belongs to one set of them, and every record has them all.
+RECORDED = (
+    *("model_name_or_path", "adapter", "dtype", "system_prompt"),
+    *("budget", "window", "evict_ratio", "eviction", "max_new_tokens", "temperature", "top_p", "seed"),
+)
+
+
+@dataclass
+class EvaluationArguments:
+    """An evaluation of one model, with or without an adapter, on one or more benchmarks."""
+
+    output_dir: str = field(metadata={"help": "Records go to OUTPUT_DIR/BENCHMARK/records.jsonl."})
+    benchmarks: list[str] = field(metadata={"help": "Names, .jsonl files or hub names."})
+    recipe: str | None = field(default=None, metadata={"help": "Training recipe: model, precision, system prompt."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the base model."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder of a LoRA or PTE adapter."})
+    dtype: str | None = field(default=None, metadata={"help": "bfloat16, float32 or auto."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "blockwise, sdpa or eager."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of NAME.jsonl files instead of the hub."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
+
+    budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept."})
+    window: int | None = field(default=None, metadata={"help": "Thought tokens kept; neither: the full cache."})
+    evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
+    eviction: str = field(default="sliding_window", metadata={"help": "Which tokens leave."})
+    max_new_tokens: int = field(default=3072, metadata={"help": "Completion tokens at most."})
+    samples: int = field(default=1, metadata={"help": "Completions per problem."})
+    temperature: float = field(default=0.6, metadata={"help": "0 is greedy."})
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus; 1 for all."})
+    seed: int = field(default=0, metadata={"help": "Every sample's own seed follows from it."})
+    batch_size: int = field(default=64, metadata={"help": "Completions decoded together, per process."})
+
+    grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
+    grader_time_limit: float = field(default=5.0, metadata={"help": "Seconds one answer may take."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
+
+    def __post_init__(self):
+        self._take_from_recipe()
+        self.dtype = self.dtype or "bfloat16"
+        self.attn_implementation = self.attn_implementation or "blockwise"
+        if not self.model_name_or_path:
+            raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
+        if not self.benchmarks:
+            raise ValueError(f"benchmarks={self.benchmarks!r}: must name at least one")
+        if self.budget is not None and self.window is not None:
+            raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
+        one_of("dtype", self.dtype, ("bfloat16", "float32", "auto"))
+        for key, least in (("budget", 2), ("max_new_tokens", 1), ("samples", 1), ("batch_size", 1), ("limit", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"{key}={value!r}: must be at least {least}")
+        Schedule(1 if self.window is None else self.window, self.evict_ratio)
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature!r}: must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r}: must be above 0 and at most 1")
+
+    def _take_from_recipe(self) -> None:
+        """Fills what was not given from a training recipe, so that both prompt the model in the same way."""
+        if self.recipe is None:
+            return
+        if not Path(self.recipe).is_file():
+            raise ValueError(f"recipe={self.recipe!r}: no such file")
+        values = yaml.safe_load(Path(self.recipe).read_text())
+        for key in FROM_RECIPE:
+            if getattr(self, key) is None and key in values:
+                setattr(self, key, values[key])
+
+    def recorded(self) -> dict:
+        """The settings that stand in every record."""
+        return {key: getattr(self, key) for key in RECORDED}
+
+
+assert set(RECORDED) <= {f.name for f in fields(EvaluationArguments)}

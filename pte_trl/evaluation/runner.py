@@ -1,0 +1,224 @@
+"""Problems -> completions -> verdicts -> records, on any number of processes.
+
+The samples of a benchmark are put into batches by their prompts' length, and every process takes every n-th batch.
+What is on disk already is not done again. A sample has a seed of its own and a window that follows from its own
+prompt, so neither the batch size nor the number of processes changes it (but for the rounding of another batch).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from pte_trl.data import build_prompts
+from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.records import COMPLETE, Parts, read_records
+from pte_trl.rewards import Grader, Verdict, check_golds
+from pte_trl.rollout import rollout
+from pte_trl.schedule import resolve_window
+
+ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window, hence a batch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to be made; `window` is None for the full cache and 0 where the prompt leaves no room."""
+
+    problem: int
+    number: int
+    seed: int
+    window: int | None
+
+
+def seed_of(seed: int, benchmark: str, problem_id: str, number: int) -> int:
+    """A sample's own seed, 63 bits, from what names it."""
+    name = f"{seed}/{benchmark}/{problem_id}/{number}".encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
+
+
+def window_of(args: EvaluationArguments, prompt_tokens: int) -> int | None:
+    """W of a sample; with a budget, what a prompt of this length, rounded up, leaves of it."""
+    if args.budget is None:
+        return args.window
+    rounded = -(-prompt_tokens // ROUND) * ROUND
+    return resolve_window(None, args.budget, rounded) if rounded < args.budget else 0
+
+
+class Evaluation:
+    """One benchmark under one setting.
+
+    Args:
+        problems: as `load_benchmark` gives them.
+        accelerator: its processes share the batches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        problems: Dataset,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        args: EvaluationArguments,
+        accelerator: Accelerator,
+        grader: Grader,
+    ):
+        self.name, self.problems, self.model, self.tokenizer = name, problems, model, tokenizer
+        self.args, self.accelerator, self.grader = args, accelerator, grader
+        self.folder = Path(args.output_dir) / Path(name).stem
+        prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
+        self.texts = [self._text(prompt) for prompt in prompts]
+        self.prompt_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts]
+        self.settings = args.recorded() | {
+            "benchmark": Path(name).stem,
+            "math_verify": version("math-verify"),
+            "pte_trl": version("pte_trl"),
+        }
+
+    def _text(self, prompt: str | list[dict]) -> str:
+        if isinstance(prompt, str):
+            return (self.tokenizer.bos_token or "") + prompt
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+
+    def run(self) -> list[dict]:
+        """The records of the benchmark, all of them, on every process.
+
+        Raises:
+            ValueError: the folder holds records of other settings; names the key.
+        """
+        everything = self.samples()
+        order = [(self.problems[s.problem]["id"], s.number) for s in everything]
+        found = self._found()
+        done = {(row["problem_id"], row["sample"]) for row in found}
+        if done and done == set(order) and (self.folder / COMPLETE).is_file():
+            self.accelerator.print(f"{self.folder}: all {len(order)} samples are there, nothing to do")
+            return found
+        if done:
+            self.accelerator.print(f"{self.folder}: {len(done & set(order))} of {len(order)} samples are there")
+        todo = [s for s, key in zip(everything, order, strict=True) if key not in done]
+        batches = self.batches(todo)
+        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        show = not self.accelerator.is_main_process
+        for batch in tqdm(mine, desc=f"evaluating {self.name}", unit="batch", disable=show):
+            self.parts.append(self.accelerator.process_index, self._rows(batch))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.parts.merge(order)
+        self.accelerator.wait_for_everyone()
+        return read_records(self.folder)
+
+    def samples(self) -> list[Sample]:
+        """Every sample, in the order of the records: problem by problem."""
+        windows = [window_of(self.args, len(ids)) for ids in self.prompt_ids]
+        return [
+            Sample(
+                index, n, seed_of(self.args.seed, self.settings["benchmark"], self.problems[index]["id"], n), window
+            )
+            for index, window in enumerate(windows)
+            for n in range(self.args.samples)
+        ]
+
+    def batches(self, samples: list[Sample]) -> list[list[Sample]]:
+        """Samples of one window together, longest prompts first (what does not fit in memory fails at once)."""
+        ordered = sorted(samples, key=lambda s: -len(self.prompt_ids[s.problem]))
+        by_window: dict[int | None, list[Sample]] = {}
+        for sample in ordered:
+            by_window.setdefault(sample.window, []).append(sample)
+        size = self.args.batch_size
+        return [group[i : i + size] for group in by_window.values() for i in range(0, len(group), size)]
+
+    def _found(self) -> list[dict]:
+        """Records on disk, read by the main process and sent to all; checked against the settings."""
+        found = None
+        if self.accelerator.is_main_process:
+            self.parts = Parts(self.folder)
+            complete = (self.folder / COMPLETE).is_file()
+            found = read_records(self.folder) if complete else self.parts.read()
+        found = gather_object([found])[0]
+        self.parts = Parts(self.folder)
+        for row in found:
+            for key, value in self.settings.items():
+                if row.get(key) != value:
+                    raise ValueError(
+                        f"{self.folder}: holds records with {key}={row.get(key)!r}, this evaluation has {value!r}; "
+                        "take another output_dir, or remove the folder"
+                    )
+        if found and (self.folder / COMPLETE).is_file() and len(found) != len(self.problems) * self.args.samples:
+            raise ValueError(
+                f"{self.folder}: holds a finished evaluation of {len(found)} samples; this one has "
+                f"{len(self.problems)} problems with samples={self.args.samples}; take another output_dir"
+            )
+        return found
+
+    def _rows(self, batch: list[Sample]) -> list[dict]:
+        """Generates and grades one batch."""
+        texts, tokens, finished, evictions = self._generate(batch)
+        golds = [self.problems[s.problem]["answer"] for s in batch]
+        verdicts = self.grader.grade(golds, texts)
+        return [
+            self._row(sample, *made)
+            for sample, *made in zip(batch, texts, tokens, finished, evictions, verdicts, strict=True)
+        ]
+
+    def _generate(self, batch: list[Sample]) -> tuple[list[str], list[int], list[str], list[int]]:
+        if batch[0].window == 0:
+            return [""] * len(batch), [0] * len(batch), ["no_room"] * len(batch), [0] * len(batch)
+        args, ends = self.args, self.ends()
+        result = rollout(
+            self.model,
+            [self.prompt_ids[s.problem] for s in batch],
+            window=args.max_new_tokens if batch[0].window is None else batch[0].window,
+            evict_ratio=args.evict_ratio,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            eos_token_ids=ends,
+            pad_token_id=self.tokenizer.pad_token_id,
+            seeds=[s.seed for s in batch],
+        )
+        ids = result.completion_ids
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        finished = ["stop" if row[-1] in ends else "length" for row in ids]
+        return texts, [len(row) for row in ids], finished, result.evictions
+
+    def ends(self) -> list[int]:
+        """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+        config = getattr(self.model, "generation_config", None)
+        more = config.eos_token_id if config is not None and config.eos_token_id is not None else []
+        return sorted({self.tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)})
+
+    def _row(self, sample: Sample, text: str, tokens: int, finished: str, evictions: int, verdict: Verdict) -> dict:
+        problem = self.problems[sample.problem]
+        return {
+            "problem_id": problem["id"],
+            "sample": sample.number,
+            "prompt": self.texts[sample.problem],
+            "completion": text,
+            "correct": verdict.correct,
+            "reason": verdict.reason,
+            "extracted": verdict.extracted,
+            "gold": problem["answer"],
+            "gold_note": problem["gold_note"],
+            "contaminated": problem["contaminated"],
+            "prompt_tokens": len(self.prompt_ids[sample.problem]),
+            "tokens": tokens,
+            "evictions": evictions,
+            "finish_reason": finished,
+            "sample_seed": sample.seed,
+            "sample_window": sample.window,
+            **self.settings,
+        }
+
+
+def check_problems(name: str, problems: Dataset, grader: Grader) -> None:
+    """Every gold answer parses and equals itself, or the row is named before anything is generated."""
+    try:
+        check_golds(problems, grader=grader)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

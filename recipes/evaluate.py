@@ -1,0 +1,56 @@
+"""Evaluates a model, with or without an adapter, on benchmarks, under a bounded or the full cache.
+
+    accelerate launch recipes/evaluate.py --recipe recipes/qwen3b.yaml --adapter outputs/qwen3b-pte \
+        --benchmarks math500 aime24 --budget 1024 --samples 5 --output_dir outputs/eval/qwen3b-pte-1024
+
+Every sample is a line of OUTPUT_DIR/BENCHMARK/records.jsonl; a killed evaluation goes on where it stood. Metrics:
+`python -m pte_trl.evaluation.metrics OUTPUT_DIR`.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from pte_trl.evaluation.benchmarks import load_benchmark
+from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.metrics import summarise, table
+from pte_trl.evaluation.runner import Evaluation, check_problems
+from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
+from pte_trl.manifest import write_manifest
+from pte_trl.parsing import parse
+from pte_trl.rewards import Grader
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    try:
+        (args,) = parse((EvaluationArguments,), argv)
+        accelerator = Accelerator(cpu=args.use_cpu)
+        check_evaluation_model(args)
+        tokenizer = load_tokenizer(args)
+        grader = Grader(workers=args.grader_workers, time_limit=args.grader_time_limit)
+        problems = {name: load_benchmark(name, args.data_dir, args.limit) for name in args.benchmarks}
+        if accelerator.is_main_process:
+            for name, rows in problems.items():
+                check_problems(name, rows, grader)
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        sys.exit(f"error: {error}")
+
+    model = load_for_evaluation(args, accelerator.device)
+    summaries = {}
+    for name, rows in problems.items():
+        evaluation = Evaluation(name, rows, model, tokenizer, args, accelerator, grader)
+        try:
+            summaries[name] = summarise(evaluation.run())
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        if accelerator.is_main_process and not (evaluation.folder / "manifest.json").is_file():
+            settings = vars(args) | {"benchmark": name}
+            write_manifest(evaluation.folder, accelerator.device, accelerator.num_processes, settings)
+    accelerator.print(table({f"{Path(args.output_dir).name}/{name}": s for name, s in summaries.items()}))
+    accelerator.end_training()
+    return summaries
+
+
+if __name__ == "__main__":
+    main()
