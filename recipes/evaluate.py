@@ -7,6 +7,7 @@ Every sample is a line of OUTPUT_DIR/BENCHMARK/records.jsonl; a killed evaluatio
 `python -m pte_trl.evaluation.metrics OUTPUT_DIR`.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,10 +23,21 @@ from pte_trl.parsing import parse
 from pte_trl.rewards import Grader
 
 
+def check_world(accelerator: Accelerator) -> None:
+    """Refuses launched processes that do not know of each other: each would do all the work."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={launched}, but this process counts {accelerator.num_processes}: without GPUs, launch with "
+            "accelerate_configs/ddp.yaml and --use_cpu true"
+        )
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     try:
         (args,) = parse((EvaluationArguments,), argv)
         accelerator = Accelerator(cpu=args.use_cpu)
+        check_world(accelerator)
         check_evaluation_model(args)
         tokenizer = load_tokenizer(args)
         grader = Grader(workers=args.grader_workers, time_limit=args.grader_time_limit)
@@ -47,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         if accelerator.is_main_process and not (evaluation.folder / "manifest.json").is_file():
             settings = vars(args) | {"benchmark": name}
             write_manifest(evaluation.folder, accelerator.device, accelerator.num_processes, settings)
-    accelerator.print(table({f"{Path(args.output_dir).name}/{name}": s for name, s in summaries.items()}))
+    accelerator.print(table({f"{Path(args.output_dir).name}/{Path(name).stem}": s for name, s in summaries.items()}))
     accelerator.end_training()
     return summaries
 

@@ -1,0 +1,198 @@
+"""recipes/evaluate.py on a real (tiny, untrained) model: resumable, and the same however it is run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from peft import get_peft_model
+
+from evaluate import main
+from pte_trl import PteConfig
+from pte_trl.evaluation.benchmarks import load_benchmark
+from pte_trl.evaluation.records import read_records
+from pte_trl.evaluation.regrade import regrade
+from pte_trl.evaluation.runner import seed_of, window_of
+from pte_trl.tiny.model import build
+from pte_trl.tiny.task import DIFFICULTIES, rows
+from tests.models import randomise_up
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEMS, SAMPLES = 7, 3
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """An untrained model, a PTE adapter that does something, and problems with prompts of two lengths."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    model, tokenizer = build(seed=0)
+    tokenizer.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "model")
+    adapted = get_peft_model(model, PteConfig(rank=4, num_global_tokens=4))
+    randomise_up(adapted)
+    adapted.save_pretrained(folder / "adapter")
+    some = rows("test", 4, 0, DIFFICULTIES["easy"]) + rows("test", 3, 0, DIFFICULTIES["hard"])
+    (folder / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    return folder
+
+
+def argv(setting, out, **changes) -> list[str]:
+    options = {
+        "model_name_or_path": setting / "model",
+        "adapter": setting / "adapter",
+        "dtype": "float32",
+        "benchmarks": setting / "sums.jsonl",
+        "output_dir": out,
+        "budget": 48,
+        "max_new_tokens": 40,
+        "samples": SAMPLES,
+        "temperature": 1.0,
+        "batch_size": 4,
+        "use_cpu": "true",
+    } | changes
+    return [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+
+
+def content(out) -> str:
+    return (Path(out) / "sums" / "records.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(setting, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    main(argv(setting, out))
+    return out
+
+
+def test_every_sample_is_a_record_with_its_settings(setting, finished):
+    records = read_records(finished / "sums")
+    assert [r["sample"] for r in records] == list(range(SAMPLES)) * PROBLEMS
+    assert len({r["sample_seed"] for r in records}) == len(records)
+    assert {r["gold"] for r in records} <= set("0123456789")
+    assert any(r["evictions"] for r in records)
+    for record in records:
+        assert record["sample_window"] == 48 - -(-record["prompt_tokens"] // 8) * 8
+        assert record["finish_reason"] == ("length" if record["tokens"] == 40 else "stop")
+        assert record["adapter"] == str(setting / "adapter")
+        assert record["prompt"].endswith("<|im_start|>assistant\n")
+    manifest = json.loads((finished / "sums" / "manifest.json").read_text())
+    assert manifest["settings"]["samples"] == SAMPLES
+    assert manifest["versions"]["torch"]
+
+
+def test_another_batch_size_gives_the_same_records(setting, finished, tmp_path):
+    main(argv(setting, tmp_path, batch_size=64))
+    assert content(tmp_path) == content(finished)
+
+
+def test_a_second_run_does_nothing_and_a_lost_sample_alone_is_made_again(setting, finished, tmp_path, capsys):
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    lines = content(finished).splitlines(keepends=True)
+    (folder / "part-3.jsonl").write_text("".join(lines[:9] + lines[10:]) + lines[9][:50])
+    main(argv(setting, tmp_path))
+    assert "20 of 21 samples are there" in capsys.readouterr().out
+    assert content(tmp_path) == content(finished)
+    before = (folder / "records.jsonl").stat()
+    main(argv(setting, tmp_path))
+    assert "nothing to do" in capsys.readouterr().out
+    assert (folder / "records.jsonl").stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize(("key", "value"), [("temperature", 0.5), ("budget", 56), ("samples", 2), ("seed", 1)])
+def test_a_folder_of_other_settings_is_refused(setting, finished, key, value):
+    before = content(finished)
+    with pytest.raises(SystemExit, match=f"{key}={value}|{key}=48|{key}=1.0|{key}=0"):
+        main(argv(setting, finished, **{key: value}))
+    assert content(finished) == before
+
+
+def launch(setting, out, *prefix: str, **changes) -> subprocess.Popen:
+    command = [sys.executable, *prefix, str(ROOT / "recipes/evaluate.py"), *argv(setting, out, **changes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_killed_in_the_middle_and_resumed_nothing_is_lost_or_doubled(setting, finished, tmp_path):
+    process = launch(setting, tmp_path, batch_size=1)
+    part, deadline = tmp_path / "sums" / "part-0.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.01)
+        assert process.poll() is None, process.stdout.read().decode()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 3 <= part.read_bytes().count(b"\n") < PROBLEMS * SAMPLES, "it was not killed in the middle"
+    main(argv(setting, tmp_path))
+    assert content(tmp_path) == content(finished)
+
+
+def test_two_processes_give_the_same_records(setting, finished, tmp_path):
+    config = str(ROOT / "accelerate_configs/ddp.yaml")
+    options = ("--config_file", config, "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0")
+    process = launch(setting, tmp_path, "-m", "accelerate.commands.accelerate_cli", "launch", *options)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+    assert json.loads((tmp_path / "sums" / "manifest.json").read_text())["processes"] == 2
+    assert content(tmp_path) == content(finished)
+
+
+def test_regrading_gives_the_verdicts_back(finished, tmp_path):
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    right = json.loads(content(finished).splitlines()[0])
+    right |= {"completion": rf"so \boxed{{{right['gold']}}}", "correct": False, "reason": "wrong", "extracted": "?"}
+    (folder / "records.jsonl").write_text(json.dumps(right) + "\n")
+    assert regrade(folder) == 1
+    graded = read_records(folder)[0]
+    assert (graded["correct"], graded["reason"], graded["extracted"]) == (True, "correct", right["gold"])
+    assert regrade(folder) == 0
+
+
+def test_prompts_beyond_the_budget_are_recorded_as_such(setting, tmp_path):
+    summary = main(argv(setting, tmp_path, budget=32))[str(setting / "sums.jsonl")]
+    records = read_records(tmp_path / "sums")
+    without = [r for r in records if r["finish_reason"] == "no_room"]
+    assert {r["problem_id"] for r in without} == {r["problem_id"] for r in records if r["prompt_tokens"] > 24}
+    assert summary["no_room_rate"] == len(without) / len(records) > 0
+    assert not any(r["correct"] for r in without)
+
+
+BAD = [
+    ({"budget": 1}, "budget=1"),
+    ({"window": 8}, "budget=48, window=8"),
+    ({"temperature": -1}, "temperature=-1"),
+    ({"top_p": 0}, "top_p=0"),
+    ({"samples": 0}, "samples=0"),
+    ({"evict_ratio": 2}, "evict_ratio=2"),
+    ({"dtype": "int8"}, "dtype='int8'"),
+    ({"eviction": "youngest"}, "eviction='youngest'"),
+    ({"adapter": "/nowhere"}, "/nowhere"),
+    ({"benchmarks": "math5000"}, "math5000"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_stops_before_the_weights_load(setting, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("evaluate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises((SystemExit, ValueError), match=message):
+        main(argv(setting, tmp_path, **changes))
+
+
+def test_seeds_and_windows_belong_to_the_sample():
+    assert seed_of(0, "a", "b", 0) == seed_of(0, "a", "b", 0) < 2**63
+    assert len({seed_of(s, b, p, n) for s in (0, 1) for b in "ab" for p in "cd" for n in (0, 1)}) == 16
+
+    class Arguments:
+        window, budget = None, 768
+
+    assert [window_of(Arguments, tokens) for tokens in (1, 8, 9, 512, 760, 761, 900)] == [760, 760, 752, 256, 8, 0, 0]
+
+
+def test_a_known_benchmark_with_missing_rows_is_refused(tmp_path):
+    (tmp_path / "aime24.jsonl").write_text(json.dumps({"id": "1", "problem": "p", "answer": "1"}) + "\n")
+    with pytest.raises(ValueError, match="aime24: has 1 problems, must have 30"):
+        load_benchmark("aime24", tmp_path)

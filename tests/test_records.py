@@ -1,0 +1,88 @@
+"""Records on disk and the metrics computed from them."""
+
+import itertools
+import json
+
+import pytest
+
+from pte_trl.evaluation.metrics import pass_at_k, standard_error, summarise, table
+from pte_trl.evaluation.records import Parts, read_records, write_records
+
+
+def row(problem: str, sample: int, correct: bool, **changes) -> dict:
+    usual = {"completion": r"\boxed{1}", "finish_reason": "stop", "tokens": 10, "evictions": 2}
+    usual |= {"contaminated": False, "gold_note": None}
+    return {"problem_id": problem, "sample": sample, "correct": correct} | usual | changes
+
+
+def test_pass_at_k_is_the_share_of_all_subsets():
+    for samples in range(1, 7):
+        for correct in range(samples + 1):
+            verdicts = [True] * correct + [False] * (samples - correct)
+            for k in range(1, samples + 1):
+                subsets = [any(chosen) for chosen in itertools.combinations(verdicts, k)]
+                assert pass_at_k(samples, correct, k) == pytest.approx(sum(subsets) / len(subsets))
+    with pytest.raises(ValueError, match=r"k=3.*number of samples, 2"):
+        pass_at_k(2, 1, 3)
+
+
+def test_metrics_of_records_worked_out_by_hand():
+    records = [
+        row("a", 0, True, tokens=4),
+        row("a", 1, False, completion="no box", finish_reason="length", tokens=20, evictions=5),
+        row("b", 0, True, contaminated=True),
+        row("b", 1, True, contaminated=True),
+        row("c", 0, False, gold_note="read wrongly"),
+        row("c", 1, False, completion="", finish_reason="no_room", tokens=0, gold_note="read wrongly"),
+    ]
+    found = summarise(records)
+    assert (found["problems"], found["samples"], found["contaminated"], found["doubtful_golds"]) == (3, 2, 1, 1)
+    assert found["pass@1"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert found["pass@k"] == pytest.approx({"1": 0.5, "2": 2 / 3})
+    assert found["pass@1_se"] == pytest.approx((0.25 / 3) ** 0.5)  # values 0.5, 1, 0: variance 0.25
+    assert found["pass@1_se_runs"] == pytest.approx(standard_error([2 / 3, 1 / 3]))
+    assert found["pass@1_clean"] == pytest.approx(1 / 4)
+    rates = [found[f"{name}_rate"] for name in ("format", "truncation", "no_room")]
+    assert rates == pytest.approx([4 / 6, 1 / 6, 1 / 6])
+    assert found["mean_tokens"] == pytest.approx((4 + 20 + 10 + 10 + 10 + 0) / 6)
+    assert summarise(records[::-1])["pass@1"] == found["pass@1"]
+    assert "| mine | 3 x 2 | 50.0 | 28.9 | 16.7 | 66.7 (k=2) |" in table({"mine": found})
+
+
+def test_unequal_numbers_of_samples_are_refused():
+    with pytest.raises(ValueError, match=r"different numbers of samples: \[1, 2\]"):
+        summarise([row("a", 0, True), row("a", 1, True), row("b", 0, True)])
+    with pytest.raises(ValueError, match="no records"):
+        summarise([])
+
+
+def test_a_line_cut_by_a_kill_is_dropped_and_the_rest_kept(tmp_path):
+    parts = Parts(tmp_path)
+    parts.append(0, [row("a", 0, True), row("a", 1, False)])
+    parts.append(1, [row("b", 0, True, completion="\ud800 half a surrogate\u2028")])
+    path = tmp_path / "part-1.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"problem_id": "b", "sam')
+    assert [(r["problem_id"], r["sample"]) for r in parts.read()] == [("a", 0), ("a", 1), ("b", 0)]
+    parts.append(1, [row("b", 1, True)])
+    assert all(json.loads(line) for line in path.read_bytes().splitlines())
+    merged = parts.merge([("b", 1), ("b", 0), ("a", 0), ("a", 1)])
+    assert read_records(tmp_path) == merged
+    assert merged[1]["completion"] == "\ud800 half a surrogate\u2028"
+    assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+@pytest.mark.parametrize("samples", [[("a", 0)], [("a", 0), ("a", 0)], [("a", 0), ("a", 1), ("b", 0)]])
+def test_lost_and_doubled_samples_are_refused(tmp_path, samples):
+    parts = Parts(tmp_path)
+    parts.append(0, [row(problem, number, True) for problem, number in samples])
+    with pytest.raises(RuntimeError, match="2 were expected"):
+        parts.merge([("a", 0), ("a", 1)])
+    assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_an_unfinished_evaluation_has_no_records(tmp_path):
+    Parts(tmp_path).append(0, [row("a", 0, True)])
+    with pytest.raises(FileNotFoundError, match="1 parts of an unfinished one"):
+        read_records(tmp_path)
+    write_records(tmp_path, [row("a", 0, True)])
+    assert read_records(tmp_path) == [row("a", 0, True)]
