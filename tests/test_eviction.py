@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from pte_trl import BoundedCache
+from pte_trl import BoundedCache, Schedule
 from pte_trl.eviction import STRATEGIES, SelectiveCache, attention_for, make_cache
 from pte_trl.rollout import rollout
 from tests.models import ALL_SEVEN, gap, left_padded_batch, tiny, with_lora, with_pte
@@ -68,10 +69,15 @@ def test_never_above_the_budget(strategy, window, ratio):
         entries = cache.entries()
         assert (entries <= LAYERS * HEADS * window).all() and (entries == entries[0]).all()
         for layer, row in zip(cache.layers, cache.capacities, strict=True):
-            assert (layer.alive.sum(2) <= torch.tensor(row)).all()
+            due = [Schedule(capacity, ratio) for capacity in row]
+            held = [t + 1 - s.evict * s.evictions_before(t) for s in due]
+            assert (
+                layer.alive.sum(2).tolist() == [held] * len(LENGTHS)
+                and (torch.tensor(held) <= torch.tensor(row)).all()
+            )
             assert layer.alive[:, :, -1].all()  # the token just fed
-            held = layer.alive.any(1).sum(1).max()  # nothing is stored that no head has
-            assert layer.keys.shape[2] - prompt == layer.alive.shape[2] <= held + 1
+            stored = layer.alive.any(1).sum(1).max()  # nothing is stored that no head has
+            assert layer.keys.shape[2] - prompt == layer.alive.shape[2] <= stored + 1
         most.append(int(entries[0]))
 
     decode(model, ids, mask, prompt, cache, watch)
@@ -114,26 +120,19 @@ def test_batch_is_its_samples_alone(strategy, model):
 
 
 def test_rollout_of_a_batch_is_its_samples_alone(strategy, model):
+    """Greedy, with an end token that the rows meet at different times."""
     prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
     how = {"window": WINDOW, "max_new_tokens": COMPLETION, "pad_token_id": 0, "temperature": 0, "eviction": strategy}
     free = rollout(model, prompts, eos_token_ids=[-1], **how).completion_ids
-    ends = [next(t for t in row[12 + 5 * i :] if t) for i, row in enumerate(free)]
-    together = rollout(model, prompts, eos_token_ids=ends, **how)
+    ends = {t: [row.index(t) + 1 if t in row else COMPLETION for row in free] for row in free for t in row}
+    end = max(ends, key=lambda t: (len(set(ends[t])) > 1, sum(ends[t])))
+    together = rollout(model, prompts, eos_token_ids=[end], **how)
+    assert len({len(row) for row in together.completion_ids}) > 1 and max(together.evictions) > 5
     for row, prompt in enumerate(prompts):
-        alone = rollout(model, [prompt], eos_token_ids=ends, **how)
+        alone = rollout(model, [prompt], eos_token_ids=[end], **how)
         assert together.completion_ids[row] == alone.completion_ids[0]
         assert together.logprobs[row] == pytest.approx(alone.logprobs[0], abs=1e-6)  # kept in float32
         assert together.evictions[row] == alone.evictions[0]
-    assert max(together.evictions) > 2
-
-
-def test_rows_may_end_at_different_times():
-    """The test above is about something: with these ends the rows' completions differ in length."""
-    model, prompts = tiny("llama"), [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
-    how = {"window": WINDOW, "max_new_tokens": COMPLETION, "pad_token_id": 0, "temperature": 0, "eviction": "h2o"}
-    free = rollout(model, prompts, eos_token_ids=[-1], **how).completion_ids
-    ends = [next(t for t in row[12 + 5 * i :] if t) for i, row in enumerate(free)]
-    assert len({len(row) for row in rollout(model, prompts, eos_token_ids=ends, **how).completion_ids}) > 1
 
 
 @pytest.mark.parametrize("update", ["recursive", "sum"])
@@ -283,10 +282,16 @@ def test_several_tokens_at_once_are_refused(strategy):
             model(input_ids=ids[:, 5:7], past_key_values=cache, **extra)
 
 
-class Rigid(PreTrainedModel):
-    """A model that does not take its attention from transformers' table."""
+class RigidAttention(nn.Module):
+    """An attention that does not come from transformers' table, by which transformers knows that it cannot switch."""
 
+
+class Rigid(PreTrainedModel):
     config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.attention = RigidAttention()
 
 
 def test_model_whose_attention_cannot_be_switched_is_refused(strategy):
