@@ -38,7 +38,7 @@ def first_layer(strategy, window, ratio):
         [set(layer.thought[row][layer.alive[row, head]].tolist()) for head in range(HEADS)]
         for row in range(len(LENGTHS))
     ]
-    latest = set(range(max(map(max, kept[0])) + 1 - len(kept[0][0]), COMPLETION))
+    latest = set(range(COMPLETION - len(kept[0][0]), COMPLETION))
     assert any(entries != latest for row in kept for entries in row)  # not what a sliding window keeps
     return kept, layer, full.attentions[0], prompt
 

@@ -48,8 +48,9 @@ def measure_importance(
     tokens, starts = needles(model.config.vocab_size, hay, needle, trials, seed)
     tokens, cache = tokens.to(model.device), DynamicCache(config=model.config)
     with attention_implementation(model, "eager"):
-        model(input_ids=tokens[:, :-needle], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        out = model(input_ids=tokens[:, -needle:], past_key_values=cache, use_cache=True, output_attentions=True)
+        how = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        model(input_ids=tokens[:, :-needle], **how)
+        out = model(input_ids=tokens[:, -needle:], output_attentions=True, **how)
     first = torch.tensor(starts, device=tokens.device).view(-1, 1, 1, 1)
     scores = []
     for attention in out.attentions:  # (trials, heads, needle, length)
