@@ -142,6 +142,10 @@ class BoundedCache(Cache):
         """Evictions so far."""
         return self.layers[0].evicted if self.layers else 0
 
+    def evictions_after(self, fed: int) -> int:
+        """Evictions when `fed` thought tokens have been fed."""
+        return self.schedule.evictions(fed)
+
     @property
     def nbytes(self) -> int:
         """Bytes that the cache holds for its whole batch, the encoder's memory included."""

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pte_trl.cache import BoundedCache
-from pte_trl.schedule import Schedule
+from pte_trl.eviction import Strategy, attention_for, make_cache
 
 
 @dataclass
@@ -72,6 +71,7 @@ def rollout(
     eos_token_ids: list[int],
     pad_token_id: int,
     evict_ratio: float = 0.25,
+    eviction: str | Strategy = "sliding_window",
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
@@ -87,6 +87,8 @@ def rollout(
         eos_token_ids: any of these ends a completion.
         pad_token_id: fed where a sequence has ended or not begun.
         evict_ratio: share of a full window that leaves at once.
+        eviction: which thoughts leave: a key of `pte_trl.eviction.STRATEGIES`, or a strategy with its own knobs. Only
+            the sliding window can be replayed, hence trained.
         temperature: of the sampling; 0 is greedy (log-probs are then at temperature 1).
         top_p: sample from the smallest set of tokens with this much probability; for evaluation, since a replay
             scores the whole vocabulary.
@@ -96,13 +98,14 @@ def rollout(
     began = time.perf_counter()
     device = model.device
     tokens, prompt_mask = left_pad(prompt_ids, pad_token_id, device)
-    cache = BoundedCache(window, evict_ratio)
+    with eval_mode(model):
+        cache = make_cache(model, eviction, window, evict_ratio, longest=max_new_tokens - 1)
     stops = torch.tensor(eos_token_ids, device=device)
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     mask, alive = prompt_mask, torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
     uniforms = Uniforms(seeds, device) if seeds is not None else None
     sampled, logprobs, lengths = [], [], torch.zeros(len(prompt_ids), dtype=torch.long, device=device)
-    with eval_mode(model):
+    with eval_mode(model), attention_for(model, cache) as extra:
         while True:
             logits = model(
                 input_ids=tokens,
@@ -111,6 +114,7 @@ def rollout(
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **extra,
             ).logits[:, -1]
             token, logprob = sample(
                 logits, temperature, top_p, generator=generator, uniform=uniforms and uniforms.next()
@@ -128,12 +132,11 @@ def rollout(
             mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_ids), thoughts)], dim=1)
     lengths = lengths.tolist()
     ids, lps = torch.stack(sampled, 1).tolist(), torch.stack(logprobs, 1).tolist()
-    schedule = Schedule(window, evict_ratio)
     return Rollout(
         completion_ids=[row[:n] for row, n in zip(ids, lengths, strict=True)],
         logprobs=[row[:n] for row, n in zip(lps, lengths, strict=True)],
         window=window,
-        evictions=[schedule.evictions(n - 1) for n in lengths],
+        evictions=[cache.evictions_after(n - 1) for n in lengths],
         cache_bytes=cache.nbytes / len(prompt_ids),
         seconds=time.perf_counter() - began,
     )
