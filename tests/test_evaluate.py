@@ -17,6 +17,7 @@ from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.records import read_records
 from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import seed_of, window_of
+from pte_trl.eviction import STRATEGIES
 from pte_trl.tiny.model import build
 from pte_trl.tiny.task import DIFFICULTIES, rows
 from tests.models import randomise_up
@@ -180,6 +181,15 @@ def test_bad_input_stops_before_the_weights_load(setting, tmp_path, monkeypatch,
     monkeypatch.setattr("evaluate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises((SystemExit, ValueError), match=message):
         main(argv(setting, tmp_path, **changes))
+
+
+@pytest.mark.parametrize("eviction", STRATEGIES)
+def test_every_strategy_can_be_evaluated(setting, finished, tmp_path, eviction):
+    main(argv(setting, tmp_path, eviction=eviction, limit=2, samples=1))
+    records = read_records(tmp_path / "sums")
+    assert [r["eviction"] for r in records] == [eviction] * 2
+    same = [r["completion"] for r in records] == [r["completion"] for r in read_records(finished / "sums")[:4:3]]
+    assert same == (eviction == "sliding_window")
 
 
 def test_seeds_and_windows_belong_to_the_sample():

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from pte_trl.adapter.config import one_of
+from pte_trl.eviction import STRATEGIES
 from pte_trl.schedule import Schedule
 
 FROM_RECIPE = ("model_name_or_path", "dtype", "attn_implementation", "system_prompt", "data_dir")
@@ -56,6 +57,7 @@ class EvaluationArguments:
             raise ValueError(f"benchmarks={self.benchmarks!r}: must name at least one")
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
+        one_of("eviction", self.eviction, STRATEGIES)
         one_of("dtype", self.dtype, ("bfloat16", "float32", "auto"))
         for key, least in (("budget", 2), ("max_new_tokens", 1), ("samples", 1), ("batch_size", 1), ("limit", 1)):
             value = getattr(self, key)

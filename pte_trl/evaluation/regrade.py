@@ -1,6 +1,6 @@
 """Grades finished records again, without generating: after a newer math-verify, or a fault of the grader.
 
-    python -m pte_trl.evaluation.regrade outputs/eval
+python -m pte_trl.evaluation.regrade outputs/eval
 """
 
 import argparse

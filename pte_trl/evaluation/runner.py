@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from pte_trl.data import build_prompts
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
+from pte_trl.eviction import STRATEGIES
 from pte_trl.rewards import Grader, Verdict, check_golds
 from pte_trl.rollout import rollout
 from pte_trl.schedule import resolve_window
@@ -71,6 +72,9 @@ class Evaluation:
     ):
         self.name, self.problems, self.model, self.tokenizer = name, problems, model, tokenizer
         self.args, self.accelerator, self.grader = args, accelerator, grader
+        # One object for all batches: HeadKV measures the model's heads once.
+        plain = args.eviction == "sliding_window"
+        self.eviction = args.eviction if plain else STRATEGIES[args.eviction]()
         self.folder = Path(args.output_dir) / Path(name).stem
         prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
         self.texts = [self._text(prompt) for prompt in prompts]
@@ -175,6 +179,7 @@ class Evaluation:
             [self.prompt_ids[s.problem] for s in batch],
             window=args.max_new_tokens if batch[0].window is None else batch[0].window,
             evict_ratio=args.evict_ratio,
+            eviction=self.eviction,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,

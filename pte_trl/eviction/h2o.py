@@ -12,7 +12,7 @@ class H2O(Strategy):
     """Entries that have received the least attention since they came leave; the most recent are protected.
 
     Source: "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", arXiv
-    2306.14048, section 4 (algorithm 1). The score of an entry is the sum of the attention probabilities that all
+    2306.14048, its eviction algorithm. The score of an entry is the sum of the attention probabilities that all
     queries from its own token on have given it, each under the entries kept at that time.
 
     Args:

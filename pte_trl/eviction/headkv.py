@@ -15,7 +15,7 @@ class HeadKV(ObservationWindow):
     """Every kv head gets a base share, and a part of a pool in proportion to its importance for retrieval.
 
     Source: "Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and Reasoning",
-    arXiv 2410.19258, section 3 (head importance, allocation, selection), and the official code (FYYFU/HeadKV).
+    arXiv 2410.19258, its method (head importance, allocation, selection), and the official code (FYYFU/HeadKV).
     Beside the observation window the mean share is b = W - observe: b - b / beta for every head, and b / beta times
     the number of heads for the pool. Selection is by the observation window.
 

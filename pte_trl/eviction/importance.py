@@ -1,6 +1,6 @@
 """How much every kv head retrieves: a needle of random tokens in random tokens, and its repetition at the end.
 
-An adaptation of the retrieval test of HeadKV (arXiv 2410.19258, section 3), which asks questions about a text: it
+An adaptation of the retrieval test of HeadKV (arXiv 2410.19258), which asks questions about a text: it
 needs no text and no tokenizer, so it runs on any model. While the needle is repeated, a head scores the attention
 that it gives to the needle's first occurrence, counting only places among its n strongest, n the needle's length.
 """

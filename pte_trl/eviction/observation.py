@@ -13,7 +13,7 @@ from pte_trl.eviction.strategy import Strategy
 class ObservationWindow(Strategy):
     """Entries that the last few queries attend to least leave; the tokens of these queries are protected.
 
-    Source: SnapKV, arXiv 2404.14469, section 4: attention of the queries of the observation window, summed over
+    Source: SnapKV, arXiv 2404.14469, its method: attention of the queries of the observation window, summed over
     them, then max-pooled over neighbouring tokens so that the surroundings of an important token stay with it.
 
     Args:
