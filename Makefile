@@ -5,10 +5,10 @@ PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 DATA_DIR ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-fast lint bench clean
+.PHONY: help setup demo demo-smollm2 test test-fast lint bench clean report
 
 help:  ## this list
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-zA-Z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY)  ## the pinned environment in .venv
 
@@ -40,6 +40,49 @@ bench: $(READY)  ## the benchmarks that run on a CPU
 	$(PY) -m benchmarks.replay
 	$(PY) -m benchmarks.rollout
 	$(PY) -m benchmarks.probe
+
+# ---- the paper's tables and figures -------------------------------------------------------------------------
+# make reproduce-table1, -table2, -table3, -tableA1, -figure3, -figure4a, -figure4b, -figure5, -figure6, -figureA1,
+# or reproduce-all. Every training run and every evaluation is a target, so what is done is not done again.
+#   SCALE=paper  the three real models on GPUs (the default where there are some); DATA_DIR=folder without a hub
+#   SCALE=tiny   a tiny model on generated sums, minutes on two cores
+SCALE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
+ACCELERATE ?= accelerate_configs/ddp.yaml
+
+ifneq ($(filter reproduce-% report,$(MAKECMDGOALS)),)
+$(if $(filter $(SCALE),paper tiny),,$(error SCALE=$(SCALE): allowed are paper and tiny))
+include outputs/$(SCALE)/plan.mk
+endif
+
+outputs/$(SCALE)/plan.mk: pte_trl/paper/plan.py $(wildcard pte_trl/paper/data/*.csv)
+	@mkdir -p $(@D)
+	@$(PYTHON) $< $(SCALE) > $@.tmp && mv $@.tmp $@
+
+ifeq ($(SCALE),tiny)
+export OMP_NUM_THREADS ?= 1
+LAUNCH := $(PY)
+TRAIN_ARGS := --dataset_name outputs/tiny/data/train.jsonl
+EVAL_ARGS := --data_dir outputs/tiny/data --temperature 1.0 --top_p 1.0 --batch_size 128 --use_cpu true
+else
+.NOTPARALLEL:  # one run uses every GPU
+LAUNCH := $(VENV)/bin/accelerate launch --config_file $(ACCELERATE)
+TRAIN_ARGS := $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+EVAL_ARGS := $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+endif
+
+# An evaluation that make runs again although it is there is older than its adapter: its records are of another one.
+FRESH = [ ! -e $@ ] || rm -r $(@D)
+TINY_BASE := outputs/tiny-base/config.json
+TINY_DATA := outputs/tiny/data/train.jsonl
+
+$(TINY_BASE): | $(READY)
+	$(PY) recipes/pretrain_tiny.py
+
+$(TINY_DATA): | $(READY)
+	$(PY) -m pte_trl.tiny.benchmarks --output $(@D)
+
+report: | $(READY)  ## one HTML page of all finished tables and figures
+	$(PY) -m pte_trl.paper.page --scale $(SCALE) --output outputs/$(SCALE)/report.html
 
 clean:  ## outputs and caches, not the environment
 	rm -rf outputs .pytest_cache .ruff_cache .hypothesis

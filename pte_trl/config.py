@@ -72,13 +72,17 @@ class PteGRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig` with the method and its cache policy."""
 
     method: str = field(default="pte", metadata={"help": "pte, lora_c (bounded cache) or lora (full cache)."})
-    window: str | None = field(default=None, metadata={"help": "W, thought tokens kept; auto: longest prompt."})
+    window: str | None = field(
+        default=None, metadata={"help": "W, thought tokens kept; auto: longest prompt; full: lora."}
+    )
     budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept, instead of window."})
     evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
 
     def __post_init__(self):
         if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
             self.window = int(self.window)
+        if self.window == "full" and self.method == "lora":
+            self.window = None  # so that a flag can take back the window of a recipe
         check_cache_policy(self)
         super().__post_init__()
 
@@ -96,7 +100,7 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
             if getattr(args, key) is not None:
                 raise ValueError(
                     f"{key}={getattr(args, key)!r}: method=lora keeps the full cache and takes no {key}; "
-                    "lora_c and pte do"
+                    "lora_c and pte do; window=full takes back the window of a recipe"
                 )
         return
     if (args.window is None) == (args.budget is None):

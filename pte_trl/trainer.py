@@ -13,10 +13,11 @@ from trl.models import unwrap_model_for_generation
 
 from pte_trl.adapter.model import pte_layers
 from pte_trl.config import PteGRPOConfig
+from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
 from pte_trl.rollout import rollout
-from pte_trl.schedule import resolve_window
+from pte_trl.schedule import Schedule, resolve_window
 
 logger = get_logger(__name__)
 
@@ -86,6 +87,7 @@ class PteGRPOTrainer(GRPOTrainer):
         )
         self._record("completions/format_rate", sum(map(has_boxed, texts)) / len(texts))
         self._warn_without_signal()
+        self._record_attention(output["prompt_mask"], output["completion_mask"])
         if self.bounded:
             output.update(self._samples)
             if "old_per_token_logps" in output:
@@ -153,6 +155,12 @@ class PteGRPOTrainer(GRPOTrainer):
         value = torch.as_tensor(float(value), device=self.accelerator.device)
         self._metrics[self._mode][name].append(self.accelerator.gather(value).mean().item())
 
+    def _record_max(self, name: str, value: float | Tensor) -> None:
+        """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number."""
+        value = torch.as_tensor(float(value), device=self.accelerator.device)
+        kept = self._metrics[self._mode][name]
+        kept[:] = [max([self.accelerator.gather(value).max().item(), *kept])]
+
     @torch.no_grad()
     def _record_mismatch(self, replayed: Tensor, samples: dict[str, Tensor]) -> None:
         """|replay - rollout| of the log-probs of the same tokens under the same weights; 0 but for rounding.
@@ -162,9 +170,17 @@ class PteGRPOTrainer(GRPOTrainer):
         d = (replayed - samples["sampling_per_token_logps"])[samples["completion_mask"].bool()].double()
         self._record("mismatch/mean", d.abs().mean())
         self._record("mismatch/kl", (d.exp() - d - 1).mean())
-        worst = self.accelerator.gather(d.abs().max().float()).max().item()
-        kept = self._metrics[self._mode]["mismatch/max"]
-        kept[:] = [max([worst, *kept])]  # TRL averages a list over the logging step; a maximum is kept as one
+        self._record_max("mismatch/max", d.abs().max())
+
+    def _record_attention(self, prompt_mask: Tensor, completion_mask: Tensor) -> None:
+        """TFLOPs of attention that the costliest sample's forward needs."""
+        lengths = zip(prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist(), strict=True)
+        windows = self._samples["windows"].tolist() if self.bounded else [None] * len(prompt_mask)
+        pairs = [
+            visible_pairs(prompt, completion, None if window is None else Schedule(window, self.args.evict_ratio))
+            for (prompt, completion), window in zip(lengths, windows, strict=True)
+        ]
+        self._record_max(TFLOPS_METRIC, attention_tflops(self.accelerator.unwrap_model(self.model).config, max(pairs)))
 
     def _warn_without_signal(self) -> None:
         """Says aloud that a rollout batch teaches nothing, instead of a silent zero gradient."""

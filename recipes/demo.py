@@ -82,7 +82,7 @@ def plot_rewards(history: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(x, y, color="0.75", label="mean reward of the rollout batch")
     axes.plot(x, mean, color="C0", label="mean of the last 10 steps")
-    axes.set(xlabel="training step", ylabel="reward", ylim=(0, 1), title="GRPO with PTE under a bounded cache")
+    axes.set(xlabel="training step", ylabel="reward", ylim=(-0.02, 1.02), title="GRPO with PTE under a bounded cache")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 

@@ -11,7 +11,9 @@ import sys
 
 from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
+from pte_trl.efficiency import EfficiencyCallback
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
+from pte_trl.manifest import write_manifest
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import AccuracyReward, Grader, check_golds, format_reward
 from pte_trl.trainer import PteGRPOTrainer
@@ -59,11 +61,16 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer:
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=None if script.adapter else script.adapter_config(args.method),
+        callbacks=[EfficiencyCallback()],
     )
     if script.adapter is None:
         calibrate_encoders(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    if trainer.accelerator.is_main_process:
+        trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")
+        settings = vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
+        write_manifest(args.output_dir, trainer.accelerator.device, trainer.accelerator.num_processes, settings)
     return trainer
 
 
