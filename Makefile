@@ -49,11 +49,6 @@ bench: $(READY)  ## the benchmarks that run on a CPU
 SCALE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
 ACCELERATE ?= accelerate_configs/ddp.yaml
 
-ifneq ($(filter reproduce-% report,$(MAKECMDGOALS)),)
-$(if $(filter $(SCALE),paper tiny),,$(error SCALE=$(SCALE): allowed are paper and tiny))
-include outputs/$(SCALE)/plan.mk
-endif
-
 outputs/$(SCALE)/plan.mk: pte_trl/paper/plan.py $(wildcard pte_trl/paper/data/*.csv)
 	@mkdir -p $(@D)
 	@$(PYTHON) $< $(SCALE) > $@.tmp && mv $@.tmp $@
@@ -74,6 +69,12 @@ endif
 FRESH = [ ! -e $@ ] || rm -r $(@D)
 TINY_BASE := outputs/tiny-base/config.json
 TINY_DATA := outputs/tiny/data/train.jsonl
+
+# Behind the variables: prerequisites are expanded where they stand.
+ifneq ($(filter reproduce-% report,$(MAKECMDGOALS)),)
+$(if $(filter $(SCALE),paper tiny),,$(error SCALE=$(SCALE): allowed are paper and tiny))
+include outputs/$(SCALE)/plan.mk
+endif
 
 $(TINY_BASE): | $(READY)
 	$(PY) recipes/pretrain_tiny.py

@@ -1,0 +1,97 @@
+"""The plan is the paper's set-up: what has to be trained and evaluated for every table and figure."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.paper.plan import ITEMS, Evaluation, Training, cells, makefile
+from pte_trl.parsing import parse, parse_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALES = ("paper", "tiny")
+
+
+def sources(item: str, scale: str) -> list:
+    return [cell.source for cell in cells(item, scale) if cell.source is not None]
+
+
+def commands(scale: str, script: str) -> list[list[str]]:
+    """Arguments of every command of the plan that runs a script; make's variables are left out."""
+    lines = [line for line in makefile(scale).splitlines() if line.startswith(f"\t$(LAUNCH) recipes/{script}")]
+    return [[word for word in shlex.split(line)[2:] if not word.startswith("$(")] for line in lines]
+
+
+def test_table_1_at_the_papers_scale():
+    runs = sources("table1", "paper")
+    assert {r.model for r in runs} == {"qwen3b", "qwen7b", "llama8b"}
+    assert {r.run for r in runs} == {"baseline", "lora", "lora_c", "pte"}
+    protocol = {(r.benchmark, r.budget, r.max_new_tokens, r.samples) for r in runs if isinstance(r, Evaluation)}
+    once = {(name, 3072, 3072, 5) for name in ("math500", "olympiadbench", "minerva_math", "amc23")}
+    assert protocol == once | {("aime24", 1536, 6144, 16), ("aime25", 1536, 6144, 16)}
+    assert len([r for r in runs if isinstance(r, Training)]) == 3 * 3 * 3  # metrics x methods x models
+
+
+def test_the_other_settings_of_the_paper():
+    budgets = {768, 1024, 1536, 2048, 3072}
+    for item in ("figure3", "figureA1", "figure4a", "figure4b"):
+        assert {r.budget for r in sources(item, "paper")} == budgets
+        assert {r.max_new_tokens for r in sources(item, "paper")} == {3072}
+    assert {r.model for r in sources("figure3", "paper")} == {"qwen7b", "llama8b"}
+    assert {(r.budget, r.max_new_tokens, r.samples) for r in sources("table2", "paper")} == {
+        (budget, 6144, 16) for budget in (768, 1024, 1536)
+    }
+    assert {r.evict_ratio for r in sources("tableA1", "paper")} == {0.25, 0.2, 0.15, 0.1, 0.05}
+    assert {r.eviction for r in sources("figure4b", "paper")} == {"sliding_window", "h2o", "pyramidkv", "headkv"}
+    lengths = {3072, 6144, 12288, 24576, 49152, 65536}
+    assert {(r.budget, r.max_new_tokens) for r in sources("figure5", "paper")} == {(1024, n) for n in lengths}
+    runs = {r.run: r.options for r in sources("table3", "paper") if isinstance(r, Training)}
+    assert set(runs) == {"lora", "lora-6144", "pte", "pte-4096", "pte-5120", "pte-6144"}
+    assert runs["pte-4096"][-2:] == ("--max_completion_length", "4096")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("item", ITEMS)
+def test_no_two_settings_share_a_folder_and_no_number_is_forgotten(item, scale):
+    found = cells(item, scale)
+    assert len({tuple(cell.keys.items()) for cell in found}) == len(found)
+    by_folder = {}
+    for source in sources(item, scale):
+        assert by_folder.setdefault(source.folder, source) == source
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_command_of_the_plan_parses(scale, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    training, evaluation = commands(scale, "grpo_pte.py"), commands(scale, "evaluate.py")
+    assert (len(training), len(evaluation)) == ((18, 380) if scale == "paper" else (12, 172))
+    for argv in training:
+        script, args = parse_recipe([*argv, "--use_cpu", "true", "--bf16", "false"])
+        variant = args.output_dir.rsplit("/", 1)[1]
+        assert args.method == variant.partition("-")[0]
+        assert script.use_global_tokens == (variant != "pte-global_0")
+        assert script.encode_evicted == (variant != "pte-global_only")
+    for argv in evaluation:
+        (args,) = parse((EvaluationArguments,), argv)
+        assert args.model_name_or_path
+        assert (args.adapter is None) == ("/baseline/" in args.output_dir)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_make_plans_every_item(scale, tmp_path):
+    """Only what make prints: nothing is run, and nothing of an earlier run is looked at."""
+    for name in ("Makefile", "pte_trl", "recipes", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", "-n", "reproduce-all", f"SCALE={scale}", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("recipes/evaluate.py") == (380 if scale == "paper" else 172)
+    assert done.stdout.count("recipes/grpo_pte.py") == (18 if scale == "paper" else 12)
+    assert done.stdout.count("pte_trl.paper.render") == len(ITEMS)
+    assert done.stdout.count("pretrain_tiny") == (scale == "tiny")
+    assert not (tmp_path / "outputs" / scale / "train").exists()
