@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.model import calibrate, check_supported, pte_layers
 from pte_trl.config import PteGRPOConfig, RecipeArguments
-from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.config import ModelSource
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import left_pad
 from pte_trl.schedule import Schedule, resolve_window
@@ -26,7 +26,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
         check_supported(config)
 
 
-def check_evaluation_model(args: EvaluationArguments) -> None:
+def check_evaluation_model(args: ModelSource) -> None:
     """Reads only configurations: the model's and the adapter's.
 
     Raises:
@@ -37,7 +37,7 @@ def check_evaluation_model(args: EvaluationArguments) -> None:
         PeftConfig.from_pretrained(args.adapter)
 
 
-def load_tokenizer(script: RecipeArguments | EvaluationArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(script: RecipeArguments | ModelSource) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token."""
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, padding_side="left")
     if tokenizer.pad_token is None:
@@ -56,7 +56,7 @@ def load_model(script: RecipeArguments) -> PreTrainedModel | PeftModel:
     return model
 
 
-def load_for_evaluation(args: EvaluationArguments, device: torch.device) -> PreTrainedModel | PeftModel:
+def load_for_evaluation(args: ModelSource, device: torch.device) -> PreTrainedModel | PeftModel:
     """The model with its adapter, for sampling only."""
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(

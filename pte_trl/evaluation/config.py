@@ -18,11 +18,9 @@ RECORDED = (
 
 
 @dataclass
-class EvaluationArguments:
-    """An evaluation of one model, with or without an adapter, on one or more benchmarks."""
+class ModelSource:
+    """The model to sample from; what is not given is taken from a training recipe, so that both prompt it alike."""
 
-    output_dir: str = field(metadata={"help": "Records go to OUTPUT_DIR/BENCHMARK/records.jsonl."})
-    benchmarks: list[str] = field(metadata={"help": "Names, .jsonl files or hub names."})
     recipe: str | None = field(default=None, metadata={"help": "Training recipe: model, precision, system prompt."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the base model."})
     adapter: str | None = field(default=None, metadata={"help": "Folder of a LoRA or PTE adapter."})
@@ -30,6 +28,28 @@ class EvaluationArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "blockwise, sdpa or eager."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of NAME.jsonl files instead of the hub."})
+
+    def __post_init__(self):
+        if self.recipe is not None:
+            if not Path(self.recipe).is_file():
+                raise ValueError(f"recipe={self.recipe!r}: no such file")
+            values = yaml.safe_load(Path(self.recipe).read_text())
+            for key in FROM_RECIPE:
+                if getattr(self, key) is None and key in values:
+                    setattr(self, key, values[key])
+        self.dtype = self.dtype or "bfloat16"
+        self.attn_implementation = self.attn_implementation or "blockwise"
+        if not self.model_name_or_path:
+            raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
+        one_of("dtype", self.dtype, ("bfloat16", "float32", "auto"))
+
+
+@dataclass
+class EvaluationArguments(ModelSource):
+    """An evaluation of one model, with or without an adapter, on one or more benchmarks."""
+
+    output_dir: str = field(default="", metadata={"help": "Records go to OUTPUT_DIR/BENCHMARK/records.jsonl."})
+    benchmarks: list[str] = field(default_factory=list, metadata={"help": "Names, .jsonl files or hub names."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
 
     budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept."})
@@ -48,17 +68,14 @@ class EvaluationArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
 
     def __post_init__(self):
-        self._take_from_recipe()
-        self.dtype = self.dtype or "bfloat16"
-        self.attn_implementation = self.attn_implementation or "blockwise"
-        if not self.model_name_or_path:
-            raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
+        super().__post_init__()
+        if not self.output_dir:
+            raise ValueError("output_dir: not given")
         if not self.benchmarks:
             raise ValueError(f"benchmarks={self.benchmarks!r}: must name at least one")
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
         one_of("eviction", self.eviction, STRATEGIES)
-        one_of("dtype", self.dtype, ("bfloat16", "float32", "auto"))
         for key, least in (("budget", 2), ("max_new_tokens", 1), ("samples", 1), ("batch_size", 1), ("limit", 1)):
             value = getattr(self, key)
             if value is not None and value < least:
@@ -68,17 +85,6 @@ class EvaluationArguments:
             raise ValueError(f"temperature={self.temperature!r}: must be at least 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r}: must be above 0 and at most 1")
-
-    def _take_from_recipe(self) -> None:
-        """Fills what was not given from a training recipe, so that both prompt the model in the same way."""
-        if self.recipe is None:
-            return
-        if not Path(self.recipe).is_file():
-            raise ValueError(f"recipe={self.recipe!r}: no such file")
-        values = yaml.safe_load(Path(self.recipe).read_text())
-        for key in FROM_RECIPE:
-            if getattr(self, key) is None and key in values:
-                setattr(self, key, values[key])
 
     def recorded(self) -> dict:
         """The settings that stand in every record."""
