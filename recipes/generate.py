@@ -74,9 +74,12 @@ class CacheStreamer(TextStreamer):
             self.status()
 
     def status(self) -> None:
+        # What is written so far is let go: a text without line breaks would be decoded anew with every token.
+        self.end()
+        self.next_tokens_are_prompt = False
         held = self.cache.layers[0].keys.shape[2]
         print(
-            f"\n[{self.tokens} tokens; cache {held} tokens, {self.cache.nbytes / 1e6:.2f} MB; "
+            f"[{self.tokens} tokens; cache {held} tokens, {self.cache.nbytes / 1e6:.2f} MB; "
             f"{self.cache.evictions} evictions; {self.tokens / (time.perf_counter() - self.began):.1f} tokens/s; "
             f"process {psutil.Process().memory_info().rss / 1e6:.0f} MB]",
             file=sys.stderr,
@@ -84,45 +87,55 @@ class CacheStreamer(TextStreamer):
         )
 
 
-@torch.no_grad()
-def answer(model, tokenizer, question: str, args: GenerateArguments) -> str:
-    """Streams the answer to one question and returns it."""
+def prepare(tokenizer: PreTrainedTokenizerBase, question: str, args: GenerateArguments) -> tuple[dict, int]:
+    """The question's tokens and the window that its budget leaves.
+
+    Raises:
+        ValueError: the budget leaves none.
+    """
     chat = tokenizer.chat_template is not None
     prompt = make_prompt(question, args.system_prompt, chat=chat)
     options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
     inputs = tokenizer.apply_chat_template(prompt, **options) if chat else tokenizer(prompt, return_tensors="pt")
-    length = inputs["input_ids"].shape[1]
-    cache = BoundedCache(resolve_window(args.window, args.budget, length), args.evict_ratio)
+    return inputs, resolve_window(args.window, args.budget, inputs["input_ids"].shape[1])
+
+
+@torch.no_grad()
+def answer(model, tokenizer, inputs: dict, window: int, args: GenerateArguments) -> str:
+    """Streams the answer to one question and returns it."""
+    cache = BoundedCache(window, args.evict_ratio)
     streamer = CacheStreamer(tokenizer, cache, args.status_every)
-    sampling = {"do_sample": False} if args.temperature == 0 else {"do_sample": True, "temperature": args.temperature}
+    sampling = {"do_sample": False}
+    if args.temperature:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     out = model.generate(
         **inputs.to(model.device),
         past_key_values=cache,
         streamer=streamer,
         max_new_tokens=args.max_new_tokens,
         min_new_tokens=args.max_new_tokens if args.ignore_eos else None,
-        top_p=args.top_p if args.temperature else None,
-        top_k=0 if args.temperature else None,
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
     streamer.status()
-    return tokenizer.decode(out[0, length:], skip_special_tokens=True)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def main(argv: list[str] | None = None) -> list[str]:
     try:
         (args,) = parse((GenerateArguments,), argv)
         check_evaluation_model(args)
+        tokenizer = load_tokenizer(args)
+        prepared = [(question, *prepare(tokenizer, question, args)) for question in args.questions()]
     except ValueError as error:
         sys.exit(f"error: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
-    tokenizer, model = load_tokenizer(args), load_for_evaluation(args, device)
+    model = load_for_evaluation(args, device)
     set_seed(args.seed)
     answers = []
-    for question in args.questions():
+    for question, inputs, window in prepared:
         print(f"question: {question}", flush=True)
-        answers.append(answer(model, tokenizer, question, args))
+        answers.append(answer(model, tokenizer, inputs, window, args))
     return answers
 
 
