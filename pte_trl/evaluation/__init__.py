@@ -1,0 +1,1 @@
+"""Evaluation: completions become records, and every metric is computed from records."""

@@ -1,0 +1,134 @@
+"""The paper's figures with ours in them: ours solid with standard errors, the paper's dashed in the same colour.
+
+Windows stand side by side in the order of the paper, whatever budgets ours are; where those differ, the tick says so:
+768 and below it (56). Points that are missing are left out.
+"""
+
+import textwrap
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from . import histograms
+from .results import Row
+from .tables import LAYOUTS, TITLE_OF_PANEL, caption, label
+
+# Okabe and Ito's colours, told apart with any kind of colour vision, and by their markers in grey.
+STYLES = [
+    ("#555555", "s"),
+    ("#E69F00", "^"),
+    ("#0072B2", "D"),
+    ("#D55E00", "o"),
+    ("#009E73", "v"),
+    ("#CC79A7", "P"),
+    ("#56B4E9", "X"),
+]
+METHODS = ("baseline", "lora", "lora_c", "pte")
+SERIES = {"figure4a": "variant", "figure4b": "strategy"}  # the others: method
+WINDOW = {"figure5": "max_generation_length"}  # the others: window
+AXIS = {"figure5": "longest generation (tokens)"}
+
+
+def draw(item: str, rows: list[Row], stand_in: dict, path: Path) -> Path:
+    """The figure as a PNG at `path`.
+
+    Raises:
+        ValueError: the item is no figure.
+    """
+    if not item.startswith("figure"):
+        raise ValueError(f"{item} is no figure")
+    if item == "figure6":
+        figure = histograms.figure(rows, dict(zip(METHODS, STYLES, strict=False)), stand_in.get("bin_width", 100))
+    else:
+        figure = _curves(item, rows)
+    note = "\n".join(
+        line for text in caption(rows, stand_in) for line in textwrap.wrap(text, int(figure.get_figwidth() * 14))
+    )
+    figure.suptitle(LAYOUTS[item].title, x=0.01, ha="left", fontweight="bold")
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def styles(item: str, rows: list[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each curve; the four methods have the same ones everywhere."""
+    names = list(dict.fromkeys(row.keys[SERIES.get(item, "method")] for row in rows))
+    if set(names) <= set(METHODS):
+        names = METHODS
+    return dict(zip(names, STYLES, strict=False))
+
+
+def _curves(item: str, rows: list[Row]) -> Figure:
+    panels = {}
+    for row in rows:
+        panels.setdefault((row.keys.get("panel"), row.keys.get("benchmark")), []).append(row)
+    lines = len({panel for panel, _ in panels})
+    columns = -(-len(panels) // lines)
+    size = (2.7 * columns + 0.5, 2.7 * lines + 1.6) if columns > 1 else (7.5, 5.5)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    looks = styles(item, rows)
+    for axis, ((panel, benchmark), within) in zip(axes.flat, panels.items(), strict=True):
+        _panel(axis, item, within, looks, _ticks(rows, item))
+        axis.set_title(" ".join(filter(None, [panel, label(benchmark) if benchmark else "MATH-500"])))
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy (%)")
+    for axis, panel in zip(axes[:, 0], dict.fromkeys(panel for panel, _ in panels), strict=True):
+        if panel:
+            axis.set_ylabel(f"{TITLE_OF_PANEL[panel].partition(', ')[2]}\naccuracy (%)")
+    _legend(figure, looks)
+    return figure
+
+
+def _ticks(rows: list[Row], item: str) -> dict[str, str]:
+    """The paper's x values in their order, and what stands below each."""
+    key, out = WINDOW.get(item, "window"), {}
+    for x in sorted({row.keys[key] for row in rows}, key=int):
+        text = f"{int(x) // 1024}K" if item == "figure5" else x
+        ours = sorted({row.at for row in rows if row.keys[key] == x and row.at is not None})
+        out[x] = text if not ours or ours == [int(x)] else f"{text}\n({', '.join(map(str, ours))})"
+    return out
+
+
+def _panel(axis: Axes, item: str, rows: list[Row], looks: dict, ticks: dict[str, str]) -> None:
+    key, logarithmic = WINDOW.get(item, "window"), item == "figure5"
+    place = {x: int(x) if logarithmic else i for i, x in enumerate(ticks)}
+    for name, (colour, marker) in looks.items():
+        curve = sorted(
+            (row for row in rows if row.keys[SERIES.get(item, "method")] == name), key=lambda r: place[r.keys[key]]
+        )
+        paper = [(place[row.keys[key]], row.paper) for row in curve if row.paper is not None]
+        ours = [(place[row.keys[key]], row.ours, row.se or 0.0) for row in curve if row.ours is not None]
+        if paper:
+            axis.plot(
+                *zip(*paper, strict=True), "--", color=colour, marker=marker, mfc="none", ms=4, lw=1.2, alpha=0.75
+            )
+        if ours:
+            x, y, error = zip(*ours, strict=True)
+            axis.errorbar(x, y, error, color=colour, marker=marker, ms=5, lw=1.8, capsize=2.5)
+    if logarithmic:
+        axis.set_xscale("log", base=2)
+    axis.set_xticks(list(place.values()), list(ticks.values()))
+    axis.minorticks_off()
+    axis.set_xlabel(
+        AXIS.get(item, "window (tokens)") + (", ours in brackets" if "\n" in "".join(ticks.values()) else "")
+    )
+    axis.grid(alpha=0.25)
+
+
+def _legend(figure: Figure, looks: dict) -> None:
+    handles = [
+        Line2D([], [], color=colour, marker=marker, label=label(name)) for name, (colour, marker) in looks.items()
+    ]
+    handles += [
+        Line2D([], [], color="black", lw=1.8, label="ours ± se"),
+        Line2D([], [], color="black", ls="--", lw=1.2, label="paper"),
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside right upper" if figure.get_figwidth() < 9 else "outside upper right",
+        ncols=1 if figure.get_figwidth() < 9 else len(handles),
+    )
