@@ -26,6 +26,7 @@ STYLES = [
     ("#56B4E9", "X"),
 ]
 METHODS = ("baseline", "lora", "lora_c", "pte")
+PTE_ITSELF = ("pte", "global_32", "pte_sliding_window")  # the same setting under the name of each figure
 SERIES = {"figure4a": "variant", "figure4b": "strategy"}  # the others: method
 WINDOW = {"figure5": "max_generation_length"}  # the others: window
 AXIS = {"figure5": "longest generation (tokens)"}
@@ -44,7 +45,9 @@ def draw(item: str, rows: list[Row], stand_in: dict, path: Path) -> Path:
     else:
         figure = _curves(item, rows)
     note = "\n".join(
-        line for text in caption(rows, stand_in) for line in textwrap.wrap(text, int(figure.get_figwidth() * 14))
+        line
+        for text in caption(rows, stand_in, "left out")
+        for line in textwrap.wrap(text, int(figure.get_figwidth() * 14))
     )
     figure.suptitle(LAYOUTS[item].title, x=0.01, ha="left", fontweight="bold")
     figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
@@ -54,31 +57,32 @@ def draw(item: str, rows: list[Row], stand_in: dict, path: Path) -> Path:
 
 
 def styles(item: str, rows: list[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each curve; the four methods have the same ones everywhere."""
+    """Colour and marker of each curve; a method, and PTE in its own setting, have the same ones everywhere."""
+    fixed = dict(zip(METHODS, STYLES, strict=False)) | dict.fromkeys(PTE_ITSELF, STYLES[3])
     names = list(dict.fromkeys(row.keys[SERIES.get(item, "method")] for row in rows))
-    if set(names) <= set(METHODS):
-        names = METHODS
-    return dict(zip(names, STYLES, strict=False))
+    free = iter([style for style in STYLES if style not in [fixed.get(name) for name in names]])
+    return {name: fixed.get(name) or next(free) for name in names}
 
 
 def _curves(item: str, rows: list[Row]) -> Figure:
-    panels = {}
+    panels: dict[tuple, list[Row]] = {}
     for row in rows:
         panels.setdefault((row.keys.get("panel"), row.keys.get("benchmark")), []).append(row)
     lines = len({panel for panel, _ in panels})
-    columns = -(-len(panels) // lines)
-    size = (2.7 * columns + 0.5, 2.7 * lines + 1.6) if columns > 1 else (7.5, 5.5)
+    columns = len(panels) // lines
+    size = (2.7 * columns + 0.5, 2.7 * lines + 1.6) if columns > 1 else (9, 5.5)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
-    looks = styles(item, rows)
+    looks, ticks = styles(item, rows), _ticks(rows, item)
     for axis, ((panel, benchmark), within) in zip(axes.flat, panels.items(), strict=True):
-        _panel(axis, item, within, looks, _ticks(rows, item))
-        axis.set_title(" ".join(filter(None, [panel, label(benchmark) if benchmark else "MATH-500"])))
-    for axis in axes[:, 0]:
-        axis.set_ylabel("accuracy (%)")
-    for axis, panel in zip(axes[:, 0], dict.fromkeys(panel for panel, _ in panels), strict=True):
-        if panel:
-            axis.set_ylabel(f"{TITLE_OF_PANEL[panel].partition(', ')[2]}\naccuracy (%)")
+        _panel(axis, item, within, looks, ticks)
+        axis.set_title(" ".join(filter(None, [panel, benchmark and label(benchmark)])))
+        if axis in axes[:, 0]:
+            model = TITLE_OF_PANEL.get(panel, "").partition(", ")[2]
+            axis.set_ylabel(f"{model}\naccuracy (%)".strip())
+        if axis in axes[-1]:
+            bracketed = ", ours in brackets" if any("(" in text for text in ticks.values()) else ""
+            axis.set_xlabel(AXIS.get(item, "window (tokens)") + bracketed)
     _legend(figure, looks)
     return figure
 
@@ -113,9 +117,6 @@ def _panel(axis: Axes, item: str, rows: list[Row], looks: dict, ticks: dict[str,
         axis.set_xscale("log", base=2)
     axis.set_xticks(list(place.values()), list(ticks.values()))
     axis.minorticks_off()
-    axis.set_xlabel(
-        AXIS.get(item, "window (tokens)") + (", ours in brackets" if "\n" in "".join(ticks.values()) else "")
-    )
     axis.grid(alpha=0.25)
 
 

@@ -17,6 +17,10 @@ def figure(rows: list[Row], looks: dict[str, tuple[str, str]], bin_width: float)
         axis.set_title(label(method))
     for axis in axes.flat[len(methods) :]:
         axis.set_visible(False)
+    tallest = max(
+        (value for row in rows if row.keys["bin"] != "long" for value in (row.ours, row.paper) if value), default=1
+    )
+    axes[0, 0].set_ylim(0, 1.4 * tallest)  # room for what is written above the bars; the panels share it
     for axis in axes[:, 0]:
         axis.set_ylabel("share of correct responses (%)")
     for axis in axes[-1]:
@@ -36,16 +40,16 @@ def _panel(axis: Axes, rows: list[Row], colour: str, bin_width: float) -> None:
     )
     edges = [bin_edges(row.keys["bin"]) for row in bins]
     axis.axvspan([low for low, _ in edges].index(6.0) - 0.5, len(bins) - 0.5, color="black", alpha=0.08, lw=0)
-    axis.set_xticks(places, [_tick(low, high, bin_width) for low, high in edges], fontsize=8)
-    axis.text(0.98, 0.95, _long(long), transform=axis.transAxes, ha="right", va="top")
+    axis.set_xticks([p - 0.5 for p in range(len(edges))], [_tick(low, bin_width) for low, _ in edges], fontsize=8)
+    axis.text(0.98, 0.96, _long(long), transform=axis.transAxes, ha="right", va="top")
     axis.legend(loc="upper left")
+    axis.margins(x=0.01)
     axis.grid(axis="y", alpha=0.25)
 
 
-def _tick(low: float, high: float, bin_width: float) -> str:
+def _tick(low: float, bin_width: float) -> str:
     """Where a bin starts, in tokens."""
-    text = f"{100 * low:.0f}" + ("+" if high == float("inf") else "")
-    return text if bin_width == 100 else f"{text}\n({bin_width * low:.3g})"
+    return f"{100 * low:.0f}" + ("" if bin_width == 100 else f"\n({bin_width * low:.1f})")
 
 
 def _long(row: Row) -> str:

@@ -31,10 +31,10 @@ LABELS = {
     "aime25_pass16": "AIME25 @16",
     "avg": "average",
     "global_only": "global only",
-    "pte_sliding_window": "sliding window",
-    "pte_h2o": "H2O",
-    "pte_pyramidkv": "PyramidKV",
-    "pte_headkv": "HeadKV",
+    "pte_sliding_window": "PTE, sliding window",
+    "pte_h2o": "PTE, H2O",
+    "pte_pyramidkv": "PTE, PyramidKV",
+    "pte_headkv": "PTE, HeadKV",
     **{f"global_{n}": f"{n} global tokens" for n in (0, 16, 32, 48, 64)},
 }
 
@@ -57,16 +57,18 @@ LAYOUTS = {
     "table2": Layout(
         "Table 2: AIME, pass@16 in percent, over cache windows", "cache_window", ("method",), ("dataset", "model")
     ),
-    "table3": Layout("Table 3: longer rollouts in training", "metric", ("method", "generation_length")),
-    "tableA1": Layout("Table A1: MATH-500, pass@1 in percent, over eviction ratios", "eviction_ratio"),
-    "figure3": Layout("Figure 3: accuracy in percent over windows", "window", ("method",), ("panel", "benchmark")),
-    "figureA1": Layout("Figure A1: accuracy in percent over windows", "window", ("method",), ("benchmark",)),
-    "figure4a": Layout("Figure 4a: global tokens, MATH-500, pass@1 in percent", "window", ("variant",)),
-    "figure4b": Layout("Figure 4b: eviction strategies, MATH-500, pass@1 in percent", "window", ("strategy",)),
-    "figure5": Layout(
-        "Figure 5: longer generations, MATH-500, pass@1 in percent", "max_generation_length", ("method",)
+    "table3": Layout(
+        "Table 3: longer rollouts in training, DeepSeek-R1-Distill-Llama-8B", "metric", ("method", "generation_length")
     ),
-    "figure6": Layout("Figure 6: lengths of correct responses", "bin", ("method",)),
+    "tableA1": Layout("Table A1: eviction ratios, MATH-500, pass@1 in percent, Qwen2.5-3B-Instruct", "eviction_ratio"),
+    "figure3": Layout("Figure 3: accuracy over windows", "window", ("method",), ("panel", "benchmark")),
+    "figureA1": Layout("Figure A1: accuracy over windows, Qwen2.5-3B-Instruct", "window", ("method",), ("benchmark",)),
+    "figure4a": Layout("Figure 4a: global tokens, MATH-500, Qwen2.5-3B-Instruct", "window", ("variant",)),
+    "figure4b": Layout("Figure 4b: eviction strategies, MATH-500, Qwen2.5-3B-Instruct", "window", ("strategy",)),
+    "figure5": Layout(
+        "Figure 5: longer generations, MATH-500, DeepSeek-R1-Distill-Llama-8B", "max_generation_length", ("method",)
+    ),
+    "figure6": Layout("Figure 6: lengths of correct responses, MATH-500", "bin", ("method",)),
 }
 
 TITLE_OF_PANEL = {"3a": "3a, Qwen2.5-7B-Instruct", "3b": "3b, DeepSeek-R1-Distill-Llama-8B"}
@@ -146,7 +148,7 @@ def _lines(names: list[str], cells: list[Row | None], notes: list[str]) -> list[
     return out
 
 
-def caption(rows: list[Row], stand_in: dict) -> list[str]:
+def caption(rows: list[Row], stand_in: dict, absence: str = "marked -") -> list[str]:
     """What a reader must know before the numbers: whose they are, what is missing, what they rest on."""
     out = (
         [f"NOT THE PAPER'S MODELS: ours is {stand_in['model']}. {stand_in.get('note', '')}".strip()]
@@ -154,7 +156,7 @@ def caption(rows: list[Row], stand_in: dict) -> list[str]:
         else []
     )
     absent = len(missing(rows))
-    out.append(f"Missing: {absent} of {len(rows)} cells" + (", each marked -." if absent else "."))
+    out.append(f"Missing: {absent} of {len(rows)} numbers of ours" + (f", {absence}." if absent else "."))
     counts = sorted({(row.problems, row.samples) for row in rows if row.problems})
     if counts:
         out.append("Ours: " + ", ".join(f"{p} problems x {s} samples" for p, s in counts) + "; ± is a standard error.")
