@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import histograms
-from .results import Row
+from .results import Row, bin_width
 from .tables import LAYOUTS, TITLE_OF_PANEL, caption, label
 
 # Okabe and Ito's colours, told apart with any kind of colour vision, and by their markers in grey.
@@ -41,7 +41,7 @@ def draw(item: str, rows: list[Row], stand_in: dict, path: Path) -> Path:
     if not item.startswith("figure"):
         raise ValueError(f"{item} is no figure")
     if item == "figure6":
-        figure = histograms.figure(rows, dict(zip(METHODS, STYLES, strict=False)), stand_in.get("bin_width", 100))
+        figure = histograms.figure(rows, dict(zip(METHODS, STYLES, strict=False)), bin_width(stand_in))
     else:
         figure = _curves(item, rows)
     note = "\n".join(

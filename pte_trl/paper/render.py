@@ -15,7 +15,7 @@ from pathlib import Path
 from pte_trl.manifest import environment, versions, write_json
 
 from . import figures, plan, tables
-from .results import Row, done, missing, rows
+from .results import Row, bin_width, done, missing, rows
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def render(item: str, scale: str, output: Path) -> Rendered:
         ValueError: a run's files do not hold what its cell needs.
     """
     cells, stand_in = plan.cells(item, scale), plan.stand_in(scale)
-    found = rows(item, cells, stand_in.get("bin_width", 100))
+    found = rows(item, cells, bin_width(stand_in))
     output.mkdir(parents=True, exist_ok=True)
     if item.startswith("figure"):
         shown = figures.draw(item, found, stand_in, output / f"{item}.png")

@@ -95,6 +95,11 @@ def histogram(cells: list[Cell], bin_width: float = 100) -> list[Row]:
     return out
 
 
+def bin_width(stand_in: dict) -> float:
+    """Tokens per bin of figure 6: the paper's 100; for a stand-in what it says, or 1/32 of that."""
+    return stand_in.get("bin_width", 100 / 32) if stand_in else 100
+
+
 def bin_edges(name: str) -> tuple[float, float]:
     """A bin of figure 6 in units of its width: "1.0-2.0", "8.0-inf", or "long", the paper's shaded bars."""
     low, high = ("6.0", "inf") if name == "long" else name.split("-")

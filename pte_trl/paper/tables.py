@@ -5,7 +5,7 @@ One `Section` serves the terminal, GitHub and the HTML page; the flat CSV holds 
 
 import csv
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import numbers
@@ -186,15 +186,16 @@ def _aligned(section: Section) -> list[str]:
     return [text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]]
 
 
-COLUMNS = [field.name for field in fields(Row) if field.name not in ("keys", "slips")]
+# `metric` is a key column of two tables already, and there names the column rather than what is measured.
+NUMBERS = ("paper", "ours", "difference", "se", "problems", "samples", "at", "memory_of", "folder")
 
 
 def write_csv(path: Path, item: str, rows: list[Row]) -> None:
     """One line per cell: its keys, then paper, ours, difference, and what they rest on; empty where there is none."""
-    columns = [*numbers.KEYS[item], *COLUMNS[:3], "difference", *COLUMNS[3:], "slips"]
+    columns = [*numbers.KEYS[item], "measure", *NUMBERS, "slips"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            plain = {name: getattr(row, name) for name in [*COLUMNS, "difference"]}
-            writer.writerow({**row.keys, **plain, "slips": " | ".join(row.slips)})
+            plain = {name: getattr(row, name) for name in NUMBERS}
+            writer.writerow({**row.keys, "measure": row.metric, **plain, "slips": " | ".join(row.slips)})
