@@ -38,7 +38,7 @@ def summarise(records: list[dict]) -> dict:
         problems and samples (per problem) as counts; shares between 0 and 1: pass@1 with its errors over problems
         ("pass@1_se") and over runs ("pass@1_se_runs", None for one run), "pass@k" and "pass@k_se" by k,
         "pass@1_clean" without problems that the training data repeat, format_rate, truncation_rate, no_room_rate
-        (prompts beyond the budget); mean_tokens, mean_evictions; contaminated and doubtful_golds as counts of problems.
+        (prompts beyond the budget); mean_tokens, mean_evictions; contaminated, doubtful_golds: counts of problems.
 
     Raises:
         ValueError: no records, or problems with different numbers of samples.

@@ -5,6 +5,7 @@ Windows stand side by side in the order of the paper, whatever budgets ours are;
 """
 
 import textwrap
+from math import nan
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -83,7 +84,7 @@ def _curves(item: str, rows: list[Row]) -> Figure:
         if axis in axes[-1]:
             bracketed = ", ours in brackets" if any("(" in text for text in ticks.values()) else ""
             axis.set_xlabel(AXIS.get(item, "window (tokens)") + bracketed)
-    _legend(figure, looks)
+    _legend(figure, looks, beside=columns == 1)
     return figure
 
 
@@ -101,18 +102,15 @@ def _panel(axis: Axes, item: str, rows: list[Row], looks: dict, ticks: dict[str,
     key, logarithmic = WINDOW.get(item, "window"), item == "figure5"
     place = {x: int(x) if logarithmic else i for i, x in enumerate(ticks)}
     for name, (colour, marker) in looks.items():
-        curve = sorted(
-            (row for row in rows if row.keys[SERIES.get(item, "method")] == name), key=lambda r: place[r.keys[key]]
-        )
-        paper = [(place[row.keys[key]], row.paper) for row in curve if row.paper is not None]
-        ours = [(place[row.keys[key]], row.ours, row.se or 0.0) for row in curve if row.ours is not None]
-        if paper:
-            axis.plot(
-                *zip(*paper, strict=True), "--", color=colour, marker=marker, mfc="none", ms=4, lw=1.2, alpha=0.75
-            )
-        if ours:
-            x, y, error = zip(*ours, strict=True)
-            axis.errorbar(x, y, error, color=colour, marker=marker, ms=5, lw=1.8, capsize=2.5)
+        of_x = {row.keys[key]: row for row in rows if row.keys[SERIES.get(item, "method")] == name}
+        curve = [of_x.get(x) for x in ticks]
+        # A missing point is nan, so that the line is broken there instead of bridging it.
+        paper = [nan if row is None or row.paper is None else row.paper for row in curve]
+        ours = [nan if row is None or row.ours is None else row.ours for row in curve]
+        errors = [0.0 if row is None or row.se is None else row.se for row in curve]
+        x = list(place.values())
+        axis.plot(x, paper, "--", color=colour, marker=marker, mfc="none", ms=4, lw=1.2, alpha=0.75)
+        axis.errorbar(x, ours, errors, color=colour, marker=marker, ms=5, lw=1.8, capsize=2.5)
     if logarithmic:
         axis.set_xscale("log", base=2)
     axis.set_xticks(list(place.values()), list(ticks.values()))
@@ -120,16 +118,11 @@ def _panel(axis: Axes, item: str, rows: list[Row], looks: dict, ticks: dict[str,
     axis.grid(alpha=0.25)
 
 
-def _legend(figure: Figure, looks: dict) -> None:
+def _legend(figure: Figure, looks: dict[str, tuple[str, str]], beside: bool) -> None:
     handles = [
-        Line2D([], [], color=colour, marker=marker, label=label(name)) for name, (colour, marker) in looks.items()
-    ]
-    handles += [
+        *(Line2D([], [], color=colour, marker=mark, label=label(name)) for name, (colour, mark) in looks.items()),
         Line2D([], [], color="black", lw=1.8, label="ours ± se"),
         Line2D([], [], color="black", ls="--", lw=1.2, label="paper"),
     ]
-    figure.legend(
-        handles=handles,
-        loc="outside right upper" if figure.get_figwidth() < 9 else "outside upper right",
-        ncols=1 if figure.get_figwidth() < 9 else len(handles),
-    )
+    place, columns = ("outside right upper", 1) if beside else ("outside upper right", len(handles))
+    figure.legend(handles=handles, loc=place, ncols=columns)

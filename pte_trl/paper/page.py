@@ -28,7 +28,8 @@ th, td { padding: .2rem .7rem .2rem 0; text-align: left; font-variant-numeric: t
 thead th { border-bottom: 2px solid var(--line); } tr.paper td { border-top: 1px solid var(--line); }
 tr.ours td { font-weight: 600; } tr.diff td { opacity: .75; } td.slip { background: var(--soft); }
 .loud { border: 2px solid var(--loud); color: var(--loud); padding: .5rem 1rem; font-weight: 600; }
-img { max-width: 100%; height: auto; background: white; } pre { overflow-x: auto; font-size: .8rem; }
+table.overview td:last-child { white-space: normal; }
+img { max-width: 100%; min-width: 44rem; height: auto; background: white; } pre { overflow-x: auto; font-size: .8rem; }
 sup { line-height: 0; } summary { cursor: pointer; } .notes, footer { font-size: .9rem; }
 """
 
@@ -75,9 +76,11 @@ def _overview(rendered: list[Rendered]) -> str:
     for one in rendered:
         there, slips = len(one.rows) - len(missing(one.rows)), sum(bool(row.slips) for row in one.rows)
         name = f'<a href="#{one.item}">{_title(one)}</a>'
-        lines.append(f"<tr><td>{name}</td><td>{there} of {len(one.rows)}</td><td>{slips or ''}</td></tr>")
-    head = "<tr><th>item</th><th>ours there</th><th>slips</th></tr>"
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+        lines.append(f"<tr><td>{there} of {len(one.rows)}</td><td>{slips or ''}</td><td>{name}</td></tr>")
+    head = "<tr><th>ours there</th><th>slips</th><th>item</th></tr>"
+    return (
+        f'<div class="wide"><table class="overview"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
 def _item(one: Rendered, stand_in: dict) -> str:

@@ -156,7 +156,8 @@ def caption(rows: list[Row], stand_in: dict, absence: str = "marked -") -> list[
         else []
     )
     absent = len(missing(rows))
-    out.append(f"Missing: {absent} of {len(rows)} numbers of ours" + (f", {absence}." if absent else "."))
+    total = f"of {len(rows)} numbers of ours"
+    out.append(f"Missing: {absent} {total}, {absence}." if absent else f"Missing: none {total}.")
     counts = sorted({(row.problems, row.samples) for row in rows if row.problems})
     if counts:
         out.append("Ours: " + ", ".join(f"{p} problems x {s} samples" for p, s in counts) + "; ± is a standard error.")
