@@ -39,22 +39,25 @@ def draw(item: str, rows: list[Row], stand_in: dict, path: Path) -> Path:
     Raises:
         ValueError: the item is no figure.
     """
+    drawn = figure(item, rows, stand_in)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def figure(item: str, rows: list[Row], stand_in: dict) -> Figure:
+    """The figure with its title, and below it whose numbers these are and what is missing."""
     if not item.startswith("figure"):
         raise ValueError(f"{item} is no figure")
     if item == "figure6":
-        figure = histograms.figure(rows, dict(zip(METHODS, STYLES, strict=False)), bin_width(stand_in))
+        out = histograms.figure(rows, styles(item, rows), bin_width(stand_in))
     else:
-        figure = _curves(item, rows)
-    note = "\n".join(
-        line
-        for text in caption(rows, stand_in, "left out")
-        for line in textwrap.wrap(text, int(figure.get_figwidth() * 14))
-    )
-    figure.suptitle(LAYOUTS[item].title, x=0.01, ha="left", fontweight="bold")
-    figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    return path
+        out = _curves(item, rows)
+    width = int(out.get_figwidth() * 14)  # characters in a line
+    note = "\n".join(line for text in caption(rows, stand_in, "left out") for line in textwrap.wrap(text, width))
+    out.suptitle(LAYOUTS[item].title, x=0.01, ha="left", fontweight="bold")
+    out.supxlabel(note, x=0.01, ha="left", fontsize=9)
+    return out
 
 
 def styles(item: str, rows: list[Row]) -> dict[str, tuple[str, str]]:

@@ -73,7 +73,8 @@ def histogram(cells: list[Cell], bin_width: float = 100) -> list[Row]:
 
     Returns:
         For each method the paper's bins, its sum from six bin widths up ("long"), and a bin for shorter responses
-        than the paper shows, if any of ours is so short. `samples` is the number of correct responses.
+        than the paper shows, if any of ours is so short. `samples` is the number of correct responses; without one
+        there is no share.
     """
     out, found = [], lengths(cells)
     names = list(dict.fromkeys(row["bin"] for row in numbers.load("figure6")))

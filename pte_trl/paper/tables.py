@@ -35,7 +35,8 @@ LABELS = {
     "pte_h2o": "PTE, H2O",
     "pte_pyramidkv": "PTE, PyramidKV",
     "pte_headkv": "PTE, HeadKV",
-    **{f"global_{n}": f"{n} global tokens" for n in (0, 16, 32, 48, 64)},
+    **{f"global_{n}": f"{n} global tokens" for n in (16, 32, 48, 64)},
+    "global_0": "global-0 (S starts at 0)",
 }
 
 
