@@ -149,6 +149,11 @@ def test_efficiency_columns_come_first_as_in_the_paper(rows):
     assert section.header == ["method", "", "TFLOPs max", "MATH-500", "AIME24 @16", "average"]
 
 
+def test_small_differences_keep_one_decimal():
+    (section,) = tables.sections("tableA1", [results.Row({"eviction_ratio": "0.10"}, "pass@1", 50.7, 50.66)])
+    assert [line[-1] for line in section.lines] == ["50.7", "50.7", "-0.0"]
+
+
 def test_a_stand_in_is_said_first(rows):
     lines = tables.markdown("table1", rows, STAND_IN).splitlines()
     assert lines[2] == "**NOT THE PAPER'S MODELS: ours is a <small> model. Its numbers & the paper's differ.**"
