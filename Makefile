@@ -83,7 +83,7 @@ $(TINY_DATA): | $(READY)
 	$(PY) -m pte_trl.tiny.benchmarks --output $(@D)
 
 report: | $(READY)  ## one HTML page of all finished tables and figures
-	$(PY) -m pte_trl.paper.page --scale $(SCALE) --output outputs/$(SCALE)/report
+	$(PY) -m pte_trl.paper.page --scale $(SCALE) --output outputs/$(SCALE)/results
 
 clean:  ## outputs and caches, not the environment
 	rm -rf outputs .pytest_cache .ruff_cache .hypothesis

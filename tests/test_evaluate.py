@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from evaluate import main
 from pte_trl import PteConfig
@@ -110,6 +112,21 @@ def test_a_folder_of_other_settings_is_refused(setting, finished, key, value):
     with pytest.raises(SystemExit, match=f"{key}={value}|{key}=48|{key}=1.0|{key}=0"):
         main(argv(setting, finished, **{key: value}))
     assert content(finished) == before
+
+
+def test_an_adapter_trained_anew_is_another_setting(setting, finished, tmp_path):
+    shutil.copytree(finished / "sums", tmp_path / "sums")
+    other = shutil.copytree(setting / "adapter", tmp_path / "adapter") / "adapter_model.safetensors"
+    weights = load_file(other)
+    save_file({name: weight + 1e-3 for name, weight in weights.items()}, other)
+    shutil.move(setting / "adapter", setting / "before")
+    try:
+        shutil.copytree(tmp_path / "adapter", setting / "adapter")
+        with pytest.raises(SystemExit, match="adapter_sha256"):
+            main(argv(setting, tmp_path))
+    finally:
+        shutil.rmtree(setting / "adapter")
+        shutil.move(setting / "before", setting / "adapter")
 
 
 def launch(setting, out, *prefix: str, **changes) -> subprocess.Popen:

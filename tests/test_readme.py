@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pte_trl.paper.plan import makefile as plan
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,9 +68,31 @@ def test_the_four_lines_of_python(demo, monkeypatch):
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
+def test_the_evaluation_lines(demo):
+    """As they stand in the README, with the demo's model, adapter and problems."""
+    folder, _ = demo
+    text = README.replace("\\\n", " ")
+    launch = re.search(r"accelerate launch (recipes/evaluate\.py .*)", text)[1].split()
+    launch = " ".join(launch).replace("recipes/", f"{ROOT}/recipes/").replace("qwen3b.yaml", "tiny.yaml")
+    launch = launch.replace("outputs/qwen3b-pte ", "outputs/tiny-pte ")
+    options = "--benchmarks outputs/tiny-data/test.jsonl --limit 2 --max_new_tokens 12 --use_cpu true"
+    run(folder, sys.executable, *launch.split(), *options.split())
+    (metrics,) = re.findall(r"python -m (pte_trl\.evaluation\.metrics \S+)", text)
+    assert "| outputs/eval/qwen3b-pte-1024/test | 2 x 16 |" in run(folder, sys.executable, "-m", *metrics.split())
+    (regrade,) = re.findall(r"python -m (pte_trl\.evaluation\.regrade \S+)`", text)
+    assert "0 of 32 verdicts changed" in run(folder, sys.executable, "-m", *regrade.split())
+
+
+def test_the_question_line(demo):
+    folder, _ = demo
+    line = re.search(r"python (recipes/generate\.py .*)", README)[1].replace("smollm2.yaml", "tiny.yaml")
+    arguments = shlex.split(line.replace("recipes/", f"{ROOT}/recipes/"))
+    assert "What is 7 + 5?" in run(folder, sys.executable, *arguments, "--max_new_tokens", "12", "--use_cpu", "true")
+
+
 def test_targets_and_files_that_are_named_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake ([a-z0-9-]+)", README):
+    makefile = (ROOT / "Makefile").read_text() + plan("paper")
+    for target in re.findall(r"\bmake ([a-zA-Z0-9-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(r"\b((?:recipes|docs|pte_trl|accelerate_configs)/[\w./-]+\.\w+)", README):
         assert (ROOT / path).exists(), path

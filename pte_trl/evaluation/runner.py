@@ -44,6 +44,12 @@ def seed_of(seed: int, benchmark: str, problem_id: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
 
 
+def fingerprint(adapter: str | None) -> str | None:
+    """First digits of the hash of an adapter's weights: trained again, it is another adapter in the same folder."""
+    path = Path(adapter or "") / "adapter_model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
+
+
 def window_of(args: EvaluationArguments, prompt_tokens: int) -> int | None:
     """W of a sample; with a budget, what a prompt of this length, rounded up, leaves of it."""
     if args.budget is None:
@@ -81,6 +87,7 @@ class Evaluation:
         self.prompt_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts]
         self.settings = args.recorded() | {
             "benchmark": Path(name).stem,
+            "adapter_sha256": fingerprint(args.adapter),
             "math_verify": version("math-verify"),
             "pte_trl": version("pte_trl"),
         }
