@@ -62,7 +62,8 @@ else
 .NOTPARALLEL:  # one run uses every GPU
 LAUNCH := $(VENV)/bin/accelerate launch --config_file $(ACCELERATE)
 TRAIN_ARGS := $(if $(DATA_DIR),--data_dir $(DATA_DIR))
-EVAL_ARGS := $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+BATCH ?= 32  # completions per GPU: 8B, 3,072 cached tokens each, 13 GB of cache
+EVAL_ARGS := --batch_size $(BATCH) $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 endif
 
 # An evaluation that make runs again although it is there is older than its adapter: its records are of another one.
