@@ -77,6 +77,9 @@ class PteGRPOConfig(GRPOConfig):
     )
     budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept, instead of window."})
     evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
+    replay: str = field(default="one_pass", metadata={"help": "one_pass, or segments (memory of one segment)."})
+    segment_length: int | None = field(default=None, metadata={"help": "Split longer segments (replay: segments)."})
+    offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
 
     def __post_init__(self):
         if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
@@ -95,6 +98,7 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
     """
     one_of("method", args.method, METHODS)
     one_of("loss_type", args.loss_type, LOSS_TYPES)
+    check_replay(args)
     if args.method == "lora":
         for key in ("window", "budget"):
             if getattr(args, key) is not None:
@@ -125,3 +129,17 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
     for key in ("use_vllm", "use_transformers_continuous_batching", "use_liger_kernel"):
         if getattr(args, key, False):
             raise ValueError(f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false")
+
+
+def check_replay(args: PteGRPOConfig) -> None:
+    """Refuses segment-wise scoring where it does not apply."""
+    one_of("replay", args.replay, ("one_pass", "segments"))
+    if args.replay == "segments":
+        if args.method == "lora":
+            raise ValueError("replay='segments': method=lora keeps the full cache, nothing of it can be let go")
+        if args.segment_length is not None and args.segment_length < 1:
+            raise ValueError(f"segment_length={args.segment_length!r}: must be at least 1")
+        return
+    for key in ("segment_length", "offload_cache"):
+        if getattr(args, key):
+            raise ValueError(f"{key}={getattr(args, key)!r}: only with replay=segments")

@@ -7,7 +7,7 @@ it is scored. The reference model of the KL term is the base with the full cache
 
 import torch
 from accelerate.logging import get_logger
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -18,6 +18,7 @@ from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
+from pte_trl.segments import segment_logps
 
 logger = get_logger(__name__)
 
@@ -39,10 +40,26 @@ class PteGRPOTrainer(GRPOTrainer):
             self.model.delete_adapter("ref")
         for layer in pte_layers(self.model):
             layer.watch_updates = True
+        self._check_segments()
 
     @property
     def bounded(self) -> bool:
         return self.args.method != "lora"
+
+    def _check_segments(self) -> None:
+        """Segment-wise scoring runs the model again inside backward, where nothing may be random or wrapped."""
+        if self.args.replay != "segments":
+            return
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"replay='segments' with {self.accelerator.num_processes} processes: it calls the model outside of "
+                "the wrapper that averages gradients; allowed is one process, or replay='one_pass'"
+            )
+        random = [name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        if random:
+            raise ValueError(
+                f"replay='segments': dropout in {random[0]} would differ between the two passes; set it to 0"
+            )
 
     # ---- rollout -------------------------------------------------------------------------------------------
 
@@ -118,22 +135,31 @@ class PteGRPOTrainer(GRPOTrainer):
                 compute_aux_loss=compute_aux_loss,
                 **kwargs,
             )
-        unwrapped, prompt = self.accelerator.unwrap_model(model), input_ids.shape[1] - logits_to_keep
+        prompt = input_ids.shape[1] - logits_to_keep
         logps, entropies = [], []
         for rows in torch.arange(len(input_ids), device=input_ids.device).split(batch_size or len(input_ids)):
             ids, mask, windows = input_ids[rows], attention_mask[rows], self._samples["windows"][rows]
-            labels = ids.masked_fill(mask == 0, -100)
-            labels[:, :prompt] = -100
-            with self.accelerator.autocast():
-                inputs = replay_inputs(unwrapped, mask, prompt, windows, self.args.evict_ratio)
-                outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
-            logps.append(outputs.log_probs[:, -logits_to_keep:])
-            entropies.append(outputs.entropy[:, -logits_to_keep:])
+            some_logps, some_entropies = self._score(model, ids, mask, prompt, windows)
+            logps.append(some_logps)
+            entropies.append(some_entropies)
         logps = torch.cat(logps)
         # Inside `_compute_loss` without old log-probs the weights are still those of the rollout.
         if "sampling_per_token_logps" in self._samples and "old_per_token_logps" not in self._samples:
             self._record_mismatch(logps, self._samples)
         return logps, torch.cat(entropies) if compute_entropy else None, None
+
+    def _score(self, model, ids: Tensor, mask: Tensor, prompt: int, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, completion) log-probs and entropies, by one forward or segment by segment."""
+        unwrapped, ratio = self.accelerator.unwrap_model(model), self.args.evict_ratio
+        with self.accelerator.autocast():
+            if self.args.replay == "segments":
+                options = {"segment_length": self.args.segment_length, "offload": self.args.offload_cache}
+                return segment_logps(unwrapped, ids, mask, prompt, windows, ratio, **options)
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, :prompt] = -100
+            inputs = replay_inputs(unwrapped, mask, prompt, windows, ratio)
+            outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
+        return outputs.log_probs[:, prompt - 1 :], outputs.entropy[:, prompt - 1 :]
 
     def _compute_loss(self, model, inputs):
         self._samples = inputs

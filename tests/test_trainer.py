@@ -9,7 +9,7 @@ from pte_trl.config import PteGRPOConfig, RecipeArguments
 from pte_trl.replay import replay_inputs
 from pte_trl.tiny.model import build, build_tokenizer
 from pte_trl.trainer import PteGRPOTrainer
-from tests.models import tiny
+from tests.models import randomise_up, tiny, with_pte
 
 PROBLEMS = ["1+1", "12+34=", "7", "100+200+300"] * 4
 
@@ -141,6 +141,38 @@ def test_every_sample_is_scored_under_its_own_window(tmp_path):
         logits = model(input_ids=ids[row : row + 1], **inputs).logits[:, 5:-1]
         alone = logits.log_softmax(-1).gather(2, ids[row : row + 1, 6:].unsqueeze(2)).squeeze(2)
         assert scored[row] == pytest.approx(alone[0].detach(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"segment_length": 3, "offload_cache": True}], ids=["whole", "cut, offloaded"]
+)
+def test_both_replays_take_the_same_step(tmp_path, options):
+    sgd = {
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "gradient_accumulation_steps": 2,
+    }
+    stepped = []
+    for replay in ({"replay": "one_pass"}, {"replay": "segments", **options}):
+        torch.manual_seed(0)
+        trainer = trainer_for(tmp_path, **sgd, **replay)
+        randomise_up(trainer.model)
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        assert max(logged(trainer, "mismatch/max")) < 1e-4
+        stepped.append({n: p.detach() - before[n] for n, p in trainer.model.named_parameters() if n in before})
+    one_pass, segments = stepped
+    for name, step in one_pass.items():
+        assert step.norm() > 0, name
+        assert (segments[name] - step).norm() <= 1e-3 * step.norm(), name
+
+
+def test_segments_with_dropout_are_refused(tmp_path):
+    model = with_pte(model_of(len(build_tokenizer())), dropout=0.1)
+    with pytest.raises(ValueError, match="replay='segments': dropout in"):
+        trainer_for(tmp_path, model=model, peft=False, replay="segments")
 
 
 def test_an_adapter_to_start_from_is_not_its_own_reference(tmp_path):

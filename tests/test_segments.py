@@ -1,0 +1,141 @@
+"""The third view: fed segment by segment, it gives the replay's log-probs and gradients, in bounded memory."""
+
+import gc
+
+import pytest
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from pte_trl.segments import segment_logps
+from tests.models import (
+    TEMPERATURE,
+    chosen,
+    decode_logps,
+    gap,
+    left_padded_batch,
+    replay_logps,
+    tiny,
+    with_lora,
+    with_pte,
+)
+from tests.test_gradients import VARIANTS, assert_same
+
+WINDOW = 6  # E = 2
+IDS, MASK, PROMPT = left_padded_batch([6, 3], 27)
+# weights of mixed sign, as advantages are: a plain sum would hide errors that cancel
+WEIGHTS = torch.randn(2, 27, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def segments(model, window=WINDOW, **options):
+    options = {"temperature": TEMPERATURE} | options
+    return segment_logps(model, IDS, MASK, PROMPT, window, **options)[0]
+
+
+def replayed(model, window=WINDOW, view=replay_logps):
+    return chosen(view(model, IDS, MASK, PROMPT, window), IDS, PROMPT)
+
+
+def both(model, logps) -> tuple[torch.Tensor, dict]:
+    """Log-probs and the gradients of all trainable tensors."""
+    model.zero_grad()
+    found = logps()
+    (found * WEIGHTS).sum().backward()
+    return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_segments_equal_the_replay_and_the_decode(family, variant):
+    model = with_pte(tiny(family, wide_norms=True), **VARIANTS[variant])
+    found, gradients = both(model, lambda: segments(model))
+    for view in (replay_logps, decode_logps):
+        expected, expected_gradients = both(model, lambda view=view: replayed(model, view=view))
+        assert gap(found, expected) <= 1e-9
+        assert_same(gradients, expected_gradients, 1e-8)
+
+
+@pytest.mark.parametrize("model", [lambda: with_lora(tiny("qwen2")), lambda: with_pte(tiny("qwen2")).train()])
+@pytest.mark.parametrize("options", [{"segment_length": 1}, {"segment_length": 3}, {"offload": True}], ids=str)
+def test_however_it_is_cut_and_wherever_it_is_kept(model, options):
+    model = model()
+    expected, expected_gradients = both(model, lambda: replayed(model))
+    found, gradients = both(model, lambda: segments(model, **options))
+    assert gap(found, expected) <= 1e-9
+    assert_same(gradients, expected_gradients, 1e-8)
+
+
+def test_every_sample_has_its_own_window():
+    model, windows = with_pte(tiny("llama")), torch.tensor([4, 9])
+    expected, expected_gradients = both(model, lambda: replayed(model, windows))
+    found, gradients = both(model, lambda: segments(model, windows))
+    assert gap(found, expected) <= 1e-9
+    assert_same(gradients, expected_gradients, 1e-8)
+
+
+@pytest.mark.parametrize("window", [1, 2, 100])
+def test_odd_windows(window):
+    model = with_pte(tiny("qwen2"))
+    assert gap(segments(model, window), replayed(model, window)) <= 1e-9
+
+
+def test_full_training_of_the_base_model_too():
+    model = tiny("qwen2")
+    _, expected = both(model, lambda: replayed(model))
+    _, gradients = both(model, lambda: segments(model))
+    used = {name: g for name, g in expected.items() if g.norm() > 1e-6}
+    assert_same({name: gradients[name] for name in used}, used, 1e-8)
+
+
+def test_the_fused_head_and_gradient_checkpointing():
+    base = tiny("qwen2", torch.float32)
+    add_fused_lm_head(base, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+    model = with_pte(base).train()
+    expected, expected_gradients = both(model, lambda: replayed(model))
+    base.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    found, gradients = both(model, lambda: segments(model, temperature=None))
+    assert base.is_gradient_checkpointing
+    assert gap(found, expected) <= 1e-4
+    assert_same(gradients, expected_gradients, 1e-3)
+    _, entropies = segment_logps(model, IDS, MASK, PROMPT, WINDOW)
+    logps = replay_logps(model, IDS, MASK, PROMPT, WINDOW)
+    assert gap(entropies, -(logps.exp() * logps).sum(-1)) <= 1e-4
+
+
+class Held:
+    """A tensor saved for backward that counts while it is held."""
+
+    now = most = 0
+
+    def __init__(self, tensor):
+        # Detached: an operation that saves its own result would otherwise hold itself.
+        self.tensor, self.bytes = tensor.detach(), tensor.nbytes
+        Held.now += self.bytes
+        Held.most = max(Held.most, Held.now)
+
+    def __del__(self):
+        Held.now -= self.bytes
+
+
+def bytes_held(model, length: int, view) -> int:
+    """The most bytes that autograd held at once for a completion of this length."""
+    ids, mask, prompt = left_padded_batch([6, 3], length)
+    gc.collect()
+    Held.now = Held.most = 0
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        view(model, ids, mask, prompt).sum().backward()
+    return Held.most
+
+
+def test_what_autograd_holds_does_not_grow_with_the_completion():
+    model = with_pte(tiny("llama", torch.float32))
+
+    def by_segments(model, ids, mask, prompt):
+        return segment_logps(model, ids, mask, prompt, WINDOW, temperature=1.0)[0]
+
+    def in_one_pass(model, ids, mask, prompt):
+        return chosen(replay_logps(model, ids, mask, prompt, WINDOW), ids, prompt)
+
+    short, long = (bytes_held(model, length, by_segments) for length in (40, 160))
+    assert 0 < long <= 1.02 * short
+    assert bytes_held(model, 160, in_one_pass) > 3 * bytes_held(model, 40, in_one_pass) > 3 * short
