@@ -1,6 +1,6 @@
 """Batched sampling under the bounded cache: prompts in, completions and the log-probs they were sampled under out.
 
-This is the plain decode: one prefill, then one token at a time for the whole batch until every sequence has ended.
+One prefill per distinct prompt, shared by its completions; then one token at a time for those that have not ended.
 """
 
 import time
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pte_trl.cache import BoundedCache
 from pte_trl.eviction import Strategy, attention_for, make_cache
 
 
@@ -76,6 +77,7 @@ def rollout(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     seeds: list[int] | None = None,
+    plain: bool = False,
 ) -> Rollout:
     """Samples one completion per prompt.
 
@@ -94,52 +96,92 @@ def rollout(
             scores the whole vocabulary.
         generator: for sampling; the global one if None.
         seeds: one per prompt. A completion then depends on its own seed and, but for rounding, not on its batch.
+        plain: the twin for tests: every completion has its own prefill, and ended ones stay in the batch.
     """
-    began = time.perf_counter()
-    device = model.device
-    tokens, prompt_mask = left_pad(prompt_ids, pad_token_id, device)
+    began, device, count = time.perf_counter(), model.device, len(prompt_ids)
+    prompts, copies = (prompt_ids, None) if plain else distinct(prompt_ids)
+    tokens, mask = left_pad(prompts, pad_token_id, device)
     with eval_mode(model):
         cache = make_cache(model, eviction, window, evict_ratio, longest=max_new_tokens - 1)
-    stops = torch.tensor(eos_token_ids, device=device)
-    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-    mask, alive = prompt_mask, torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
-    uniforms = Uniforms(seeds, device) if seeds is not None else None
-    sampled, logprobs, lengths = [], [], torch.zeros(len(prompt_ids), dtype=torch.long, device=device)
+    batch = Batch(model, cache, mask)
+    stops, uniforms = torch.tensor(eos_token_ids, device=device), seeds and Uniforms(seeds, device)
+    ids = torch.full((count, max_new_tokens), pad_token_id, device=device)
+    logps = torch.zeros(count, max_new_tokens, device=device)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
     with eval_mode(model), attention_for(model, cache) as extra:
-        while True:
-            logits = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **extra,
-            ).logits[:, -1]
-            token, logprob = sample(
-                logits, temperature, top_p, generator=generator, uniform=uniforms and uniforms.next()
-            )
+        logits = batch.prefill(tokens, extra)
+        if copies is not None:
+            logits = logits[batch.select(torch.tensor(copies, device=device))]
+        rows, alive = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            uniform = uniforms.next()[rows] if uniforms else None
+            token, logprob = sample(logits, temperature, top_p, generator=generator, uniform=uniform)
             token = torch.where(alive, token, pad_token_id)
-            sampled.append(token)
-            logprobs.append(logprob)
-            lengths += alive
+            ids[rows, step], logps[rows, step] = token, logprob
+            lengths[rows] += alive
             alive = alive & ~torch.isin(token, stops)
-            if len(sampled) == max_new_tokens or not alive.any():
+            left = int(alive.sum())
+            if step + 1 == max_new_tokens or not left:
                 break
-            tokens, position = token.unsqueeze(1), position[:, -1:] + 1
-            # The mask is over what the cache keeps: the prompt, the thoughts still there, and this token.
-            thoughts = cache.layers[0].kept() - prompt_mask.shape[1] + 1
-            mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompt_ids), thoughts)], dim=1)
-    lengths = lengths.tolist()
-    ids, lps = torch.stack(sampled, 1).tolist(), torch.stack(logprobs, 1).tolist()
+            if not plain and left <= len(rows) // 2:  # at half the size each time, so that shapes are few
+                going = batch.select(alive.nonzero().squeeze(1))
+                rows, token, alive = rows[going], token[going], alive[going]
+            logits = batch.feed(token, extra)
+    lengths, ids, logps = lengths.tolist(), ids.tolist(), logps.tolist()
     return Rollout(
         completion_ids=[row[:n] for row, n in zip(ids, lengths, strict=True)],
-        logprobs=[row[:n] for row, n in zip(lps, lengths, strict=True)],
+        logprobs=[row[:n] for row, n in zip(logps, lengths, strict=True)],
         window=window,
         evictions=[cache.evictions_after(n - 1) for n in lengths],
-        cache_bytes=cache.nbytes / len(prompt_ids),
+        cache_bytes=cache.nbytes / len(rows),
         seconds=time.perf_counter() - began,
     )
+
+
+def distinct(prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """The prompts without repetitions, and for every one given its place among them."""
+    places: dict[tuple[int, ...], int] = {}
+    copies = [places.setdefault(tuple(prompt), len(places)) for prompt in prompt_ids]
+    return [list(prompt) for prompt in places], copies
+
+
+class Batch:
+    """The sequences that are decoded together: their cache, their prompts' padding, their positions."""
+
+    def __init__(self, model: nn.Module, cache: BoundedCache, prompt_mask: Tensor):
+        self.model, self.cache, self.prompt_mask = model, cache, prompt_mask
+        self.position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+
+    def _forward(self, tokens: Tensor, mask: Tensor, extra: dict) -> Tensor:
+        """(batch, vocabulary) logits after the last of `tokens`."""
+        return self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **extra,
+        ).logits[:, -1]
+
+    def prefill(self, tokens: Tensor, extra: dict) -> Tensor:
+        logits = self._forward(tokens, self.prompt_mask, extra)
+        self.position = self.position[:, -1:]
+        return logits
+
+    def feed(self, token: Tensor, extra: dict) -> Tensor:
+        """One thought token, (batch,), for every sequence."""
+        self.position = self.position + 1
+        # The mask is over what the cache keeps: the prompt, the thoughts still there, and this token.
+        thoughts = self.cache.layers[0].kept() - self.prompt_mask.shape[1] + 1
+        mask = torch.cat([self.prompt_mask, self.prompt_mask.new_ones(len(token), thoughts)], dim=1)
+        return self._forward(token.unsqueeze(1), mask, extra)
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Goes on with these sequences, some perhaps several times; returns `rows`."""
+        self.cache.batch_select_indices(rows)
+        self.prompt_mask, self.position = self.prompt_mask[rows], self.position[rows]
+        return rows
 
 
 def sample(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pte_trl.eviction import STRATEGIES
 from pte_trl.replay import replay_inputs
 from pte_trl.rollout import left_pad, nucleus, rollout
 from pte_trl.rollout import sample as sample_token
@@ -99,3 +100,39 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
         assert found.nonzero().flatten().tolist() == kept
         assert found.sum().item() == pytest.approx(1)
         assert found[kept] == pytest.approx(logps.exp()[0, kept] / logps.exp()[0, kept].sum())
+
+
+@pytest.mark.parametrize("eviction", STRATEGIES)
+@pytest.mark.parametrize("method", ["pte", "bare"])
+def test_shared_prefills_and_a_shrinking_batch_change_nothing(eviction, method):
+    model = tiny("llama", torch.float64)
+    model = with_pte(model) if method == "pte" else model
+    prompts = [PROMPTS[0]] * 3 + [PROMPTS[1]] * 4 + [PROMPTS[2]] + [PROMPTS[0]]
+    options = {"seeds": list(range(len(prompts))), "eviction": eviction, "eos_token_ids": list(range(40, 48))}
+    fast, plain = (sample(model, prompts, plain=choice, **options) for choice in (False, True))
+    assert fast.completion_ids == plain.completion_ids
+    assert fast.evictions == plain.evictions
+    for ours, theirs in zip(fast.logprobs, plain.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    ended = sorted(map(len, fast.completion_ids))
+    assert ended[len(ended) // 2] < NEW - 5, "the batch never shrinks: choose other seeds"
+
+
+def test_every_token_is_computed_once_and_no_more(monkeypatch):
+    """Tokens that go through the model: each distinct prompt once, and little for completions that have ended."""
+    model, seen = tiny("llama", torch.float32), []
+    monkeypatch.setattr(model, "forward", spy(model.forward, seen))
+    result = sample(model, [PROMPTS[0]] * 16, seeds=list(range(16)), eos_token_ids=list(range(40, 48)))
+    prefill, *steps = seen
+    assert prefill == len(PROMPTS[0])
+    alive = [sum(len(c) > step for c in result.completion_ids) for step in range(1, len(steps) + 1)]
+    assert all(now <= fed <= max(2 * now, 1) + now for now, fed in zip(alive, steps, strict=True))
+    assert steps[-1] < 16
+
+
+def spy(forward, seen: list):
+    def call(*args, **kwargs):
+        seen.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    return call
