@@ -55,7 +55,7 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="tiny")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--record", action="store_true", help="append to docs/benchmarks/memory.json")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def model_for(config, args: argparse.Namespace) -> torch.nn.Module:

@@ -6,6 +6,7 @@ eviction interrupts (`Schedule.chunks`). Keys are kept as they come, after rotar
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from pte_trl.schedule import Schedule
 
 class BoundedLayer(CacheLayerMixin):
     """One layer: keys and values (batch, kv heads, prompt + kept thought, head_dim), prompt first.
+
+    Without gradients they are views of buffers that are written in place: take a copy of what is to be kept.
 
     Attributes:
         memory: what the encoder keeps of evicted tokens, (n_g, r) before the first eviction, then (batch, n_g, r);
@@ -34,6 +37,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = None
+        self.buffers = None  # what `keys` and `values` are views of, once tokens are fed without gradients
         self.memory = self.queries = self.owner = None
         self.prompt = self.fed = self.evicted = 0
         self.is_initialized = False
@@ -63,8 +67,7 @@ class BoundedLayer(CacheLayerMixin):
             start, stop = self.prompt, self.prompt + self.schedule.evict
             if encode is not None:
                 encode(self.keys[:, :, start:stop], self.values[:, :, start:stop])
-            self.keys = torch.cat([self.keys[:, :, :start], self.keys[:, :, stop:]], dim=2)
-            self.values = torch.cat([self.values[:, :, :start], self.values[:, :, stop:]], dim=2)
+            self.keys, self.values = (self._without(x, start, stop) for x in (self.keys, self.values))
             self.evicted += 1
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -74,10 +77,34 @@ class BoundedLayer(CacheLayerMixin):
             self.keys, self.values, self.prompt = key_states, value_states, length
             return self.keys, self.values
         self.make_room(length)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
+        if torch.is_grad_enabled():  # what is saved for backward must not be written over
+            self.buffers = None
+            self.keys = torch.cat([self.keys, key_states], dim=2)
+            self.values = torch.cat([self.values, value_states], dim=2)
+        else:
+            self._append(key_states, value_states)
         self.fed += length
         return self.keys, self.values
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        """Writes behind what is kept, into buffers made once: a new tensor per token would copy the whole cache."""
+        held, needed = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if self.buffers is None or self.buffers[0].shape[2] < needed:
+            size = min(self.prompt + self.schedule.window, 2 * needed)  # a window may be set far too large
+            self.buffers = tuple(x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (self.keys, self.values))
+            for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
+                buffer[:, :, :held] = x
+        for buffer, x in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, held:needed] = x
+        self.keys, self.values = (buffer[:, :, :needed] for buffer in self.buffers)
+
+    def _without(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Keys or values without the entries from `start` to `stop`; in the buffer, those behind move up."""
+        if self.buffers is None or torch.is_grad_enabled():
+            return torch.cat([x[:, :, :start], x[:, :, stop:]], dim=2)
+        left = x.shape[2] - (stop - start)
+        x[:, :, start:left] = x[:, :, stop:].clone()
+        return x[:, :, :left]
 
     def kept(self) -> int:
         """Prompt and thought tokens that the next token will find here, after the eviction due before it."""
@@ -95,7 +122,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self.keys, self.values = rows(self.keys), rows(self.values)
+            self.keys, self.values, self.buffers = rows(self.keys), rows(self.values), None
             if self.memory is not None and self.memory.dim() == 3:
                 self.memory = rows(self.memory)
 
@@ -125,7 +152,8 @@ class BoundedCache(Cache):
 
     def __init__(self, window: int, evict_ratio: float = 0.25):
         self.schedule = Schedule(window, evict_ratio)
-        super().__init__(layer_class_to_replicate=lambda: BoundedLayer(self.schedule))
+        # Not a lambda over `self`: a cycle would keep the whole cache until the garbage collector comes round.
+        super().__init__(layer_class_to_replicate=partial(BoundedLayer, self.schedule))
 
     def layer(self, layer_idx: int) -> BoundedLayer:
         """The layer's part, made if it is not there yet."""
@@ -149,5 +177,5 @@ class BoundedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the cache holds for its whole batch, the encoder's memory included."""
-        held = (x for layer in self.layers for x in (layer.keys, layer.values, layer.memory))
+        held = (x for layer in self.layers for x in (*(layer.buffers or (layer.keys, layer.values)), layer.memory))
         return sum(x.numel() * x.element_size() for x in held if x is not None)

@@ -1,11 +1,15 @@
 """`model.generate` with the bounded cache, and the cache itself."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from pte_trl import BoundedCache, Schedule, replay_inputs
+from pte_trl.eviction import attention_for, make_cache
 from tests.models import ALL_SEVEN, gap, left_padded_batch, tiny, with_lora, with_pte
 
 WINDOW, NEW = 6, 30
@@ -214,3 +218,21 @@ def test_rows_can_be_selected_and_repeated():
     assert gap(run([2, 0], lambda cache: cache.batch_select_indices(torch.tensor([2, 0]))), plain[[2, 0]]) <= 1e-9
     twice = [0, 0, 1, 1, 2, 2]
     assert gap(run(twice, lambda cache: cache.batch_repeat_interleave(2)), plain[twice]) <= 1e-9
+
+
+@pytest.mark.parametrize("eviction", ["sliding_window", "h2o"])
+def test_a_cache_is_gone_with_its_last_name(eviction):
+    model = with_pte(tiny("qwen2", torch.float32))
+    gc.collect()
+    gc.disable()
+    try:
+        cache = make_cache(model, eviction, window=4)
+        with torch.no_grad(), attention_for(model, cache) as extra:
+            for ids in ([[1, 2, 3]], [[4]], [[5]], [[6]], [[7]], [[8]]):
+                model(input_ids=torch.tensor(ids), past_key_values=cache, use_cache=True, **extra)
+        watched = weakref.ref(cache.layers[0])
+        assert cache.evictions == 1
+        del cache, extra
+        assert watched() is None, "a reference cycle keeps it"
+    finally:
+        gc.enable()
