@@ -77,6 +77,9 @@ class PteGRPOConfig(GRPOConfig):
     )
     budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept, instead of window."})
     evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
+    rollout_batch_size: str | None = field(
+        default="auto", metadata={"help": "Completions decoded at once: a number, or auto for what memory allows."}
+    )
     replay: str = field(default="one_pass", metadata={"help": "one_pass, or segments (memory of one segment)."})
     segment_length: int | None = field(default=None, metadata={"help": "Split longer segments (replay: segments)."})
     offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
@@ -84,6 +87,8 @@ class PteGRPOConfig(GRPOConfig):
     def __post_init__(self):
         if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
             self.window = int(self.window)
+        if isinstance(self.rollout_batch_size, str) and self.rollout_batch_size.isdigit():
+            self.rollout_batch_size = int(self.rollout_batch_size)
         if self.window == "full" and self.method == "lora":
             self.window = None  # so that a flag can take back the window of a recipe
         check_cache_policy(self)
@@ -99,6 +104,9 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
     one_of("method", args.method, METHODS)
     one_of("loss_type", args.loss_type, LOSS_TYPES)
     check_replay(args)
+    size = args.rollout_batch_size
+    if size not in (None, "auto") and not (isinstance(size, int) and size >= 1):
+        raise ValueError(f"rollout_batch_size={size!r}: must be auto, or an integer of at least 1")
     if args.method == "lora":
         for key in ("window", "budget"):
             if getattr(args, key) is not None:

@@ -12,11 +12,11 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from pte_trl.adapter.model import pte_layers
+from pte_trl.batching import rollout_in_parts
 from pte_trl.config import PteGRPOConfig
 from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
-from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.segments import segment_logps
 
@@ -79,9 +79,10 @@ class PteGRPOTrainer(GRPOTrainer):
             self.accelerator.autocast(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            result = rollout(
+            result = rollout_in_parts(
                 model,
                 prompt_ids,
+                self.args.rollout_batch_size,
                 window=window,
                 evict_ratio=self.args.evict_ratio,
                 max_new_tokens=self.max_completion_length,

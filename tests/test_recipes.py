@@ -56,6 +56,8 @@ BAD = [
     ({"window": None}, "exactly one"),
     ({"budget": 64}, "exactly one"),
     ({"window": None, "budget": 1}, "budget=1"),
+    ({"rollout_batch_size": 0}, "rollout_batch_size=0"),
+    ({"rollout_batch_size": "many"}, "rollout_batch_size='many'"),
     ({"replay": "two_pass"}, "replay='two_pass'"),
     ({"replay": "segments", "segment_length": 0}, "segment_length=0"),
     ({"replay": "segments", "method": "lora", "window": None}, "replay='segments'"),
