@@ -1,4 +1,4 @@
-"""A rollout in parts that fit in memory: of a given size or of one reckoned from the cache, halved where that fails."""
+"""A rollout in parts that fit in memory: of a given size, or reckoned from the cache and halved where that fails."""
 
 from dataclasses import replace
 
