@@ -9,9 +9,11 @@ Every sample is a line of OUTPUT_DIR/BENCHMARK/records.jsonl; a killed evaluatio
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments
@@ -36,7 +38,9 @@ def check_world(accelerator: Accelerator) -> None:
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     try:
         (args,) = parse((EvaluationArguments,), argv)
-        accelerator = Accelerator(cpu=args.use_cpu)
+        # Processes meet only at the end of a benchmark, and one may have the longest completions.
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+        accelerator = Accelerator(cpu=args.use_cpu, kwargs_handlers=[patience])
         check_world(accelerator)
         check_evaluation_model(args)
         tokenizer = load_tokenizer(args)
