@@ -24,7 +24,7 @@ demo: $(READY)  ## pretrain a tiny model, train it with PTE by GRPO, show what c
 	$(PY) recipes/demo.py --tier tiny
 
 demo-smollm2: $(READY)  ## the same run on a real pretrained model and real rows (DATA_DIR=folder without a hub)
-	$(PY) recipes/demo.py --tier smollm2 $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	$(PY) recipes/demo.py --tier smollm2 $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 
 test: $(READY)  ## all tests
 	$(PY) -m pytest -n 2
@@ -44,7 +44,8 @@ bench: $(READY)  ## the benchmarks that run on a CPU
 # ---- the paper's tables and figures -------------------------------------------------------------------------
 # make reproduce-table1, -table2, -table3, -tableA1, -figure3, -figure4a, -figure4b, -figure5, -figure6, -figureA1,
 # or reproduce-all. Every training run and every evaluation is a target, so what is done is not done again.
-#   SCALE=paper  the three real models on GPUs (the default where there are some); DATA_DIR=folder without a hub
+#   SCALE=paper  the three real models on GPUs (the default where there are some); DATA_DIR=folder without a hub,
+#                GPUS=n for another number than are found
 #   SCALE=tiny   a tiny model on generated sums, minutes on two cores
 SCALE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
 ACCELERATE ?= accelerate_configs/ddp.yaml
@@ -60,10 +61,15 @@ TRAIN_ARGS := --dataset_name outputs/tiny/data/train.jsonl
 EVAL_ARGS := --data_dir outputs/tiny/data --temperature 1.0 --top_p 1.0 --batch_size 128 --use_cpu true
 else
 .NOTPARALLEL:  # one run uses every GPU
-LAUNCH := $(VENV)/bin/accelerate launch --config_file $(ACCELERATE)
-TRAIN_ARGS := $(if $(DATA_DIR),--data_dir $(DATA_DIR))
-BATCH ?= 32  # completions per GPU: 8B, 3,072 cached tokens each, 13 GB of cache
-EVAL_ARGS := --batch_size $(BATCH) $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+GPUS ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),8)
+LAUNCH := $(VENV)/bin/accelerate launch --config_file $(ACCELERATE) --num_processes $(GPUS)
+# The paper's global batch of 512 completions, on however many GPUs.
+ACCUMULATION = $(or $(filter-out 0,$(shell echo $$((512 % ($(1) * $(GPUS)) ? 0 : 512 / ($(1) * $(GPUS)))))),$(error \
+  GPUS=$(GPUS): 512 completions cannot be shared by them in parts of $(1)))
+TRAIN_ARGS := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
+# Completions per GPU: of an 8B model with 3,072 cached tokens each they take 13 GB of cache.
+BATCH ?= 32
+EVAL_ARGS := --batch_size $(BATCH) $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 endif
 
 # An evaluation that make runs again although it is there is older than its adapter: its records are of another one.

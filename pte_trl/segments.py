@@ -41,13 +41,14 @@ def segment_logps(
         prompt: padded length of the prompts.
         windows: W of every sample, (batch,), or one for all; samples of one W go together.
         evict_ratio: as in the rollout.
-        segment_length: split segments that are longer; None: as long as evictions allow (W first, then E).
+        segment_length: split segments of thoughts that are longer; None: as long as evictions allow (W first, then
+            E). The prompt is always one.
         offload: keep keys and values of past segments on the CPU.
         temperature: None for TRL's fused LM head, which has its own and works in float32; a number computes the
             logits, in the model's precision, for models without that head.
 
     Returns:
-        (batch, completion) each; only the log-probs carry a gradient. Padded places hold numbers of no meaning.
+        (batch, completion) each; only the log-probs carry a gradient. Log-probs of padded places are 0.
     """
     windows = torch.as_tensor(windows, device=input_ids.device).expand(len(input_ids))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -90,7 +91,7 @@ class SegmentRun:
         self, model, ids: Tensor, mask: Tensor, prompt: int, schedule: Schedule, longest, offload, temperature
     ):
         self.model, self.ids, self.prompt, self.schedule = model, ids, prompt, schedule
-        self.prompt_mask = mask[:, :prompt]
+        self.mask, self.prompt_mask = mask, mask[:, :prompt]
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.temperature = temperature
         self.store_on = torch.device("cpu") if offload else ids.device
@@ -147,7 +148,9 @@ class SegmentRun:
     def _run(self, span: range, cache: BoundedCache) -> tuple[Tensor, Tensor]:
         """One segment through the model: log-probs of the tokens that follow each of its own, and entropies."""
         places = slice(self.prompt + span.start, self.prompt + span.stop)
-        labels = self.ids[:, places.start + 1 : places.stop + 1].clone()
+        after = slice(places.start + 1, places.stop + 1)
+        # Padded places get 0, as in one pass: their true log-probs could be so low that a KL term overflows.
+        labels = self.ids[:, after].masked_fill(self.mask[:, after] == 0, -100)
         mask = self.prompt_mask
         if span.start < 0:
             labels[:, :-1] = -100
@@ -163,7 +166,7 @@ class SegmentRun:
             logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits
         logps = (logits / self.temperature).log_softmax(-1)
         entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
-        return logps.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2), entropy
+        return logps.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2) * (labels != -100), entropy
 
     def _keep(self, span: range, cache: BoundedCache) -> None:
         """Stores the keys and values that the segment has added."""

@@ -96,6 +96,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, question: str, args: GenerateArg
     chat = tokenizer.chat_template is not None
     prompt = make_prompt(question, args.system_prompt, chat=chat)
     options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    options |= args.chat_template_kwargs or {}
     inputs = tokenizer.apply_chat_template(prompt, **options) if chat else tokenizer(prompt, return_tensors="pt")
     return inputs, resolve_window(args.window, args.budget, inputs["input_ids"].shape[1])
 

@@ -8,6 +8,9 @@ Every key of a recipe is a flag as well; the flag beats the recipe. `--help` lis
 """
 
 import sys
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
 
 from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
@@ -34,7 +37,11 @@ def load_data(script, args, tokenizer):
         problems = remove_overlap(problems, load_eval_problems(script.data_dir))
     check_golds(problems)
     return build_prompts(
-        problems, tokenizer, system_prompt=script.system_prompt, max_prompt_tokens=script.max_prompt_tokens
+        problems,
+        tokenizer,
+        system_prompt=script.system_prompt,
+        max_prompt_tokens=script.max_prompt_tokens,
+        chat_template_kwargs=args.chat_template_kwargs,
     )
 
 
@@ -65,7 +72,10 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer:
     )
     if script.adapter is None:
         calibrate_encoders(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint
+    if resume == "auto":  # the newest checkpoint, or from the start where there is none
+        resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(args.output_dir)
     if trainer.accelerator.is_main_process:
         trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")

@@ -106,6 +106,33 @@ def test_a_second_run_does_nothing_and_a_lost_sample_alone_is_made_again(setting
     assert (folder / "records.jsonl").stat().st_mtime_ns == before.st_mtime_ns
 
 
+def test_in_bfloat16_too_a_batch_cut_by_a_kill_gives_the_same_records(setting, tmp_path):
+    """There the text depends on what is decoded together: what is left must not be put into new batches."""
+    main(argv(setting, tmp_path / "whole", dtype="bfloat16", batch_size=8))
+    lines = content(tmp_path / "whole").splitlines(keepends=True)
+    folder = tmp_path / "cut" / "sums"
+    folder.mkdir(parents=True)
+    (folder / "part-0.jsonl").write_text("".join(lines[::3]))
+    main(argv(setting, tmp_path / "cut", dtype="bfloat16", batch_size=8))
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_other_problems_under_the_same_name_are_refused(setting, finished, tmp_path):
+    before = content(finished)
+    other = tmp_path / "sums.jsonl"
+    other.write_text((setting / "sums.jsonl").read_text().replace("Find", "Seek"))
+    with pytest.raises(SystemExit, match="benchmark_sha256"):
+        main(argv(setting, finished, benchmarks=other))
+    assert content(finished) == before
+
+
+def test_fewer_samples_than_are_there_already_are_refused(setting, finished, tmp_path):
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums" / "part-0.jsonl").write_text("".join(content(finished).splitlines(keepends=True)[:9]))
+    with pytest.raises(SystemExit, match=r"9 samples of another selection.*samples=2"):
+        main(argv(setting, tmp_path, samples=2))
+
+
 @pytest.mark.parametrize(("key", "value"), [("temperature", 0.5), ("budget", 56), ("samples", 2), ("seed", 1)])
 def test_a_folder_of_other_settings_is_refused(setting, finished, key, value):
     before = content(finished)
@@ -164,7 +191,10 @@ def test_regrading_gives_the_verdicts_back(finished, tmp_path):
     right = json.loads(content(finished).splitlines()[0])
     right |= {"completion": rf"so \boxed{{{right['gold']}}}", "correct": False, "reason": "wrong", "extracted": "?"}
     (folder / "records.jsonl").write_text(json.dumps(right) + "\n")
+    (folder / "manifest.json").touch()
+    os.utime(folder / "manifest.json", (0, 0))
     assert regrade(folder) == 1
+    assert (folder / "manifest.json").stat().st_mtime > 0, "make would not render the tables again"
     graded = read_records(folder)[0]
     assert (graded["correct"], graded["reason"], graded["extracted"]) == (True, "correct", right["gold"])
     assert regrade(folder) == 0
@@ -190,6 +220,7 @@ BAD = [
     ({"eviction": "youngest"}, "eviction='youngest'"),
     ({"adapter": "/nowhere"}, "/nowhere"),
     ({"benchmarks": "math5000"}, "math5000"),
+    ({"chat_template_kwargs": "{"}, "Expecting property name"),
 ]
 
 
@@ -210,7 +241,7 @@ def test_every_strategy_can_be_evaluated(setting, finished, tmp_path, eviction):
 
 
 def test_seeds_and_windows_belong_to_the_sample():
-    assert seed_of(0, "a", "b", 0) == seed_of(0, "a", "b", 0) < 2**63
+    assert seed_of(0, "a", "b", 0) == seed_of(0, "a", "b", 0) < 2**32
     assert len({seed_of(s, b, p, n) for s in (0, 1) for b in "ab" for p in "cd" for n in (0, 1)}) == 16
 
     class Arguments:

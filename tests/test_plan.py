@@ -1,6 +1,7 @@
 """The plan is the paper's set-up: what has to be trained and evaluated for every table and figure."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,8 @@ def sources(item: str, scale: str) -> list:
 
 def commands(scale: str, script: str) -> list[list[str]]:
     """Arguments of every command of the plan that runs a script; make's variables are left out."""
-    lines = [line for line in makefile(scale).splitlines() if line.startswith(f"\t$(LAUNCH) recipes/{script}")]
+    text = re.sub(r"\$\(call ACCUMULATION,(\d+)\)", lambda m: str(512 // (8 * int(m[1]))), makefile(scale))
+    lines = [line for line in text.splitlines() if line.startswith(f"\t$(LAUNCH) recipes/{script}")]
     return [[word for word in shlex.split(line)[2:] if not word.startswith("$(")] for line in lines]
 
 
@@ -73,6 +75,8 @@ def test_every_command_of_the_plan_parses(scale, monkeypatch):
         script, args = parse_recipe([*argv, "--use_cpu", "true", "--bf16", "false"])
         variant = args.output_dir.rsplit("/", 1)[1]
         assert args.method == variant.partition("-")[0]
+        if scale == "paper":
+            assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 512
         assert script.use_global_tokens == (variant != "pte-global_0")
         assert script.encode_evicted == (variant != "pte-global_only")
     for argv in evaluation:
@@ -84,14 +88,28 @@ def test_every_command_of_the_plan_parses(scale, monkeypatch):
 @pytest.mark.parametrize("scale", SCALES)
 def test_make_plans_every_item(scale, tmp_path):
     """Only what make prints: nothing is run, and nothing of an earlier run is looked at."""
-    for name in ("Makefile", "pte_trl", "recipes", "requirements.txt", "pyproject.toml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    command = ["make", "-n", "reproduce-all", f"SCALE={scale}", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = plan_of("reproduce-all", scale, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("recipes/evaluate.py") == (380 if scale == "paper" else 172)
     assert done.stdout.count("recipes/grpo_pte.py") == (18 if scale == "paper" else 12)
     assert done.stdout.count("pte_trl.paper.render") == len(ITEMS)
     assert done.stdout.count("pretrain_tiny") == (scale == "tiny")
     assert not (tmp_path / "outputs" / scale / "train").exists()
+
+
+def test_the_global_batch_is_the_papers_on_any_number_of_gpus(tmp_path):
+    for gpus in (1, 4, 8):
+        done = plan_of("reproduce-tableA1", "paper", tmp_path, f"GPUS={gpus}")
+        assert f"--num_processes {gpus} " in done.stdout
+        assert f"--gradient_accumulation_steps {512 // (8 * gpus)} " in done.stdout
+    done = plan_of("reproduce-tableA1", "paper", tmp_path, "GPUS=3")
+    assert done.returncode != 0 and "GPUS=3: 512 completions cannot be shared" in done.stderr
+
+
+def plan_of(target: str, scale: str, tmp_path: Path, *variables: str) -> subprocess.CompletedProcess:
+    for name in ("Makefile", "pte_trl", "recipes", "requirements.txt", "pyproject.toml"):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).symlink_to(ROOT / name)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", "-n", target, f"SCALE={scale}", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", *variables]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

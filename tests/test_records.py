@@ -80,6 +80,29 @@ def test_lost_and_doubled_samples_are_refused(tmp_path, samples):
     assert not (tmp_path / "records.jsonl").exists()
 
 
+def test_of_a_sample_that_is_there_twice_the_first_counts(tmp_path):
+    parts = Parts(tmp_path)
+    parts.append(0, [row("a", 0, True), row("a", 1, True)])
+    parts.append(1, [row("a", 1, False)])
+    assert [r["correct"] for r in parts.merge([("a", 0), ("a", 1)])] == [True, True]
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    with Parts(tmp_path).writing(0):
+        with Parts(tmp_path).writing(1):
+            pass
+        with pytest.raises(RuntimeError, match="another evaluation is writing here"), Parts(tmp_path).writing(0):
+            pass
+    with Parts(tmp_path).writing(0):
+        pass
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "part-0.jsonl").write_text('{"problem_id": "a", "sample": 0}\n{"problem\n')
+    with pytest.raises(ValueError, match=r"part-0.jsonl, line 2: not JSON"):
+        Parts(tmp_path).read()
+
+
 def test_an_unfinished_evaluation_has_no_records(tmp_path):
     Parts(tmp_path).append(0, [row("a", 0, True)])
     with pytest.raises(FileNotFoundError, match="1 parts of an unfinished one"):

@@ -102,6 +102,15 @@ def test_the_fused_head_and_gradient_checkpointing():
     assert gap(entropies, -(logps.exp() * logps).sum(-1)) <= 1e-4
 
 
+def test_padded_places_are_zero_as_in_one_pass():
+    model, mask = with_pte(tiny("llama")), MASK.clone()
+    mask[0, -9:] = 0
+    found = segment_logps(model, IDS, mask, PROMPT, WINDOW, temperature=TEMPERATURE)[0]
+    expected = chosen(replay_logps(model, IDS, mask, PROMPT, WINDOW), IDS, PROMPT) * mask[:, PROMPT:]
+    assert gap(found, expected) <= 1e-9
+    assert not found[0, -9:].any() and found[1, -9:].all()
+
+
 class Held:
     """A tensor saved for backward that counts while it is held."""
 

@@ -162,6 +162,7 @@ def test_both_replays_take_the_same_step(tmp_path, options):
         before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         trainer.train()
         assert max(logged(trainer, "mismatch/max")) < 1e-4
+        assert logged(trainer, "pte/update_over_state")[0] > 0
         stepped.append({n: p.detach() - before[n] for n, p in trainer.model.named_parameters() if n in before})
     one_pass, segments = stepped
     for name, step in one_pass.items():

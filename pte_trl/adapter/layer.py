@@ -174,7 +174,10 @@ class PteAttention(nn.Module, BaseTunerLayer):
 
         def encode(keys: Tensor, values: Tensor) -> None:
             keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
-            layer.memory = encoder.advance(layer.memory, encoder.update(layer.queries, *encoder.latents(keys, values)))
+            update = encoder.update(layer.queries, *encoder.latents(keys, values))
+            if torch.is_grad_enabled():
+                self._watch(update, layer.memory)
+            layer.memory = encoder.advance(layer.memory, update)
 
         layer.make_room(length, encode if self.config[name].encode_evicted else None)
         self.in_use.set(encoder.read(layer.memory))

@@ -1,5 +1,6 @@
 """What an evaluation can be told; read by TrlParser, checked before any weights load."""
 
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from pte_trl.adapter.config import one_of
 from pte_trl.eviction import STRATEGIES
 from pte_trl.schedule import Schedule
 
-FROM_RECIPE = ("model_name_or_path", "dtype", "attn_implementation", "system_prompt", "data_dir")
+FROM_RECIPE = (
+    *("model_name_or_path", "dtype", "attn_implementation"),
+    *("system_prompt", "chat_template_kwargs", "data_dir"),
+)
 # What decides the text of a sample. A folder belongs to one set of them, and every record has them all.
 RECORDED = (
-    *("model_name_or_path", "adapter", "dtype", "system_prompt"),
+    *("model_name_or_path", "adapter", "dtype", "attn_implementation", "system_prompt", "chat_template_kwargs"),
     *("budget", "window", "evict_ratio", "eviction", "max_new_tokens", "temperature", "top_p", "seed"),
 )
 
@@ -27,6 +31,9 @@ class ModelSource:
     dtype: str | None = field(default=None, metadata={"help": "bfloat16, float32 or auto."})
     attn_implementation: str | None = field(default=None, metadata={"help": "blockwise, sdpa or eager."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "More for the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of NAME.jsonl files instead of the hub."})
 
     def __post_init__(self):
@@ -37,6 +44,8 @@ class ModelSource:
             for key in FROM_RECIPE:
                 if getattr(self, key) is None and key in values:
                     setattr(self, key, values[key])
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
         self.dtype = self.dtype or "bfloat16"
         self.attn_implementation = self.attn_implementation or "blockwise"
         if not self.model_name_or_path:
@@ -73,6 +82,8 @@ class EvaluationArguments(ModelSource):
             raise ValueError("output_dir: not given")
         if not self.benchmarks:
             raise ValueError(f"benchmarks={self.benchmarks!r}: must name at least one")
+        if len({Path(name).stem for name in self.benchmarks}) < len(self.benchmarks):
+            raise ValueError(f"benchmarks={self.benchmarks!r}: two would write into the same folder")
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
         one_of("eviction", self.eviction, STRATEGIES)

@@ -5,9 +5,11 @@ merges them, in the order of the problems, into `records.jsonl`, which is comple
 rank and no machine, so one process and two write the same file; those stand in `manifest.json`.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 COMPLETE = "records.jsonl"
@@ -51,16 +53,39 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> list[dict]:
-        """All rows so far. A last line cut by a kill is taken off its file; call it on one process only."""
-        rows = []
+        """All rows so far, one for each sample. A last line cut by a kill is taken off its file; on one process only.
+
+        Raises:
+            ValueError: a line that is no JSON, with its file.
+        """
+        rows = {}
         for path in sorted(self.folder.glob("part-*.jsonl")):
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) < len(content):
                 with path.open("rb+") as file:
                     file.truncate(len(whole))
-            rows += [json.loads(row) for row in whole.splitlines()]
-        return rows
+            for number, text in enumerate(whole.splitlines(), 1):
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
+                rows.setdefault((row["problem_id"], row["sample"]), row)
+        return list(rows.values())
+
+    @contextmanager
+    def writing(self, rank: int) -> Iterator[None]:
+        """Held while a process appends: a second evaluation into the same folder is refused, not interleaved.
+
+        Raises:
+            RuntimeError: another process holds it, such as one that has survived its launcher.
+        """
+        with (self.folder / f".lock-{rank}").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"{self.folder}: another evaluation is writing here; end it first") from None
+            yield
 
     def append(self, rank: int, rows: list[dict]) -> None:
         """Adds rows to this process's part; they are on the disk when this returns."""
@@ -73,16 +98,16 @@ class Parts:
         """All parts as records.jsonl, in the order of (problem_id, sample); the parts are removed.
 
         Raises:
-            RuntimeError: a sample is missing or there twice.
+            RuntimeError: a sample is missing, or one is there that does not belong here.
         """
         rows = self.read()
         by_key = {(row["problem_id"], row["sample"]): row for row in rows}
-        if len(by_key) != len(rows) or set(by_key) != set(order):
+        if set(by_key) != set(order):
             raise RuntimeError(
-                f"{self.folder}: {len(rows)} rows of {len(by_key)} samples, {len(order)} were expected; "
+                f"{self.folder}: {len(by_key)} samples, {len(order)} were expected; "
                 f"missing: {sorted(set(order) - set(by_key))[:3]}, unexpected: {sorted(set(by_key) - set(order))[:3]}"
             )
         write_records(self.folder, [by_key[key] for key in order])
-        for path in self.folder.glob("part-*.jsonl"):
+        for path in (*self.folder.glob("part-*.jsonl"), *self.folder.glob(".lock-*")):
             path.unlink()
         return [by_key[key] for key in order]

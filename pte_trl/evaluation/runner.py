@@ -2,7 +2,8 @@
 
 The samples of a benchmark are put into batches by their prompts' length, and every process takes every n-th batch.
 What is on disk already is not done again. A sample has a seed of its own and a window that follows from its own
-prompt, so neither the batch size nor the number of processes changes it (but for the rounding of another batch).
+prompt, and batches are the same whatever was done before: neither a kill nor the number of processes changes a record.
+Another batch size does so only by the rounding of another batch.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pte_trl.data import build_prompts
+from pte_trl.evaluation.benchmarks import content_hash
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
 from pte_trl.eviction import STRATEGIES
@@ -25,6 +27,7 @@ from pte_trl.rewards import Grader, Verdict, check_golds
 from pte_trl.rollout import rollout
 from pte_trl.schedule import resolve_window
 
+PACKAGES = ("math-verify", "pte_trl", "torch", "transformers")  # their versions stand in every record
 ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window, hence a batch
 
 
@@ -39,9 +42,9 @@ class Sample:
 
 
 def seed_of(seed: int, benchmark: str, problem_id: str, number: int) -> int:
-    """A sample's own seed, 63 bits, from what names it."""
+    """A sample's own seed from what names it: 32 bits, since torch's generator on a CPU takes no more."""
     name = f"{seed}/{benchmark}/{problem_id}/{number}".encode()
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(name).digest()[:4], "big")
 
 
 def fingerprint(adapter: str | None) -> str | None:
@@ -82,20 +85,24 @@ class Evaluation:
         plain = args.eviction == "sliding_window"
         self.eviction = args.eviction if plain else STRATEGIES[args.eviction]()
         self.folder = Path(args.output_dir) / Path(name).stem
+        self.parts = Parts(self.folder)
         prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
-        self.texts = [self._text(prompt) for prompt in prompts]
-        self.prompt_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts]
+        self.prompt_ids = [self._tokens(prompt) for prompt in prompts]
+        self.texts = tokenizer.batch_decode(self.prompt_ids)
         self.settings = args.recorded() | {
             "benchmark": Path(name).stem,
+            "benchmark_sha256": content_hash(problems)[:12],
             "adapter_sha256": fingerprint(args.adapter),
-            "math_verify": version("math-verify"),
-            "pte_trl": version("pte_trl"),
+            **{package.replace("-", "_"): version(package) for package in PACKAGES},
         }
 
-    def _text(self, prompt: str | list[dict]) -> str:
+    def _tokens(self, prompt: str | list[dict]) -> list[int]:
+        """As GRPOTrainer tokenizes its prompts (`_tokenize_prompts`, trl 1.16)."""
         if isinstance(prompt, str):
-            return (self.tokenizer.bos_token or "") + prompt
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            return self.tokenizer(text=prompt)["input_ids"]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        options |= self.args.chat_template_kwargs or {}
+        return self.tokenizer.apply_chat_template(prompt, **options)["input_ids"]
 
     def run(self) -> list[dict]:
         """The records of the benchmark, all of them, on every process.
@@ -104,25 +111,29 @@ class Evaluation:
             ValueError: the folder holds records of other settings; names the key.
         """
         everything = self.samples()
-        order = [(self.problems[s.problem]["id"], s.number) for s in everything]
-        found = self._found()
-        done = {(row["problem_id"], row["sample"]) for row in found}
-        if done and done == set(order) and (self.folder / COMPLETE).is_file():
+        order = [self._key(sample) for sample in everything]
+        done, complete = self._found(set(order))
+        if complete:
             self.accelerator.print(f"{self.folder}: all {len(order)} samples are there, nothing to do")
-            return found
+            return read_records(self.folder)
         if done:
-            self.accelerator.print(f"{self.folder}: {len(done & set(order))} of {len(order)} samples are there")
-        todo = [s for s, key in zip(everything, order, strict=True) if key not in done]
-        batches = self.batches(todo)
-        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+            self.accelerator.print(f"{self.folder}: {len(done)} of {len(order)} samples are there")
+        # Batches are those of the whole evaluation, whatever is there: in low precision another batch is another text.
+        batches = [b for b in self.batches(everything) if not all(self._key(sample) in done for sample in b)]
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         show = not self.accelerator.is_main_process
-        for batch in tqdm(mine, desc=f"evaluating {self.name}", unit="batch", disable=show):
-            self.parts.append(self.accelerator.process_index, self._rows(batch))
+        with self.parts.writing(rank):
+            for batch in tqdm(batches[rank::ranks], desc=f"evaluating {self.name}", unit="batch", disable=show):
+                rows = self._rows(batch)
+                self.parts.append(rank, [r for r in rows if (r["problem_id"], r["sample"]) not in done])
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.parts.merge(order)
         self.accelerator.wait_for_everyone()
         return read_records(self.folder)
+
+    def _key(self, sample: Sample) -> tuple[str, int]:
+        return self.problems[sample.problem]["id"], sample.number
 
     def samples(self) -> list[Sample]:
         """Every sample, in the order of the records: problem by problem."""
@@ -144,28 +155,36 @@ class Evaluation:
         size = self.args.batch_size
         return [group[i : i + size] for group in by_window.values() for i in range(0, len(group), size)]
 
-    def _found(self) -> list[dict]:
-        """Records on disk, read by the main process and sent to all; checked against the settings."""
+    def _found(self, expected: set[tuple[str, int]]) -> tuple[set[tuple[str, int]], bool]:
+        """Samples on disk, and whether they are complete; read and checked by the main process, sent to all."""
         found = None
         if self.accelerator.is_main_process:
-            self.parts = Parts(self.folder)
-            complete = (self.folder / COMPLETE).is_file()
-            found = read_records(self.folder) if complete else self.parts.read()
+            try:
+                found = self._check(expected)
+            except ValueError as error:
+                found = error
         found = gather_object([found])[0]
-        self.parts = Parts(self.folder)
-        for row in found:
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def _check(self, expected: set[tuple[str, int]]) -> tuple[set[tuple[str, int]], bool]:
+        complete = (self.folder / COMPLETE).is_file()
+        rows = read_records(self.folder) if complete else self.parts.read()
+        for row in rows:
             for key, value in self.settings.items():
                 if row.get(key) != value:
                     raise ValueError(
                         f"{self.folder}: holds records with {key}={row.get(key)!r}, this evaluation has {value!r}; "
                         "take another output_dir, or remove the folder"
                     )
-        if found and (self.folder / COMPLETE).is_file() and len(found) != len(self.problems) * self.args.samples:
+        done = {(row["problem_id"], row["sample"]) for row in rows}
+        if done - expected or (complete and done != expected):
             raise ValueError(
-                f"{self.folder}: holds a finished evaluation of {len(found)} samples; this one has "
+                f"{self.folder}: holds {len(done)} samples of another selection; this evaluation has "
                 f"{len(self.problems)} problems with samples={self.args.samples}; take another output_dir"
             )
-        return found
+        return done, complete
 
     def _rows(self, batch: list[Sample]) -> list[dict]:
         """Generates and grades one batch."""

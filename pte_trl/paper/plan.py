@@ -35,6 +35,11 @@ BENCHMARKS = ("math500", "olympiadbench", "minerva_math", "amc23", "aime24", "ai
 LENGTH, LONG = 3072, 6144  # new tokens: figures 3, 4, A1; table 2 and the AIME columns of table 1
 RUNS, TRIES = 5, 16  # pass@1 is averaged over five runs, AIME is pass@16
 SHRINK, SINK, TINY_SINK = 32, 512, 32
+PER_DEVICE = {
+    "qwen3b": 8,
+    "qwen7b": 4,
+    "llama8b": 4,
+}  # completions per GPU in the recipes, for the global batch of 512
 TINY_STEPS = 80  # a few minutes on two cores
 
 
@@ -84,11 +89,14 @@ def options_of(run: str, scale: str) -> tuple[str, ...]:
         options += ["--encode_evicted", "false"]
     elif variant.startswith("global_"):
         options += ["--num_global_tokens", variant.removeprefix("global_")]
-    elif variant:
-        length = int(variant) // (SHRINK if scale == "tiny" else 1)
-        options += ["--max_completion_length", str(length)]
+    length = int(variant) if variant.isdigit() else LENGTH
     if scale == "tiny":
-        options += ["--max_steps", str(TINY_STEPS)]
+        options += ["--max_completion_length", str(length // SHRINK), "--max_steps", str(TINY_STEPS)]
+    elif length != LENGTH:
+        options += ["--max_completion_length", str(length)]
+    if scale == "paper" and method == "lora":
+        # TRL decodes a whole generation batch at once: with the full cache, 64 completions would not fit in 40 GB.
+        options += ["--steps_per_generation", "2"]
     return tuple(options)
 
 
@@ -196,7 +204,10 @@ def stand_in(scale: str) -> dict:
 def train_rule(run: Training, scale: str) -> str:
     base = " | $(TINY_BASE) $(TINY_DATA)" if scale == "tiny" else " | $(READY)"
     command = ["$(LAUNCH) recipes/grpo_pte.py --config", f"recipes/{run.model}.yaml", *run.options]
-    command += ["--output_dir", run.folder, "$(TRAIN_ARGS)"]
+    command += ["--output_dir", run.folder, "--resume_from_checkpoint", "auto"]
+    if scale == "paper":
+        command += ["--gradient_accumulation_steps", f"$(call ACCUMULATION,{PER_DEVICE[run.model]})"]
+    command += ["$(TRAIN_ARGS)"]
     return f"{run.folder}/manifest.json:{base}\n\t{' '.join(command)}\n"
 
 
