@@ -137,7 +137,7 @@ def _lines(names: list[str], cells: list[Row | None], notes: list[str]) -> list[
         return number(row.ours) + ("" if row.se is None else f" ±{number(row.se)}")
 
     def difference(row: Row) -> str:
-        return "" if row.difference is None else f"{row.difference:+.1f}"
+        return "" if row.difference is None else f"{round(row.difference, 9) + 0.0:+.1f}"  # equal is +0.0
 
     def line(names: list[str], kind: str, write) -> list[str]:
         return [*names, kind, *("" if row is None else write(row) for row in cells)]
