@@ -42,7 +42,7 @@ PER_DEVICE = {
 }  # completions per GPU in the recipes, for the global batch of 512
 TINY_BIN = 7  # figure 6: its completions have 30 to 50 tokens, the paper's 100 to 800
 TINY_STEPS = 80  # a few minutes on two cores
-TINY_RATE = "2e-4"  # at the recipe's 1e-3 two of eight PTE runs collapsed (docs/log.md)
+TINY_RATE = "2e-4"  # at the recipe's 1e-3 two PTE runs collapsed (docs/log.md)
 
 
 @dataclass(frozen=True)
