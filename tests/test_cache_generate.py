@@ -158,7 +158,8 @@ def test_cache_stays_bounded_and_counts_evictions():
         assert cache.get_seq_length() == stop
         sizes.append(cache.nbytes)
         per_sample = cache.evictions > 0  # S_0 is shared by the batch
-        assert cache.nbytes == entry * (prompt + kept) + (memory if per_sample else memory // 2)
+        room = prompt + (WINDOW if fed else 0)  # the whole window is there from the first thought on
+        assert cache.nbytes == entry * room + (memory if per_sample else memory // 2)
     assert max(sizes) == entry * (prompt + WINDOW) + memory
     assert max(sizes[20:]) == max(sizes[30:])
 
