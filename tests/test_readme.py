@@ -1,8 +1,10 @@
 """What the README tells a newcomer to type works: the demo end to end, the launch line, the four lines of Python."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +54,19 @@ def test_the_launch_line(demo):
     arguments = ["launch", "--cpu", "--num_processes", "1", str(ROOT / "recipes/grpo_pte.py"), "--config", recipe]
     run(folder, str(launcher), *arguments, *SHORT, "--method", "lora_c", "--output_dir", "outputs/launched")
     assert (folder / "outputs/launched/adapter_model.safetensors").exists()
+
+
+def test_a_training_goes_on_from_its_newest_checkpoint(demo):
+    folder, _ = demo
+    command = [sys.executable, str(ROOT / "recipes/grpo_pte.py"), "--config", str(ROOT / "recipes/tiny.yaml"), *SHORT]
+    command += ["--save_strategy", "steps", "--save_steps", "1", "--output_dir", "outputs/resumed"]
+    for steps in (1, 2):  # the first time there is none
+        run(folder, *command, "--resume_from_checkpoint", "auto", "--max_steps", str(steps))
+        shutil.rmtree(folder / f"outputs/resumed/checkpoint-{steps - 1}", ignore_errors=True)
+    state = json.loads((folder / "outputs/resumed/trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert [entry["step"] for entry in state["log_history"] if "reward" in entry] == [1, 2]
+    assert json.loads((folder / "outputs/resumed/manifest.json").read_text())["settings"]["max_steps"] == 2
 
 
 def test_the_four_lines_of_python(demo, monkeypatch):
