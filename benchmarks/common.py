@@ -4,45 +4,27 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import pte_trl.attention  # noqa: F401  (registers "blockwise")
+import pte_trl
 from pte_trl.manifest import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "benchmarks"
 __all__ = ["environment", "print_environment", "print_table", "random_model", "record"]
 
-# Shapes only: a benchmark of time needs no trained weights.
-SHAPES = {
-    "tiny": Qwen2Config(
-        vocab_size=512,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=384,
-    ),
-    "smollm2-135m": LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-    ),
-}
+# Configurations only: a benchmark of time or memory needs no trained weights.
+SHAPES = {folder.name: folder for folder in sorted((Path(pte_trl.__file__).parent / "shapes").iterdir())}
 
 
 def random_model(shape: str, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of a named shape with random weights; the same seed gives the same weights."""
+    if shape not in SHAPES:
+        raise ValueError(f"shape={shape!r}: allowed are {', '.join(SHAPES)}")
+    config = AutoConfig.from_pretrained(SHAPES[shape])
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(SHAPES[shape], attn_implementation="blockwise").to(
-        device=device, dtype=dtype
-    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="blockwise")
 
 
 def print_environment(environment: dict) -> None:
