@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         if accelerator.is_main_process:
             for name, rows in problems.items():
                 check_problems(name, rows, grader)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
     model = load_for_evaluation(args, accelerator.device)

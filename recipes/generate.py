@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         check_evaluation_model(args)
         tokenizer = load_tokenizer(args)
         prepared = [(question, *prepare(tokenizer, question, args)) for question in args.questions()]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
     model = load_for_evaluation(args, device)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer:
         tokenizer = load_tokenizer(script)
         with args.main_process_first(desc="data"):
             dataset = load_data(script, args, tokenizer)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
     grader = Grader(workers=script.grader_workers, time_limit=script.grader_time_limit)

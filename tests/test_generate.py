@@ -49,6 +49,7 @@ BAD = [
     ({"question": None, "file": "/nowhere"}, "file='/nowhere'"),
     ({"budget": None}, "budget=None, window=None"),
     ({"window": 4}, "budget=40, window=4"),
+    ({"model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all"),
     ({"budget": 5}, "budget=5: nothing is left for the thought"),
     ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ({"model_name_or_path": None}, "model_name_or_path: not given"),
@@ -58,5 +59,5 @@ BAD = [
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
 def test_bad_input_stops_before_the_weights_load(model, monkeypatch, changes, message):
     monkeypatch.setattr("generate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+    with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
         main(argv(model, **changes))
