@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from pte_trl.adapter.model import geometry_of
 from pte_trl.rollout import Rollout, rollout
 
 SHARE = 0.6  # of the free memory for the cache; the rest is for activations and logits
@@ -12,8 +13,9 @@ SHARE = 0.6  # of the free memory for the cache; the rest is for activations and
 
 def cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one sample that keeps so many tokens; S is small beside them."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * dtype.itemsize
+    shape = geometry_of(config)
+    heads = shape["num_hidden_layers"] * shape["num_key_value_heads"]
+    return 2 * heads * shape["head_dim"] * tokens * dtype.itemsize
 
 
 def auto_batch_size(model: nn.Module, tokens: int, free: int | None = None) -> int | None:

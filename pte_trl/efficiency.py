@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from pte_trl.adapter.model import geometry_of
 from pte_trl.manifest import hardware, write_json
 from pte_trl.schedule import Schedule
 
@@ -30,8 +31,8 @@ def visible_pairs(prompt: int, completion: int, schedule: Schedule | None) -> in
 
 def attention_tflops(config, pairs: int) -> float:
     """10^12 FLOPs of one forward through the attention of a model with this configuration."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * pairs / 1e12
+    shape = geometry_of(config)
+    return 4 * shape["num_hidden_layers"] * shape["num_attention_heads"] * shape["head_dim"] * pairs / 1e12
 
 
 def memory_share(device: torch.device) -> float:
