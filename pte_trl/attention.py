@@ -30,6 +30,8 @@ def blockwise_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: (batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out."""
     if replay is None:
+        if query.shape[2] == 1:
+            return one_query(query, key, value, attention_mask, dropout, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -54,6 +56,16 @@ def blockwise_attention(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling) -> Tensor:
+    """A decoding step: the query heads that share a kv head go as its queries, so that no key is repeated for them."""
+    batch, heads, _, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, width)
+    if mask is not None and mask.shape[1] != 1:  # a head of its own each
+        mask = mask.view(batch, key.shape[1], -1, mask.shape[-1])
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return out.reshape(batch, 1, heads, width)
 
 
 AttentionInterface.register(NAME, blockwise_attention)

@@ -1,14 +1,18 @@
-"""A rollout in parts that fit in memory: of a given size, or reckoned from the cache and halved where that fails."""
+"""How many completions are decoded at once, and which engine does it: what fits in memory, made once and kept."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from pte_trl.adapter.model import geometry_of
-from pte_trl.rollout import Rollout, rollout
+from pte_trl.adapter.model import geometry_of, pte_layers
+from pte_trl.engine import Engine, Sampling
+from pte_trl.ring import aligned, ring_size
 
 SHARE = 0.6  # of the free memory for the cache; the rest is for activations and logits
+WASTE = 8  # an engine is used again if at most this part of its places is prompt that nobody needs
+Result = TypeVar("Result")
 
 
 def cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
@@ -18,10 +22,13 @@ def cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
     return 2 * heads * shape["head_dim"] * tokens * dtype.itemsize
 
 
-def auto_batch_size(model: nn.Module, tokens: int, free: int | None = None) -> int | None:
-    """Samples whose caches of so many tokens fit in SHARE of the free memory; None (all at once) on a CPU.
+def auto_batch_size(
+    model: nn.Module, prompt: int, window: int, max_new_tokens: int, free: int | None = None
+) -> int | None:
+    """Rows whose caches fit in SHARE of the free memory; None (all at once) on a CPU.
 
     Args:
+        prompt: tokens of the longest prompt.
         free: bytes; those that the model's GPU has, and torch holds unused, if None.
     """
     if free is None:
@@ -29,51 +36,44 @@ def auto_batch_size(model: nn.Module, tokens: int, free: int | None = None) -> i
             return None
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         free = torch.cuda.mem_get_info(model.device)[0] + unused
-    return max(1, int(SHARE * free / cache_bytes(model.config, tokens, model.dtype)))
+    one = cache_bytes(model.config, aligned(prompt + ring_size(window, max_new_tokens)), model.dtype)
+    return max(1, int(SHARE * free / one))
 
 
-def rollout_in_parts(
-    model: nn.Module, prompt_ids: list[list[int]], batch_size: int | str | None, *, window: int, **options
-) -> Rollout:
-    """`rollout` in parts of at most `batch_size` samples, in their order; all at once for None.
-
-    Args:
-        batch_size: a number, None, or "auto" for what the memory allows (`auto_batch_size`).
-        window, options: as for `rollout`.
-
-    A part for which the memory does not suffice is halved and tried again, and so are all after it; a single
-    sample that does not fit is an error.
-    """
-    if batch_size == "auto":
-        longest = max(map(len, prompt_ids))
-        batch_size = auto_batch_size(model, longest + min(window, options["max_new_tokens"]))
-    size, at, parts = min(batch_size or len(prompt_ids), len(prompt_ids)), 0, []
-    while at < len(prompt_ids):
+def halving(run: Callable[[int], Result], rows: int) -> Result:
+    """`run(rows)`, with half as many rows each time the memory does not suffice; one row that does not fit raises."""
+    while True:
         try:
-            seeds = options.get("seeds")
-            some = options | {"seeds": seeds[at : at + size] if seeds else None}
-            parts.append(rollout(model, prompt_ids[at : at + size], window=window, **some))
+            return run(rows)
         except torch.OutOfMemoryError:
-            if size == 1:
+            if rows == 1:
                 raise
-            size = -(-size // 2)
-        else:
-            at += size
-            continue
         # Behind the handler: the exception holds the frames, and with them the tensors, of what has failed.
+        rows = -(-rows // 2)
         torch.cuda.empty_cache()
-        print(f"rollout: out of memory, going on with {size} samples at once", flush=True)
-    return join(parts)
+        print(f"rollout: out of memory, going on with {rows} samples at once", flush=True)
 
 
-def join(parts: list[Rollout]) -> Rollout:
-    """Several rollouts of one window as one."""
-    count = sum(len(part.completion_ids) for part in parts)
-    return replace(
-        parts[0],
-        completion_ids=[ids for part in parts for ids in part.completion_ids],
-        logprobs=[logps for part in parts for logps in part.logprobs],
-        evictions=[number for part in parts for number in part.evictions],
-        cache_bytes=sum(part.cache_bytes * len(part.completion_ids) for part in parts) / count,
-        seconds=sum(part.seconds for part in parts),
-    )
+class Engines:
+    """Keeps the last engine: its buffers, and on CUDA its captured steps, serve the next batch of the same kind."""
+
+    def __init__(self):
+        self.kind, self.engine = None, None
+
+    def get(
+        self, model: nn.Module, rows: int, window: int, evict_ratio: float, prompt: int, sampling: Sampling
+    ) -> Engine:
+        adapters = [layer._adapter() for layer in pte_layers(model)]
+        kind = (id(model), model.device, model.dtype, adapters, rows, window, evict_ratio, sampling)
+        if kind != self.kind or not self._roomy(prompt):
+            self.release()  # before the new one's buffers are made
+            self.kind, self.engine = kind, Engine(model, rows, window, evict_ratio, prompt, sampling)
+        return self.engine
+
+    def _roomy(self, prompt: int) -> bool:
+        cache = self.engine.cache
+        return prompt <= cache.prompt <= prompt + cache.places // WASTE
+
+    def release(self) -> None:
+        """Frees the buffers."""
+        self.kind = self.engine = None

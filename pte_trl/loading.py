@@ -7,9 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.model import calibrate, check_supported, pte_layers
 from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.engine import left_pad
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.replay import MASKED_ATTENTION
-from pte_trl.rollout import left_pad
 from pte_trl.schedule import Schedule, resolve_window
 
 

@@ -101,6 +101,19 @@ def adapters_disabled(model: nn.Module) -> bool:
     return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
+def config_of(model: nn.Module):
+    """The model's configuration, through a wrapper such as DDP."""
+    return getattr(model, "config", None) or model.module.config
+
+
+def mask_for(model: nn.Module, mask: Tensor) -> Tensor:
+    """A mask of four dimensions, True where a query sees a key, as the model's attention implementation takes it."""
+    if config_of(model)._attn_implementation != "eager":
+        return mask
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def replay_inputs(
     model: nn.Module, attention_mask: Tensor, prompt: int, windows: Tensor | int, evict_ratio: float = 0.25
 ) -> dict:
@@ -116,7 +129,7 @@ def replay_inputs(
     Raises:
         ValueError: the model's attention takes no arbitrary mask.
     """
-    config = getattr(model, "config", None) or model.module.config
+    config = config_of(model)
     if config._attn_implementation not in MASKED_ATTENTION:
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r}: a replay needs an arbitrary attention mask; "
@@ -125,9 +138,6 @@ def replay_inputs(
     batch, length = attention_mask.shape
     windows = torch.as_tensor(windows, device=attention_mask.device).expand(batch)
     plan = ReplayPlan.build(windows, evict_ratio, prompt, length - prompt)
-    mask = plan.mask(attention_mask)
-    if config._attn_implementation == "eager":
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    mask = mask_for(model, plan.mask(attention_mask))
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False, "replay": plan}

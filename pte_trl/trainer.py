@@ -12,11 +12,12 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from pte_trl.adapter.model import pte_layers
-from pte_trl.batching import rollout_in_parts
+from pte_trl.batching import Engines
 from pte_trl.config import PteGRPOConfig
 from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
+from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.segments import segment_logps
 
@@ -34,6 +35,7 @@ class PteGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._engines = Engines()
         self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
         if self.bounded and "ref" in getattr(self.model, "peft_config", {}):
             # TRL would take the adapter that training starts from as the reference; eq. 3 takes the base model.
@@ -79,17 +81,20 @@ class PteGRPOTrainer(GRPOTrainer):
             self.accelerator.autocast(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            result = rollout_in_parts(
+            result = rollout(
                 model,
                 prompt_ids,
-                self.args.rollout_batch_size,
                 window=window,
                 evict_ratio=self.args.evict_ratio,
                 max_new_tokens=self.max_completion_length,
                 temperature=self.temperature,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self._tokenizer.pad_token_id,
+                batch_size=self.args.rollout_batch_size,
+                engines=self._engines,
             )
+        if self._engine_must_go():
+            self._engines.release()
         self._samples = {"windows": torch.full((len(prompt_ids),), window, device=self.accelerator.device)}
         self._record("rollout/window", window)
         self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))
@@ -111,6 +116,12 @@ class PteGRPOTrainer(GRPOTrainer):
             if "old_per_token_logps" in output:
                 self._record_mismatch(output["old_per_token_logps"], output)
         return output
+
+    def _engine_must_go(self) -> bool:
+        """Whether training wants the engine's memory, or the weights will lie elsewhere in the next rollout."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        return sharded or self.args.rollout_batch_size == "auto"
 
     # ---- scoring -------------------------------------------------------------------------------------------
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from pte_trl.engine import left_pad
 from pte_trl.eviction import STRATEGIES
 from pte_trl.replay import replay_inputs
-from pte_trl.rollout import left_pad, nucleus, rollout
-from pte_trl.rollout import sample as sample_token
+from pte_trl.rollout import rollout
+from pte_trl.sampling import nucleus
+from pte_trl.sampling import sample as sample_token
 from tests.models import tiny, with_lora, with_pte
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
@@ -88,7 +90,7 @@ def test_uniform_numbers_give_every_token_its_share(top_p):
     if top_p < 1:  # 0.92 of it is the first token's
         share = torch.tensor([1.0, 0, 0, 0, 0])
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    token, logps = sample_token(logits.expand(count, -1), 0.5, top_p, uniform=uniform)
+    token, logps = sample_token(logits.expand(count, -1), 0.5, top_p, uniform)
     assert torch.bincount(token, minlength=5) / count == pytest.approx(share, abs=1e-4)
     assert logps == pytest.approx(share.log()[token], abs=1e-5)
 

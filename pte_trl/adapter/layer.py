@@ -173,14 +173,19 @@ class PteAttention(nn.Module, BaseTunerLayer):
             raise ValueError(f"this cache holds the state of adapter {layer.owner!r}, but {name!r} is active now")
 
         def encode(keys: Tensor, values: Tensor) -> None:
-            keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
-            update = encoder.update(layer.queries, *encoder.latents(keys, values))
-            if torch.is_grad_enabled():
-                self._watch(update, layer.memory)
-            layer.memory = encoder.advance(layer.memory, update)
+            layer.memory = self.encode(name, keys, values, layer.queries, layer.memory)
 
         layer.make_room(length, encode if self.config[name].encode_evicted else None)
         self.in_use.set(encoder.read(layer.memory))
+
+    def encode(self, name: str, keys: Tensor, values: Tensor, queries: Tensor, memory: Tensor) -> Tensor:
+        """The memory after an eviction of `keys` and `values`, (batch, kv heads, m, head_dim)."""
+        encoder = self.pte_encoder[name]
+        keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
+        update = encoder.update(queries, *encoder.latents(keys, values))
+        if torch.is_grad_enabled():
+            self._watch(update, memory)
+        return encoder.advance(memory, update)
 
     def _keys_values(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values as the cache would hold them, (batch, length, d_kv), under the state in use."""

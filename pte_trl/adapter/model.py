@@ -1,6 +1,8 @@
 """The PEFT tuner: puts PTE into every decoder layer of a supported model."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -128,6 +130,14 @@ class PteModel(BaseTuner):
 def pte_layers(model: nn.Module) -> list[PteAttention]:
     """The PTE attention modules of a model, first layer first; empty without a PTE adapter."""
     return [m for m in model.modules() if isinstance(m, PteAttention)]
+
+
+def evicted_encoders(model: nn.Module) -> list[Callable[..., torch.Tensor]]:
+    """Of every layer, (keys, values, queries, memory) -> memory at an eviction; empty if the model encodes nothing."""
+    layers = [(layer, layer._adapter()) for layer in pte_layers(model)]
+    return [
+        partial(layer.encode, name) for layer, name in layers if name is not None and layer.config[name].encode_evicted
+    ]
 
 
 @torch.no_grad()

@@ -1,0 +1,188 @@
+"""The rollout engine against its plain twin: rows refilled, moved, seldom looked at, kept for another batch."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pte_trl import engine
+from pte_trl.batching import Engines, auto_batch_size, cache_bytes, halving
+from pte_trl.engine import Engine
+from pte_trl.ring import aligned
+from pte_trl.rollout import rollout
+from tests.models import ALL_SEVEN, tiny, with_lora, with_pte
+
+PROMPTS = [[5, 6, 7, 8, 9]] * 4 + [[10, 11]] * 3 + [[12, 13, 14]] * 2 + [[5, 6, 7, 8, 9]] * 2
+MODELS = {
+    "bare": lambda model: model,
+    "lora_c": with_lora,
+    "pte": with_pte,
+    "pte, sum, all seven": lambda m: with_pte(m, state_update="sum", target_modules=ALL_SEVEN),
+    "pte, nothing encoded": lambda m: with_pte(m, encode_evicted=False),
+    "pte, column, row norm": lambda m: with_pte(m, read="column", normalisation="row"),
+}
+ENDS = list(range(40, 46))
+
+
+def sampled(model, prompts=PROMPTS, **changes):
+    options = {"window": 6, "max_new_tokens": 30, "eos_token_ids": ENDS, "pad_token_id": 0, "temperature": 0.8}
+    return rollout(model, prompts, **options | {"seeds": list(range(len(prompts)))} | changes)
+
+
+def assert_same(found, expected, within=1e-6):
+    assert found.completion_ids == expected.completion_ids
+    assert found.evictions == expected.evictions
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=within)
+
+
+@pytest.mark.parametrize("look", [1, 4])
+@pytest.mark.parametrize("rows", [1, 3, 4, None])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_engine_is_its_twin(monkeypatch, model, rows, look):
+    monkeypatch.setitem(engine.LOOK, "cpu", look)
+    model = MODELS[model](tiny("llama", torch.float64))
+    found, plain = sampled(model, batch_size=rows), sampled(model, plain=True)
+    assert_same(found, plain)
+    assert len(set(map(len, found.completion_ids))) > 4 and max(found.evictions) > 5
+
+
+@pytest.mark.parametrize(("window", "ratio"), [(1, 0.25), (2, 1.0), (5, 0.3), (7, 0.9), (29, 0.25), (100, 0.25)])
+def test_odd_windows(window, ratio):
+    model = with_pte(tiny("qwen2", torch.float64))
+    options = {"window": window, "evict_ratio": ratio}
+    assert_same(sampled(model, batch_size=4, **options), sampled(model, plain=True, **options))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_every_attention_implementation(implementation):
+    model = with_pte(tiny("qwen2", torch.float32))  # transformers' eager softmax is in float32 and NaN in float64
+    model.set_attn_implementation(implementation)
+    assert_same(sampled(model, batch_size=4), sampled(model, plain=True), within=1e-4)
+
+
+def test_without_seeds_the_twin_draws_the_same_numbers():
+    model = with_pte(tiny("llama", torch.float64))
+    found, plain = (
+        sampled(model, seeds=None, generator=torch.Generator().manual_seed(3), plain=p) for p in (False, True)
+    )
+    assert_same(found, plain)
+
+
+@pytest.mark.parametrize("look", [1, 4])
+def test_a_prompt_is_prefilled_once_and_no_row_is_idle(monkeypatch, look):
+    monkeypatch.setitem(engine.LOOK, "cpu", look)
+    model, fed = tiny("llama", torch.float32), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **call: fed.append(tuple(call["input_ids"].shape)) or forward(**call))
+    prompts = [[5, 6, 7, 8, 9]] * 16 + [[12, 13, 14]] * 16
+    result = sampled(model, prompts, batch_size=6)
+    assert [shape for shape in fed if shape[1] > 1] == [(1, 5), (1, 3)]
+    steps = sum(rows for rows, length in fed if length == 1)
+    needed = sum(len(ids) - 1 for ids in result.completion_ids)
+    assert needed <= steps <= needed + 12 * 30 / 2 + 32 * look
+
+
+def test_buffers_are_made_once_and_serve_the_next_batch_with_the_weights_of_then():
+    model, engines = with_pte(tiny("llama", torch.float64)), Engines()
+    first = sampled(model, engines=engines, batch_size=4)
+    kept = engines.engine
+    places = [x.data_ptr() for layer in kept.cache.layers for x in (*layer.tensors(), layer.queries)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    second = sampled(model, engines=engines, batch_size=4)
+    assert engines.engine is kept
+    assert places == [x.data_ptr() for layer in kept.cache.layers for x in (*layer.tensors(), layer.queries)]
+    assert second.logprobs != first.logprobs
+    assert_same(second, sampled(model, plain=True))
+    sampled(model, [[5]], engines=engines, batch_size=4)  # another number of rows
+    assert engines.engine is not kept
+    with model.disable_adapter():
+        assert_same(sampled(model, engines=engines, batch_size=4), sampled(model, plain=True))
+    engines.release()
+    assert engines.engine is None
+
+
+class NothingForTheHost(TorchDispatchMode):
+    """Refuses what would make the host wait for the device, or a shape depend on data: a capture could not hold it."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        assert not any(word in name for word in self.FORBIDDEN), name
+        booleans = name.startswith("index") and [i for i in args[1] if i is not None and i.dtype == torch.bool]
+        assert not booleans, f"{name} with a boolean index"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_and_evictions_can_be_captured(monkeypatch, model):
+    """No step and no eviction asks the device for a number, and what they change stays where it lies."""
+    where = set()
+
+    def watched(step):
+        def call(self, *key):
+            states = (self.ids, self.logps, self.lengths, self.draws, self.token, self.count, self.alive, self.due)
+            where.add(tuple(x.data_ptr() for x in (*states, self.cache.seen)))
+            with NothingForTheHost():
+                return step(self, *key)
+
+        return call
+
+    for name in ("_feed", "_drop"):
+        monkeypatch.setattr(Engine, name, watched(getattr(Engine, name)))
+    model = MODELS[model](tiny("llama", torch.float64))
+    for _ in range(2):
+        sampled(model, batch_size=4, top_p=0.9, engines=(engines := Engines()))
+    assert engines.engine is not None and 1 <= len(where) <= 2
+
+
+def test_evicted_entries_stay_where_they_are_and_are_not_seen():
+    engines = Engines()
+    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=9, engines=engines)
+    cache = engines.engine.cache
+    # Eight thoughts were fed into a window of six: 0 and 1 have left, and 6 and 7 lie in their places.
+    assert cache.places == aligned(3 + 6) == 16
+    assert cache.seen[0].tolist() == [True] * 9 + [False] * 7
+    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=8, engines=engines)
+    seen = engines.engine.cache.seen[0]
+    assert seen[:9].tolist() == [True] * 4 + [False] + [True] * 4, "7 thoughts: 6 is in the place of 0, 1 has left"
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_the_size_follows_from_the_memory_that_is_free():
+    model = tiny("llama", torch.float32)
+    held = sampled(model, [[1, 2, 3]], eos_token_ids=[-1], max_new_tokens=40)
+    one = cache_bytes(model.config, aligned(3 + 6), model.dtype)
+    assert one == held.cache_bytes
+    assert auto_batch_size(model, 3, 6, 40, free=10 * one) == 6
+    assert auto_batch_size(model, 3, 10**6, 6, free=10 * one) == 6  # no ring longer than the completion
+    assert auto_batch_size(model, 3, 6, 40, free=0) == 1
+    assert auto_batch_size(model, 3, 6, 40) is None  # a CPU
+    assert_same(sampled(model, batch_size="auto"), sampled(model, plain=True))
+
+
+def test_short_memory_halves_the_rows_and_loses_nothing(monkeypatch, capsys):
+    model, tried, run = with_pte(tiny("llama", torch.float64)), [], Engine.run
+
+    def short(self, *args):
+        tried.append(self.cache.rows)
+        if self.cache.rows > 2:
+            raise torch.OutOfMemoryError("as on a full GPU")
+        return run(self, *args)
+
+    monkeypatch.setattr(Engine, "run", short)
+    assert_same(sampled(model, batch_size=6), sampled(model, plain=True))
+    assert tried == [6, 3, 2]
+    assert "out of memory, going on with 2 samples" in capsys.readouterr().out
+
+
+def test_a_single_row_that_does_not_fit_is_an_error(monkeypatch):
+    def never(rows):
+        raise torch.OutOfMemoryError("as on a full GPU")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        halving(never, 4)
