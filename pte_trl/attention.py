@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pte_trl.replay import ReplayPlan
+from pte_trl.replay import Block, ReplayPlan
 
 NAME = "blockwise"
 
@@ -35,22 +35,23 @@ def blockwise_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
     outputs = []
-    for start, stop, oldest in replay.blocks:
+    for block in replay.blocks:
 
-        def seen(x: Tensor, dim: int, stop=stop, oldest=oldest) -> Tensor:
-            """The prompt and the thought tokens from `oldest` on."""
-            if oldest <= replay.prompt:
-                return x.narrow(dim, 0, stop)
-            return torch.cat([x.narrow(dim, 0, replay.prompt), x.narrow(dim, oldest, stop - oldest)], dim)
+        def seen(x: Tensor, block: Block = block) -> Tensor:
+            """Keys or values of the prompt and of the thought tokens from `oldest` on, for every query head."""
+            if block.oldest <= replay.prompt:
+                x = x[:, :, : block.stop]
+            else:
+                x = torch.cat([x[:, :, : replay.prompt], x[:, :, block.oldest : block.stop]], 2)
+            return repeat_kv(x, module.num_key_value_groups)
 
         outputs.append(
             scaled_dot_product_attention(
-                query[:, :, start:stop],
-                seen(key, 2),
-                seen(value, 2),
-                attn_mask=seen(attention_mask[:, :, start:stop], 3),
+                query[:, :, block.start : block.stop],
+                seen(key),
+                seen(value),
+                attn_mask=block.mask,
                 dropout_p=dropout,
                 scale=scaling,
             )

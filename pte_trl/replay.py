@@ -6,6 +6,7 @@ differ from sample to sample.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,52 +19,88 @@ BLOCK = 128  # queries that attend together in `pte_trl.attention`
 
 
 @dataclass(frozen=True)
+class Block:
+    """A run of queries that attend together.
+
+    Attributes:
+        start, stop: the queries.
+        oldest: the first position behind the prompt that one of them sees; they see the prompt, and oldest .. stop.
+        mask: (batch, 1, queries, keys), True where a query sees a key; keys are the prompt, then oldest .. stop.
+    """
+
+    start: int
+    stop: int
+    oldest: int
+    mask: Tensor
+
+
+@dataclass(frozen=True)
 class ReplayPlan:
     """Which positions each eviction drops, and which are decoded under the state it leaves.
 
     Attributes:
         evicted: (batch, J, E_max) positions dropped by eviction 1 .. J; a place that holds no token is `length`.
         users: (batch, J, E_max) positions decoded under S_1 .. S_J.
-        start: (batch, completion) position of the oldest thought token each thought token attends to.
-        length: prompt and completion tokens, padding included.
+        first: (batch, length) position of the oldest thought token that each token attends to.
+        real: (batch, length), False where padded.
         prompt: prompt tokens, padding included.
-        blocks: (first query, end, oldest thought position that one of them sees) of runs of BLOCK queries.
     """
 
     evicted: Tensor
     users: Tensor
-    start: Tensor
-    length: int
+    first: Tensor
+    real: Tensor
     prompt: int
-    blocks: list[tuple[int, int, int]]
 
     @classmethod
-    def build(cls, windows: Tensor, evict_ratio: float, prompt: int, completion: int) -> "ReplayPlan":
-        """Args: windows: (batch,) W of each sample; prompt, completion: padded lengths of the two parts."""
-        length, device = prompt + completion, windows.device
-        schedules = [Schedule(int(window), evict_ratio) for window in windows.tolist()]
-        count = max(s.evictions(completion) for s in schedules)
-        widest = max(s.evict for s in schedules)
+    def build(cls, windows: Tensor, evict_ratio: float, prompt: int, attention_mask: Tensor) -> "ReplayPlan":
+        """Args: windows: (batch,) W of each sample; prompt: padded length; attention_mask: (batch, length)."""
+        length, device = attention_mask.shape[1], attention_mask.device
+        schedules = [Schedule(window, evict_ratio) for window in windows.tolist()]
+        count = max(s.evictions(length - prompt) for s in schedules)
+        evict = torch.tensor([s.evict for s in schedules]).view(-1, 1, 1)
+        within = torch.arange(int(evict.max()))
 
-        def positions(ranges: list[range]) -> Tensor:
-            """One sample's ranges of thought tokens as (J, E_max) positions."""
-            rows = torch.full((count, widest), length, dtype=torch.long)
-            for row, thought in zip(rows, ranges, strict=True):
-                row[: len(thought)] = torch.arange(prompt + thought.start, prompt + thought.stop).clamp(max=length)
-            return rows
+        def positions(begin: list[int]) -> Tensor:
+            """(batch, J, E_max): E tokens from thought `begin` on, then the E after them, J times."""
+            at = torch.tensor(begin).view(-1, 1, 1) + evict * torch.arange(count).view(-1, 1) + within
+            return (prompt + at).masked_fill(within >= evict, length).clamp(max=length).to(device)
 
-        evictions = range(1, count + 1)
-        thought = torch.arange(completion)
-        start = torch.stack([prompt + s.first_visible(thought) for s in schedules])
-        oldest = [prompt] * prompt + start.amin(0).tolist()
+        thought = torch.arange(length - prompt)
+        first = torch.stack([prompt + s.first_visible(thought) for s in schedules])
         return cls(
-            evicted=torch.stack([positions([s.evicted_by(k) for k in evictions]) for s in schedules]).to(device),
-            users=torch.stack([positions([s.decoded_under(k) for k in evictions]) for s in schedules]).to(device),
-            start=start.to(device),
-            length=length,
+            evicted=positions([s.evicted_by(1).start for s in schedules]),
+            users=positions([s.decoded_under(1).start for s in schedules]),
+            first=nn.functional.pad(first, (prompt, 0), value=prompt).to(device),
+            real=attention_mask.bool(),
             prompt=prompt,
-            blocks=[(at, min(length, at + BLOCK), oldest[at]) for at in range(0, length, BLOCK)],
         )
+
+    @property
+    def length(self) -> int:
+        """Prompt and completion tokens, padding included."""
+        return self.real.shape[1]
+
+    @cached_property  # of all layers
+    def blocks(self) -> list[Block]:
+        """Runs of BLOCK queries, the last one shorter. Their masks grow with the length, not with its square."""
+        oldest = self.first.amin(0)[::BLOCK].tolist()
+        ends = [*range(BLOCK, self.length, BLOCK), self.length]
+        return [
+            Block(at, end, old, self._seen(at, end, old))
+            for at, end, old in zip(range(0, self.length, BLOCK), ends, oldest, strict=True)
+        ]
+
+    def mask(self) -> Tensor:
+        """(batch, 1, length, length), True where a query sees a key: the plain twin of the blocks."""
+        return self._seen(0, self.length, self.prompt)
+
+    def _seen(self, start: int, stop: int, oldest: int) -> Tensor:
+        """The mask of a `Block`. A padded query sees itself, so that no row of the softmax is empty."""
+        at = torch.arange(self.length, device=self.real.device)
+        query, key = at[start:stop].unsqueeze(1), torch.cat([at[: min(self.prompt, stop)], at[oldest:stop]])
+        kept = (key < self.prompt) | (key >= self.first[:, start:stop].unsqueeze(2))
+        return ((kept & (key <= query) & self.real[:, key].unsqueeze(1)) | (key == query)).unsqueeze(1)
 
     @property
     def count(self) -> int:
@@ -81,18 +118,6 @@ class ReplayPlan:
         padded = nn.functional.pad(x, (0, 0, 0, 1))
         index = places.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return padded.scatter(1, index, rows.to(x.dtype).flatten(1, -2))[:, :-1]
-
-    def mask(self, attention_mask: Tensor) -> Tensor:
-        """(batch, length) padding mask -> (batch, 1, length, length), True where a query sees a key.
-
-        A padded query sees itself, so that no row of the softmax is empty.
-        """
-        at = torch.arange(self.length, device=self.start.device)
-        first = nn.functional.pad(self.start, (self.prompt, 0), value=self.prompt)
-        is_prompt = at < self.prompt
-        kept = is_prompt | (at >= first.unsqueeze(-1))
-        seen = kept & (at <= at.unsqueeze(-1)) & attention_mask.bool().unsqueeze(1)
-        return (seen | torch.eye(self.length, dtype=torch.bool, device=at.device)).unsqueeze(1)
 
 
 def adapters_disabled(model: nn.Module) -> bool:
@@ -135,9 +160,11 @@ def replay_inputs(
             f"attn_implementation={config._attn_implementation!r}: a replay needs an arbitrary attention mask; "
             f"allowed are {', '.join(map(repr, MASKED_ATTENTION))}"
         )
-    batch, length = attention_mask.shape
-    windows = torch.as_tensor(windows, device=attention_mask.device).expand(batch)
-    plan = ReplayPlan.build(windows, evict_ratio, prompt, length - prompt)
-    mask = mask_for(model, plan.mask(attention_mask))
+    windows = torch.as_tensor(windows, device=attention_mask.device).expand(len(attention_mask))
+    plan = ReplayPlan.build(windows, evict_ratio, prompt, attention_mask)
+    blockwise = (
+        config._attn_implementation == "blockwise"
+    )  # the blocks have their own; four dimensions pass as they are
+    mask = plan.real[:, None, None] if blockwise else mask_for(model, plan.mask())
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False, "replay": plan}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pte_trl.replay import BLOCK
+from pte_trl.replay import BLOCK, ReplayPlan
 from tests.models import (
     ALL_SEVEN,
     chosen,
@@ -66,3 +66,20 @@ def test_without_a_plan_it_is_plain_attention():
         model.set_attn_implementation(implementation)
         logits.append(model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
     assert torch.equal(*logits)
+
+
+def test_the_masks_of_the_blocks_are_the_whole_mask_and_grow_with_the_length_alone():
+    def plan_of(completion: int):
+        _, mask, prompt = left_padded_batch(LENGTHS, completion)
+        mask[1, -100:] = 0
+        return ReplayPlan.build(WINDOWS, 0.25, prompt, mask)
+
+    plan = plan_of(COMPLETION)
+    whole = plan.mask()
+    for block in plan.blocks:
+        rows = whole[:, :, block.start : block.stop]
+        keys = [*range(min(plan.prompt, block.stop)), *range(block.oldest, block.stop)]
+        assert torch.equal(rows[..., keys], block.mask)
+        assert rows.sum() == block.mask.sum(), "something visible lies outside of the block's keys"
+    short, long = (sum(block.mask.numel() for block in plan_of(length).blocks) for length in (8 * BLOCK, 16 * BLOCK))
+    assert long < 2.1 * short

@@ -167,9 +167,9 @@ def test_resolve_window_names_what_is_wrong(window, budget, message):
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 60))
 def test_plan_shows_every_sample_its_own_window(windows, prompt, completion):
-    plan = ReplayPlan.build(torch.tensor(windows), 0.25, prompt, completion)
     length = prompt + completion
-    visible = plan.mask(torch.ones(len(windows), length))[:, 0]
+    plan = ReplayPlan.build(torch.tensor(windows), 0.25, prompt, torch.ones(len(windows), length))
+    visible = plan.mask()[:, 0]
     for row, window in enumerate(windows):
         schedule = Schedule(window)
         for i, (kept, _) in enumerate(simulate(schedule, completion)):
