@@ -236,7 +236,7 @@ class Engine:
     def _draw(self, rows: Tensor, logits: Tensor) -> None:
         """Samples one token per row from its logits, and writes down what it is."""
         alive, at = self.alive[rows], self.count[rows]
-        line = torch.where(alive, self.sample[rows], len(self.ids) - 1)
+        line = self.sample[rows].masked_fill(~alive, len(self.ids) - 1)  # a scalar `where` copies from the host
         column = at.clamp(max=self.ids.shape[1] - 1)
         token, logp = sample(logits, self.sampling.temperature, self.sampling.top_p, self.draws[line, column])
         self.ids[line, column], self.logps[line, column], self.lengths[line] = token, logp, at + 1

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pte_trl import PteConfig, replay_inputs
 from pte_trl.adapter.model import calibrate
-from pte_trl.rollout import left_pad, rollout
+from pte_trl.engine import left_pad
+from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule
 from pte_trl.smollm2 import make
 
