@@ -54,7 +54,7 @@ def halving(run: Callable[[int], Result], rows: int) -> Result:
         print(f"rollout: out of memory, going on with {rows} samples at once", flush=True)
 
 
-class Engines:
+class KeptEngine:
     """Keeps the last engine: its buffers, and on CUDA its captured steps, serve the next batch of the same kind."""
 
     def __init__(self):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pte_trl.batching import Engines, auto_batch_size, halving
+from pte_trl.batching import KeptEngine, auto_batch_size, halving
 from pte_trl.engine import Sampling, distinct
 from pte_trl.eviction import Strategy, make_cache
 from pte_trl.sampling import uniforms
@@ -72,7 +72,7 @@ def rollout(
     generator: torch.Generator | None = None,
     seeds: list[int] | None = None,
     batch_size: int | str | None = None,
-    engines: Engines | None = None,
+    kept_engine: KeptEngine | None = None,
     plain: bool = False,
 ) -> Rollout:
     """Samples one completion per prompt.
@@ -94,7 +94,7 @@ def rollout(
         seeds: one per prompt. A completion then depends on its own seed and, but for rounding, not on its batch.
         batch_size: completions decoded at once, the others follow as these end; "auto" for what the memory allows,
             None for all. Where the memory does not suffice it is halved. The plain way takes all.
-        engines: keeps the engine for the next call.
+        kept_engine: keeps the engine for the next call.
         plain: the engine's twin for tests.
     """
     began = time.perf_counter()
@@ -106,13 +106,13 @@ def rollout(
             *found, held = decode(model, prompt_ids, cache, sampling, draws, shared=not plain)
             evictions = cache.evictions_after
         else:
-            (prompts, copies), engines = distinct(prompt_ids), engines or Engines()
+            (prompts, copies), kept_engine = distinct(prompt_ids), kept_engine or KeptEngine()
             longest = max(map(len, prompts))
             if batch_size == "auto":
                 batch_size = auto_batch_size(model, longest, window, max_new_tokens)
 
             def run(rows: int):
-                engine = engines.get(model, rows, window, evict_ratio, longest, sampling)
+                engine = kept_engine.get(model, rows, window, evict_ratio, longest, sampling)
                 return engine.run(prompts, copies, draws), engine.cache.nbytes / rows
 
             found, held = halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)))

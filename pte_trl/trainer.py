@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from pte_trl.adapter.model import pte_layers
-from pte_trl.batching import Engines
+from pte_trl.batching import KeptEngine
 from pte_trl.config import PteGRPOConfig
 from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 from pte_trl.replay import adapters_disabled, replay_inputs
@@ -35,7 +35,7 @@ class PteGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._engines = Engines()
+        self._kept_engine = KeptEngine()
         self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
         if self.bounded and "ref" in getattr(self.model, "peft_config", {}):
             # TRL would take the adapter that training starts from as the reference; eq. 3 takes the base model.
@@ -91,10 +91,10 @@ class PteGRPOTrainer(GRPOTrainer):
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self._tokenizer.pad_token_id,
                 batch_size=self.args.rollout_batch_size,
-                engines=self._engines,
+                kept_engine=self._kept_engine,
             )
         if self._engine_must_go():
-            self._engines.release()
+            self._kept_engine.release()
         self._samples = {"windows": torch.full((len(prompt_ids),), window, device=self.accelerator.device)}
         self._record("rollout/window", window)
         self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))

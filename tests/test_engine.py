@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pte_trl import engine
-from pte_trl.batching import Engines, auto_batch_size, cache_bytes, halving
+from pte_trl.batching import KeptEngine, auto_batch_size, cache_bytes, halving
 from pte_trl.engine import Engine
 from pte_trl.ring import aligned
 from pte_trl.rollout import rollout
@@ -83,24 +83,24 @@ def test_a_prompt_is_prefilled_once_and_no_row_is_idle(monkeypatch, look):
 
 
 def test_buffers_are_made_once_and_serve_the_next_batch_with_the_weights_of_then():
-    model, engines = with_pte(tiny("llama", torch.float64)), Engines()
-    first = sampled(model, engines=engines, batch_size=4)
-    kept = engines.engine
+    model, kept_engine = with_pte(tiny("llama", torch.float64)), KeptEngine()
+    first = sampled(model, kept_engine=kept_engine, batch_size=4)
+    kept = kept_engine.engine
     places = [x.data_ptr() for layer in kept.cache.layers for x in (*layer.tensors(), layer.queries)]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    second = sampled(model, engines=engines, batch_size=4)
-    assert engines.engine is kept
+    second = sampled(model, kept_engine=kept_engine, batch_size=4)
+    assert kept_engine.engine is kept
     assert places == [x.data_ptr() for layer in kept.cache.layers for x in (*layer.tensors(), layer.queries)]
     assert second.logprobs != first.logprobs
     assert_same(second, sampled(model, plain=True))
-    sampled(model, [[5]], engines=engines, batch_size=4)  # another number of rows
-    assert engines.engine is not kept
+    sampled(model, [[5]], kept_engine=kept_engine, batch_size=4)  # another number of rows
+    assert kept_engine.engine is not kept
     with model.disable_adapter():
-        assert_same(sampled(model, engines=engines, batch_size=4), sampled(model, plain=True))
-    engines.release()
-    assert engines.engine is None
+        assert_same(sampled(model, kept_engine=kept_engine, batch_size=4), sampled(model, plain=True))
+    kept_engine.release()
+    assert kept_engine.engine is None
 
 
 class NothingForTheHost(TorchDispatchMode):
@@ -133,20 +133,21 @@ def test_steps_and_evictions_can_be_captured(monkeypatch, model):
     for name in ("_feed", "_drop"):
         monkeypatch.setattr(Engine, name, watched(getattr(Engine, name)))
     model = MODELS[model](tiny("llama", torch.float64))
+    kept_engine = KeptEngine()
     for _ in range(2):
-        sampled(model, batch_size=4, top_p=0.9, engines=(engines := Engines()))
-    assert engines.engine is not None and 1 <= len(where) <= 2
+        sampled(model, batch_size=4, top_p=0.9, kept_engine=kept_engine)
+    assert len(where) == 1
 
 
 def test_evicted_entries_stay_where_they_are_and_are_not_seen():
-    engines = Engines()
-    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=9, engines=engines)
-    cache = engines.engine.cache
+    kept_engine = KeptEngine()
+    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=9, kept_engine=kept_engine)
+    cache = kept_engine.engine.cache
     # Eight thoughts were fed into a window of six: 0 and 1 have left, and 6 and 7 lie in their places.
     assert cache.places == aligned(3 + 6) == 16
     assert cache.seen[0].tolist() == [True] * 9 + [False] * 7
-    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=8, engines=engines)
-    seen = engines.engine.cache.seen[0]
+    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=8, kept_engine=kept_engine)
+    seen = kept_engine.engine.cache.seen[0]
     assert seen[:9].tolist() == [True] * 4 + [False] + [True] * 4, "7 thoughts: 6 is in the place of 0, 1 has left"
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pte_trl.batching import Engines
+from pte_trl.batching import KeptEngine
 from pte_trl.data import build_prompts
 from pte_trl.evaluation.benchmarks import content_hash
 from pte_trl.evaluation.config import EvaluationArguments
@@ -85,7 +85,7 @@ class Evaluation:
         # One object for all batches: HeadKV measures the model's heads once.
         plain = args.eviction == "sliding_window"
         self.eviction = args.eviction if plain else STRATEGIES[args.eviction]()
-        self.engines = Engines()
+        self.kept_engine = KeptEngine()
         self.folder = Path(args.output_dir) / Path(name).stem
         self.parts = Parts(self.folder)
         prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
@@ -214,7 +214,7 @@ class Evaluation:
             eos_token_ids=ends,
             pad_token_id=self.tokenizer.pad_token_id,
             seeds=[s.seed for s in batch],
-            engines=self.engines,
+            kept_engine=self.kept_engine,
         )
         ids = result.completion_ids
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
