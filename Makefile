@@ -5,7 +5,7 @@ PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 DATA_DIR ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-fast lint bench clean report
+.PHONY: help setup demo demo-smollm2 test test-fast lint bench bench-gpu clean report
 
 help:  ## this list
 	@grep -hE '^[a-zA-Z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,10 +36,33 @@ lint: $(READY)  ## ruff, lint and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-bench: $(READY)  ## the benchmarks that run on a CPU
-	$(PY) -m benchmarks.replay
-	$(PY) -m benchmarks.rollout
-	$(PY) -m benchmarks.probe
+bench: $(READY)  ## the benchmarks, at the sizes that a CPU can do (RECORD= to leave docs/benchmarks as it is)
+	$(PY) -m benchmarks.rollout --arms pte lora_c lora generate continuous $(RECORD)
+	$(PY) -m benchmarks.replay $(RECORD)
+	$(PY) -m benchmarks.step $(RECORD)
+	$(PY) -m benchmarks.memory $(RECORD)
+	$(PY) -m benchmarks.long $(RECORD)
+	$(PY) -m benchmarks.capacity --shape qwen2.5-3b $(RECORD)
+	$(PY) -m benchmarks.probe $(RECORD)
+
+# The variables are for trying the same lines small, where there is no GPU.
+GPU_FLAGS ?= --device cuda
+bench-gpu: $(READY)  ## the same at the paper's sizes on one GPU
+	$(PY) -m benchmarks.rollout --shape $(BIG) $(ROLLOUT_SIZE) $(GPU_FLAGS) $(RECORD)
+	$(PY) -m benchmarks.replay --shape $(BIG) $(REPLAY_SIZE) $(GPU_FLAGS) $(RECORD)
+	$(PY) -m benchmarks.step --shape $(BIG) $(STEP_SIZE) $(GPU_FLAGS) $(RECORD)
+	$(PY) -m benchmarks.memory --shape $(BIG) $(MEMORY_SIZE) $(GPU_FLAGS) $(RECORD)
+	$(PY) -m benchmarks.long --shape $(BIG) $(LONG_SIZE) $(GPU_FLAGS) $(RECORD)
+	$(PY) -m benchmarks.capacity --shape $(BIG) $(CAPACITY_SIZE) $(GPU_FLAGS) $(RECORD)
+
+RECORD ?= --record
+BIG ?= qwen2.5-3b
+ROLLOUT_SIZE ?= --batch 64 --prompt 512 --new-tokens 3072 --window 512
+REPLAY_SIZE ?= --lengths 3072 16384 --prompt 512 --window 512
+STEP_SIZE ?= --lengths 3072 16384 --prompt 512 --window 512
+MEMORY_SIZE ?= --lengths 16384 32768 65536 --prompt 512 --window 512 --offload --arms "pte, segments"
+LONG_SIZE ?= --batch 16 --prompt 512 --window 512 --cycles 4
+CAPACITY_SIZE ?=
 
 # ---- the paper's tables and figures -------------------------------------------------------------------------
 # make reproduce-table1, -table2, -table3, -tableA1, -figure3, -figure4a, -figure4b, -figure5, -figure6, -figureA1,

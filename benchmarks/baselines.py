@@ -15,9 +15,11 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.common import RECORDS, print_table, random_model
-from benchmarks.memory import Peak, arms
-from benchmarks.memory import parse as memory_options
+from benchmarks.common import RECORDS, print_table
+from benchmarks.measure import Peak
+from benchmarks.memory import arguments
+from benchmarks.models import random_model
+from benchmarks.training import arms
 from pte_trl import PteConfig
 from pte_trl.rollout import rollout
 
@@ -55,7 +57,8 @@ def count(job) -> dict[str, int]:
 def jobs() -> dict:
     """Name -> what is counted: training steps of each arm, and rollouts of eight completions of two prompts."""
     ids = torch.randint(1, 500, (1, 64 + LENGTH), generator=torch.Generator().manual_seed(0))
-    found = {f"step: {name}": lambda step=step: step(ids) for name, step in arms(memory_options([])).items()}
+    steps = arms(arguments([]), ["lora, full cache", "pte, one pass", "pte, segments"])
+    found = {f"step: {name}": lambda step=step: step(ids).backward() for name, (_, step) in steps.items()}
     model = get_peft_model(random_model("tiny", seed=0), PteConfig()).eval()
     prompts = [ids[0, :40].tolist()] * 4 + [ids[0, 40:64].tolist()] * 4
     options = {"window": 32, "max_new_tokens": 128, "eos_token_ids": [-1], "pad_token_id": 0, "seeds": list(range(8))}

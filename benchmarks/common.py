@@ -1,34 +1,63 @@
-"""What the benchmarks share: model shapes with random weights, the environment line, tables and records."""
+"""What the benchmarks share: options, tables and records."""
 
+import argparse
 import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import pte_trl
+from benchmarks.measure import CLOCKS, is_cuda
+from benchmarks.models import SHAPES
 from pte_trl.manifest import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "benchmarks"
-__all__ = ["environment", "print_environment", "print_table", "random_model", "record"]
-
-# Configurations only: a benchmark of time or memory needs no trained weights.
-SHAPES = {folder.name: folder for folder in sorted((Path(pte_trl.__file__).parent / "shapes").iterdir())}
 
 
-def random_model(shape: str, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of a named shape with random weights; the same seed gives the same weights."""
-    if shape not in SHAPES:
-        raise ValueError(f"shape={shape!r}: allowed are {', '.join(SHAPES)}")
-    config = AutoConfig.from_pretrained(SHAPES[shape])
-    torch.manual_seed(seed)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="blockwise")
+def options(description: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, float32 on a CPU if not given"
+    )
+    parser.add_argument("--clock", choices=tuple(CLOCKS), help="wall on a GPU, cpu (of this process) on a CPU")
+    parser.add_argument("--record", action="store_true", help="append to docs/benchmarks/<name>.json")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, what depends on the device filled in; prints what the figures are worth nothing without."""
+    args = parser.parse_args(argv)
+    if is_cuda(args.device) and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no GPU; --device cpu runs everywhere")
+    if is_cuda(args.device) and args.clock == "cpu":
+        parser.error("--clock cpu: a GPU does not work on the process's time; allowed is wall")
+    args.dtype = args.dtype or ("bfloat16" if is_cuda(args.device) else "float32")
+    args.clock = args.clock or ("wall" if is_cuda(args.device) else "cpu")
+    print_environment(environment(args.device))
+    return args
 
 
 def print_environment(environment: dict) -> None:
     print(" | ".join(f"{key} {value}" for key, value in environment.items()))
+
+
+def finish(name: str, args: argparse.Namespace, rows: list[dict]) -> None:
+    """Prints the table and, where asked, appends the run to docs/benchmarks/<name>.json, a list of runs."""
+    print_table(rows)
+    if args.record:
+        print(f"recorded in {record(name, environment(args.device), vars(args), rows)}")
+
+
+def record(name: str, environment: dict, settings: dict, rows: list[dict]) -> Path:
+    path = RECORDS / f"{name}.json"
+    runs = json.loads(path.read_text()) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.append({"environment": environment, "settings": settings, "rows": rows})
+    path.write_text(json.dumps(runs, indent=1) + "\n")
+    return path
 
 
 def print_table(rows: list[dict]) -> None:
@@ -37,13 +66,3 @@ def print_table(rows: list[dict]) -> None:
     widths = {key: max(len(key), *(len(row[key]) for row in cells)) for key in cells[0]}
     for row in [{key: key for key in widths}, *cells]:
         print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
-
-
-def record(name: str, environment: dict, settings: dict, rows: list[dict]) -> Path:
-    """Appends one run to docs/benchmarks/<name>.json, a list of runs."""
-    path = RECORDS / f"{name}.json"
-    runs = json.loads(path.read_text()) if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.append({"environment": environment, "settings": settings, "rows": rows})
-    path.write_text(json.dumps(runs, indent=1) + "\n")
-    return path

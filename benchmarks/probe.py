@@ -18,10 +18,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.common import environment, print_environment, print_table, record
+from benchmarks.common import print_environment, print_table, record
 from benchmarks.recall import PROMPT, Recall, recall, train
 from pte_trl import PteConfig, Schedule
 from pte_trl.adapter.model import calibrate, pte_layers
+from pte_trl.manifest import environment
 
 
 def base_model(task: Recall, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:

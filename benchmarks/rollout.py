@@ -1,112 +1,194 @@
-"""Rollout speed: PTE over LoRA-c under the same window, and both over `generate` with the full cache.
+"""Rollout speed: the bounded rollouts and the full cache, ours, transformers' and vLLM's.
 
     python -m benchmarks.rollout
-    python -m benchmarks.rollout --shape smollm2-135m --batch 16 --new-tokens 2048 --window 256
+    python -m benchmarks.rollout --shape smollm2-135m --batch 16 --new-tokens 2048 --arms pte lora_c generate
+    python -m benchmarks.rollout --shape qwen2.5-3b --batch 64 --new-tokens 3072 --window 512 --device cuda
 
-The arms take turns within one run and every arm samples from the same random weights; ratios are medians of the
-turns. Ending tokens are off: every completion has the full length. Time is that of the process on a CPU, which other
-programs disturb less than the clock on the wall, and wall time on a GPU. `--arms bounded` leaves `generate` out: many
-short turns tell two arms of nearly the same speed apart better than a few long ones.
+Every arm samples at temperature 1 from the same random weights; nothing ends a completion early. An arm that cannot
+run here is left out, and its reason printed. Ratios of speed are medians over the turns. `of roofline` (on a GPU, or
+with --roofline) is the time that a copy of this machine would need for the bytes of weights and cache that a step has
+to read, over the time that the step took.
 """
 
 import argparse
+import logging
 import statistics
-import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
-from peft import LoraConfig, get_peft_model
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import environment, print_environment, print_table, random_model, record
-from pte_trl import PteConfig
-from pte_trl.rollout import eval_mode, rollout
+from benchmarks.common import finish, options, parse
+from benchmarks.measure import copy_bandwidth, is_cuda, ratio, take_turns
+from benchmarks.models import SHAPES, random_model, shared_copy, with_adapter
+from pte_trl import Schedule
+from pte_trl.batching import cache_bytes
+from pte_trl.rollout import rollout
 
-TARGETS = ["q_proj", "o_proj"]
+PAGE = 256  # tokens of a page of the paged cache
+Run = Callable[[], int]  # one rollout of the whole batch; returns the tokens it sampled
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="tiny")
+class Skipped(Exception):
+    """Why an arm cannot run here."""
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = options(__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--arms", default="all", choices=("all", "bounded"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--record", action="store_true", help="append to docs/benchmarks/rollout.json")
-    return parser.parse_args()
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--roofline", action="store_true", help="its column on a CPU too")
+    parser.add_argument("--vllm-memory", type=float, default=0.5, help="share of the GPU's memory that vLLM takes")
+    return parse(parser, argv)
 
 
-def bounded(model, prompts: list[list[int]], args: argparse.Namespace) -> int:
-    """Tokens sampled by our rollout."""
-    result = rollout(
-        model,
-        prompts,
-        window=args.window,
-        max_new_tokens=args.new_tokens,
-        eos_token_ids=[-1],
-        pad_token_id=0,
+def ours(adapter: str, full_cache: bool = False):
+    def arm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> Run:
+        model = with_adapter(shared_copy(base), adapter).eval()
+        knobs = {"window": args.new_tokens if full_cache else args.window, "max_new_tokens": args.new_tokens}
+        knobs |= {"eos_token_ids": [-1], "pad_token_id": 0}
+        return lambda: sum(map(len, rollout(model, prompts, **knobs).completion_ids))
+
+    return arm
+
+
+def generate(adapter: str | None):
+    """transformers' `generate`, with stock attention and its growing cache."""
+
+    def arm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> Run:
+        model = shared_copy(base, "sdpa")
+        model.generation_config = sampling(args)
+        model = (with_adapter(model, adapter) if adapter else model).eval()
+        ids = torch.tensor(prompts, device=args.device)
+
+        def run() -> int:
+            return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[:, ids.shape[1] :].numel()
+
+        return torch.no_grad()(run)
+
+    return arm
+
+
+def sampling(args: argparse.Namespace, **more) -> GenerationConfig:
+    return GenerationConfig(do_sample=True, top_k=0, max_new_tokens=args.new_tokens, pad_token_id=0, **more)
+
+
+def continuous(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> Run:
+    """transformers' `generate_batch`; it takes flash attention by itself where that is installed."""
+    model = shared_copy(base, "sdpa").eval()
+    config = ContinuousBatchingConfig(
+        block_size=PAGE,
+        num_blocks=args.batch * (1 + (args.prompt + args.new_tokens) // PAGE),  # or it takes most of the memory
+        max_batch_tokens=None if is_cuda(args.device) else max(PAGE, args.batch, args.prompt),
     )
-    return sum(map(len, result.completion_ids))
+
+    def run() -> int:
+        knobs = {"generation_config": sampling(args, eos_token_id=-1), "continuous_batching_config": config}
+        # Kept from call to call, so that setting it up (and capturing graphs) is part of the warm-up.
+        found = model.generate_batch(prompts, **knobs, persistent_manager=True, progress_bar=False)
+        return sum(len(output.generated_tokens) for output in found.values())
+
+    return run
 
 
-@torch.no_grad()
-def full_cache(model, prompts: list[list[int]], args: argparse.Namespace) -> int:
-    """Tokens sampled by transformers' `generate` with its own growing cache."""
-    ids = torch.tensor(prompts, device=args.device)
-    with eval_mode(model):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=args.new_tokens,
-            min_new_tokens=args.new_tokens,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-    return out[:, ids.shape[1] :].numel()
+def vllm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> Run:
+    if find_spec("vllm") is None:
+        raise Skipped("not installed here; where there is a GPU: pip install 'pte_trl[vllm]'")
+    if args.clock == "cpu":
+        raise Skipped("it works in processes of its own, which --clock cpu does not count; give --clock wall")
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=str(SHAPES[args.shape]),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype=args.dtype,
+        max_model_len=args.prompt + args.new_tokens,
+        max_num_seqs=args.batch,
+        gpu_memory_utilization=args.vllm_memory,
+        enforce_eager=not is_cuda(args.device),
+    )
+    knobs = SamplingParams(temperature=1.0, max_tokens=args.new_tokens, ignore_eos=True, detokenize=False)
+
+    def run() -> int:
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return sum(len(found.outputs[0].token_ids) for found in engine.generate(requests, knobs, use_tqdm=False))
+
+    return run
 
 
-def arms(args: argparse.Namespace) -> dict[str, Callable[[list[list[int]]], int]]:
-    def base():
-        return random_model(args.shape, seed=0, device=args.device, dtype=getattr(torch, args.dtype))
+ARMS = {
+    "pte": ours("pte"),
+    "lora_c": ours("lora"),
+    "lora": ours("lora", full_cache=True),
+    "generate": generate(None),
+    "generate lora": generate("lora"),
+    "continuous": continuous,
+    "vllm": vllm,
+}
 
-    pte = get_peft_model(base(), PteConfig(target_modules=TARGETS))
-    lora = get_peft_model(base(), LoraConfig(r=32, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    runs = {
-        "pte, window": lambda prompts: bounded(pte, prompts, args),
-        "lora_c, window": lambda prompts: bounded(lora, prompts, args),
-    }
-    if args.arms == "all":
-        runs["lora, generate, full cache"] = lambda prompts: full_cache(lora, prompts, args)
+
+def ready(args: argparse.Namespace, base: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Run]:
+    """The arms that run here, each warmed up: on a GPU by a whole rollout, where graphs may have to be captured."""
+    warm = (
+        args if is_cuda(args.device) else argparse.Namespace(**vars(args) | {"new_tokens": min(16, args.new_tokens)})
+    )
+    runs = {}
+    for name in [name for name in ARMS if name in args.arms]:
+        try:
+            sampled = ARMS[name](base, prompts, warm)()
+            runs[name] = ARMS[name](base, prompts, args)
+        except Exception as reason:
+            # What is ours has to run. Of others' engines it depends on the machine, and how they fail is theirs.
+            if name not in ("continuous", "vllm"):
+                raise
+            runs.pop(name, None)
+            print(f"{name}: skipped, {reason}" if isinstance(reason, Skipped) else f"{name}: skipped, {reason!r}")
+            continue
+        if sampled != args.batch * warm.new_tokens:
+            raise RuntimeError(f"{name}: {sampled} tokens instead of {args.batch} x {warm.new_tokens}")
     return runs
 
 
-def main() -> None:
-    args = parse_arguments()
-    settings = environment(args.device)
-    print_environment(settings)
-    runs = arms(args)
-    vocabulary = 500
-    prompts = torch.randint(1, vocabulary, (args.batch, args.prompt)).tolist()
-    speeds = {name: [] for name in runs}
-    clock = time.process_time if args.device == "cpu" else time.perf_counter
-    for _ in range(args.turns):
-        for name, run in runs.items():
-            began = clock()
-            speeds[name].append(run(prompts) / (clock() - began))
+def bytes_read(base: PreTrainedModel, window: int | None, args: argparse.Namespace) -> float:
+    """Weights and keys and values that a decode step has to read, on average over the rollout."""
+    weights = {id(p): p.nbytes for p in base.parameters()}
+    if not base.config.tie_word_embeddings:
+        del weights[id(base.get_input_embeddings().weight)]  # a few rows of it are read
+    thought = torch.arange(args.new_tokens)
+    oldest = Schedule(window).first_visible(thought) if window else 0
+    kept = args.prompt + (thought - oldest + 1).float().mean().item()
+    return sum(weights.values()) + args.batch * kept * cache_bytes(base.config, 1, base.dtype)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    base = random_model(args.shape, seed=0, device=args.device, dtype=getattr(torch, args.dtype)).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, 500, (args.batch, args.prompt), generator=generator).tolist()
+    runs = ready(args, base, prompts)
+    times = take_turns(runs, args.turns, args.device, args.clock, warm_up=False)
+    bandwidth = copy_bandwidth(args.device, args.clock) if args.roofline or is_cuda(args.device) else None
     rows = []
-    for name, mine in speeds.items():
-        row = {"arm": name, "tokens/s": round(statistics.median(mine))}
-        for other in list(speeds)[1:]:
-            row[f"over {other}"] = statistics.median(a / b for a, b in zip(mine, speeds[other], strict=True))
+    for name, mine in times.items():
+        step = statistics.median(mine) / args.new_tokens
+        row = {"arm": name, "tokens/s": round(args.batch / step), "step ms": 1e3 * step}
+        row |= {f"over {x}": ratio(times[x], mine) for x in ("lora_c", "lora", "generate") if x in times}
+        if bandwidth:
+            read = bytes_read(base, args.window if name in ("pte", "lora_c") else None, args)
+            row |= {"GB read": read / 1e9, "of roofline": read / bandwidth / step}
         rows.append(row)
-    print_table(rows)
-    if args.record:
-        print(f"recorded in {record('rollout', settings, vars(args), rows)}")
+    if bandwidth:
+        print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    finish("rollout", args, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""Time and memory, by device. Jobs take turns; memory is counted tensor by tensor on a CPU, by torch on a GPU."""
+
+import gc
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# "cpu" counts the work of this process, all its threads together: other programs disturb it less than the wall's.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def is_cuda(device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def synchronize(device) -> None:
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+
+
+def seconds(job: Callable[[], object], device, clock: str) -> float:
+    """Time of one call, everything that it has put on a GPU included."""
+    gc.collect()
+    synchronize(device)
+    began = CLOCKS[clock]()
+    job()
+    synchronize(device)
+    return CLOCKS[clock]() - began
+
+
+def take_turns(
+    jobs: dict[str, Callable[[], object]], turns: int, device, clock: str, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every job, `turns` times each. A machine that slows down for a while slows down all of them."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    names = list(jobs)
+    if warm_up:
+        for job in jobs.values():
+            job()
+    for turn in range(turns):
+        at = turn % len(names)  # the order turns too: no job always follows the same one
+        for name in names[at:] + names[:at]:
+            times[name].append(seconds(jobs[name], device, clock))
+    return times
+
+
+def ratio(mine: list[float], other: list[float]) -> float:
+    """Median over the turns; each turn gives one ratio."""
+    return statistics.median(a / b for a, b in zip(mine, other, strict=True))
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside and alive, and keeps the most: on a CPU nobody else does."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def peak_bytes(job: Callable[[], object], device) -> int:
+    """Most bytes alive at once in one call, beyond what was there before: by torch on a GPU, counted on a CPU."""
+    gc.collect()
+    if is_cuda(device):
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        job()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with Peak() as peak:
+        job()
+    return peak.most
+
+
+def copy_bandwidth(device, clock: str) -> float:
+    """Bytes per second that a large copy reads and writes, best of five."""
+    size, copies = (2**30, 10) if is_cuda(device) else (2**27, 2)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+
+    def job() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    job()
+    return 2 * copies * size / min(seconds(job, device, clock) for _ in range(5))
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors that Python holds now, each storage once."""
+    sizes = {}
+    for thing in gc.get_objects():
+        # By its type: asking some objects for their class runs their code.
+        if issubclass(type(thing), torch.Tensor):
+            sizes[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
+    return sum(sizes.values())

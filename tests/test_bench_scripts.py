@@ -1,0 +1,131 @@
+"""Every benchmark runs, small and on a CPU, and what it prints and records is what its table promises."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+
+import pytest
+import torch
+
+from benchmarks import capacity, common
+from benchmarks.measure import Peak, peak_bytes
+from benchmarks.memory import saved_bytes
+
+ROOT = common.ROOT
+
+# Arguments that make a run of seconds; the commands of `make bench-gpu` are the same scripts with larger ones.
+SMALL = {
+    "rollout": "--batch 2 --prompt 8 --new-tokens 24 --window 8 --turns 1 --roofline",
+    "replay": "--lengths 48 64 --prompt 8 --window 16 --repeats 1",
+    "step": "--lengths 32 64 --prompt 8 --window 16 --turns 1",
+    "memory": "--lengths 64 128 --prompt 8 --window 16",
+    "long": "--prompt 8 --window 16 --early 60 --late 160 --cycles 4",
+    "capacity": "--new-tokens 512 --prompt 32 --window 32 --memory 1",
+}
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, capsys):
+    """Runs a benchmark with `--record` into a folder of the test's; returns its rows."""
+    monkeypatch.setattr(common, "RECORDS", tmp_path)
+
+    def run(name: str, arguments: str) -> list[dict]:
+        importlib.import_module(f"benchmarks.{name}").main([*arguments.split(), "--record"])
+        (kept,) = json.loads((tmp_path / f"{name}.json").read_text())
+        assert {"date", "commit", "command", "hardware"} <= kept["environment"].keys()
+        assert next(iter(kept["rows"][0])) in (printed := capsys.readouterr().out) and "recorded in" in printed
+        return kept["rows"]
+
+    return run
+
+
+def test_rollout_compares_every_arm_that_runs_here(bench):
+    rows = {row["arm"]: row for row in bench("rollout", SMALL["rollout"])}
+    assert {"pte", "lora_c", "lora", "generate", "generate lora", "continuous"} <= rows.keys()
+    for row in rows.values():
+        assert row["tokens/s"] > 0 and 0 < row["of roofline"] < 1 and row["over generate"] > 0
+    assert rows["generate"]["over generate"] == 1
+    assert rows["pte"]["GB read"] < rows["lora"]["GB read"]
+
+
+def test_an_arm_of_ours_that_fails_is_no_skipped_arm(monkeypatch):
+    module = importlib.import_module("benchmarks.rollout")
+    monkeypatch.setattr(module, "rollout", lambda *args, **knobs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.main(SMALL["rollout"].split())
+
+
+def test_replay_divides_by_lora_on_the_same_modules(bench):
+    rows = bench("replay", SMALL["replay"])
+    assert len(rows) == 2 * 6
+    for row in rows:
+        assert row["over lora"] > 0 and (
+            row["arm"] not in ("lora", "lora qkvo") or row["over lora, same modules"] == 1
+        )
+
+
+def test_a_step_of_segments_needs_the_least_memory(bench):
+    rows = bench("step", SMALL["step"])
+    longest = {row["arm"]: row for row in rows if row["completion"] == 64}
+    assert longest["pte, segments"]["step memory over lora"] < 0.8 < longest["pte, one pass"]["step memory over lora"]
+
+
+def test_what_the_segments_hold_does_not_grow(bench):
+    rows = {(row["completion"], row["arm"]): row for row in bench("memory", SMALL["memory"])}
+    assert rows[128, "pte, segments"]["saved growth"] <= 1.05
+    assert rows[128, "pte, one pass"]["saved growth"] > 1.2
+    assert rows[128, "lora, full cache"]["peak growth"] > 1.3
+
+
+def test_a_late_step_is_compared_with_an_early_one(bench):
+    early, late = bench("long", SMALL["long"])
+    assert early["over early"] == 1 and 0.2 < late["over early"] < 5
+    assert 0.8 < late["memory over early"] < 1.2
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.long").main(["--window", "16", "--early", "20", "--late", "30"])
+
+
+def test_the_count_of_the_capacity_is_the_formula_of_the_cache(bench):
+    pte, lora = bench("capacity", SMALL["capacity"])
+    assert pte["cache over formula"] == pytest.approx(1, abs=0.02) == lora["cache over formula"]
+    assert pte["over lora"] > 4
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 100])
+def test_the_search_for_the_largest_batch(most):
+    assert capacity.largest(lambda batch: batch <= most) == pytest.approx(most, rel=0.02)
+
+
+def test_memory_is_counted_by_storage_and_while_it_lives():
+    def job() -> None:
+        x = torch.zeros(1000)
+        y = x[10:]  # the same storage
+        del x, y
+        torch.zeros(500)
+
+    assert peak_bytes(job, "cpu") == 4000
+    with Peak() as peak:
+        kept = torch.ones(10) + torch.ones(10)
+    assert peak.now == kept.nbytes and peak.most == 120
+    x = torch.ones(8, requires_grad=True)
+    assert saved_bytes(lambda: (x * x).sum().backward()) == 64
+
+
+@pytest.mark.parametrize("arguments", ["--device cuda --clock cpu", "--device cuda"])
+def test_what_cannot_be_measured_is_refused(arguments, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "clock" in arguments)
+    with pytest.raises(SystemExit):
+        common.parse(common.options("x"), arguments.split())
+
+
+def test_the_commands_for_a_gpu_are_commands():
+    """What `make bench-gpu` would run is understood by the scripts."""
+    plan = subprocess.run(["make", "-n", "bench-gpu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"-m benchmarks\.(\w+) (.*--device cuda.*)", plan)
+    assert [name for name, _ in lines] == list(SMALL)
+    for name, arguments in lines:
+        words = [word if word != "cuda" else "cpu" for word in shlex.split(arguments)]
+        args = importlib.import_module(f"benchmarks.{name}").arguments(words)
+        assert args.shape == "qwen2.5-3b" and args.record
