@@ -6,6 +6,7 @@ each other in different places, for ever. FSDP2 wraps decoder layers anyway; ZeR
 when its last completion does, so no rank can wait for another in it: it runs with whole weights.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,14 +17,47 @@ from torch.distributed.fsdp import FSDPModule
 from pte_trl.adapter.layer import PteAttention
 
 
+def launched_engine(args) -> tuple[int, int | None]:
+    """(ZeRO stage or 0, FSDP version or None) that the launcher asks for, known before any weights load."""
+    plugin = args.deepspeed_plugin
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return plugin.zero_stage if plugin else 0, int(os.environ.get("FSDP_VERSION", "1")) if uses_fsdp else None
+
+
+def check_engine(args, zero_stage: int, fsdp_version: int | None) -> None:
+    """Refuses what would make ranks wait for each other for ever.
+
+    Raises:
+        ValueError: naming the setting, the engine and what is allowed.
+    """
+    if args.method == "lora":
+        return
+    if fsdp_version == 1:
+        raise ValueError(
+            f"fsdp_version=1: a rollout of method={args.method} ends at another token on every rank, and FSDP1 "
+            "gathers weights at each; allowed is 2 (accelerate_configs/fsdp2.yaml)"
+        )
+    if zero_stage == 3 and not args.ds3_gather_for_generation:
+        raise ValueError(
+            f"ds3_gather_for_generation=false under ZeRO-3: a rollout of method={args.method} ends at another token "
+            "on every rank and needs whole weights; allowed is true"
+        )
+    if args.replay == "segments" and (zero_stage == 3 or fsdp_version):
+        raise ValueError(
+            f"replay='segments' under {'ZeRO-3' if zero_stage == 3 else 'FSDP2'}: every rank runs its own number of "
+            "segments, and would wait for the weights of others; allowed is replay='one_pass', or an engine with "
+            "whole weights on every rank (DDP, ZeRO-1, ZeRO-2)"
+        )
+
+
 def prepare_engine(trainer) -> None:
     """Tells the engine that is about to be made what it has to know; nothing to do for DDP and ZeRO-1/2."""
     if trainer._dist.is_zero3:
         gather_by_layer(trainer.model)
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer._dist.fsdp_version == 2 else None
-    if plugin is not None and plugin.mixed_precision_policy is not None:
+    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if trainer._dist.is_fsdp else None
+    if policy is not None:
         # It would round the log-probs that the model returns to bfloat16: three digits.
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
 def gather_by_layer(model: nn.Module) -> None:

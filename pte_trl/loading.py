@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.model import check_supported, pte_layers, rescale_updates, update_ratios
 from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.engines import check_engine, launched_engine
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import left_pad
@@ -15,11 +16,12 @@ from pte_trl.schedule import Schedule, resolve_window
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
-    """Reads only the model's configuration.
+    """Reads only the model's configuration, and what the launcher asks for.
 
     Raises:
-        ValueError: an unsupported architecture or attention implementation for a bounded method.
+        ValueError: an unsupported architecture, attention implementation or engine for a bounded method.
     """
+    check_engine(args, *launched_engine(args))
     one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
     config = AutoConfig.from_pretrained(script.model_name_or_path)
     if args.method != "lora":

@@ -15,7 +15,7 @@ from pte_trl.adapter.model import pte_layers
 from pte_trl.batching import rollout_in_parts
 from pte_trl.config import PteGRPOConfig
 from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
-from pte_trl.engines import call_inside, prepare_engine, whole_weights
+from pte_trl.engines import call_inside, check_engine, prepare_engine, whole_weights
 from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
 from pte_trl.schedule import Schedule, resolve_window
@@ -42,6 +42,7 @@ class PteGRPOTrainer(GRPOTrainer):
         for layer in pte_layers(self.model):
             layer.watch_updates = True
         self._check_segments()
+        check_engine(self.args, self._dist.zero_stage, self._dist.fsdp_version)
         prepare_engine(self)
 
     @property
@@ -49,15 +50,9 @@ class PteGRPOTrainer(GRPOTrainer):
         return self.args.method != "lora"
 
     def _check_segments(self) -> None:
-        """Segment-wise scoring runs the model again inside backward, where nothing may be random or wrapped."""
+        """Segment-wise scoring runs the model again inside backward, where nothing may be random."""
         if self.args.replay != "segments":
             return
-        if self._dist.is_zero3 or self._dist.is_fsdp:
-            raise ValueError(
-                f"replay='segments' under {'ZeRO-3' if self._dist.is_zero3 else 'FSDP'}: ranks run different numbers "
-                "of segments, and would wait for each other's weights for ever; allowed is replay='one_pass', or "
-                "an engine with whole weights on every rank (DDP, ZeRO-1, ZeRO-2)"
-            )
         random = [name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
         if random:
             raise ValueError(

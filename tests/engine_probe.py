@@ -15,12 +15,12 @@ from itertools import count
 from pathlib import Path
 
 import deepspeed
-import grpo_pte
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+import grpo_pte
 import pte_trl.trainer
 from pte_trl.adapter.model import pte_layers
 from pte_trl.batching import join, rollout_in_parts
@@ -52,12 +52,13 @@ class Probe:
         """The trainer's rollout with a seed per completion, in two parts where this process has both halves."""
         state, number, batch = PartialState(), len(prompt_ids), next(self.batches)
         first, half = state.process_index * number, state.num_processes * number // 2
+        seeds = [1000 * batch + first + i for i in range(number)]
+        cut = min(max(half - first, 0), number)  # how many of the first half are here
         parts = []
-        for limit, rows in ((None, range(first, min(first + number, half))), (SHORT, range(max(first, half), first + number))):
-            if rows:
-                some = options | {"max_new_tokens": limit or options["max_new_tokens"]}
-                prompts = [prompt_ids[i - first] for i in rows]
-                parts.append(rollout_in_parts(model, prompts, batch_size, seeds=[1000 * batch + i for i in rows], **some))
+        for limit, rows in ((options.pop("max_new_tokens"), slice(0, cut)), (SHORT, slice(cut, number))):
+            if prompt_ids[rows]:
+                some = options | {"max_new_tokens": limit, "seeds": seeds[rows]}
+                parts.append(rollout_in_parts(model, prompt_ids[rows], batch_size, **some))
         result = join(parts)
         self.report["completions"] += result.completion_ids
         self.report["evictions"] = sum(result.evictions)
