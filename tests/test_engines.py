@@ -166,14 +166,17 @@ def test_two_processes_do_what_one_does(folder, one_process, config, options):
     assert reports[0]["evictions"] > 0 == reports[1]["evictions"]
     assert_same_run(reports, folder / name, expected, expected_folder)
 
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    batch = left_padded_batch([6, 3], 24)
-    with torch.no_grad():
-        loaded, other = (
-            replay_logps(PeftModel.from_pretrained(base, path).eval(), *batch, 8)
-            for path in (folder / name, expected_folder)
-        )
-        assert gap(loaded, other) < 1e-3 < gap(loaded, replay_logps(base, *batch, 8))
+    bare, expected_logps, logps = (
+        logps_of(folder / "base", adapter) for adapter in (None, expected_folder, folder / name)
+    )
+    assert gap(logps, expected_logps) < 1e-3 < gap(logps, bare)
+
+
+@torch.no_grad()
+def logps_of(base: Path, adapter: Path | None) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    return replay_logps(model.eval(), *left_padded_batch([6, 3], 24), 8)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
