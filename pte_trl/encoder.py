@@ -10,6 +10,7 @@ behind is the *memory*, (batch, n_g, r); `read` turns a memory into the state S 
 the recursive rule the memory is S itself, for the sum it is the sum before the norm.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -107,11 +108,22 @@ class Encoder(nn.Module):
         with without_autocast(queries.device):
             return queries @ (key_latents.transpose(-2, -1) @ value_latents)
 
-    def start(self, queries: Tensor, key_latents: Tensor, value_latents: Tensor) -> Tensor:
-        """The memory before any eviction, (n_g, r), from the latents of the global tokens; zero for global-0."""
+    def forward(self, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Global queries W_Q^a q_g and the memory before any eviction, both (n_g, r).
+
+        A module call and the only place that reads the global tokens, so that an engine that shards weights has
+        gathered them.
+
+        Args:
+            project: the layer's own projections, (n_g, d_model) -> q_g (n_g, d_q), k_g and v_g (n_g, d_kv).
+        """
+        global_queries, keys, values = project(self.global_tokens)
+        queries = self.queries(global_queries)
+        update = self.update(queries, *self.latents(keys, values))
         if not self.use_global_tokens:
-            return queries.new_zeros(queries.shape[0], key_latents.shape[-1])
-        return root_mean_square(self.update(queries, key_latents, value_latents), self.normalisation)
+            # Zero times it: where no eviction follows, every weight still gets a gradient, which engines count on.
+            return queries, 0 * update
+        return queries, root_mean_square(update, self.normalisation)
 
     def advance(self, memory: Tensor, update: Tensor) -> Tensor:
         """The memory after an eviction that contributes S' = `update`, both (…, n_g, r)."""

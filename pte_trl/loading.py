@@ -1,24 +1,27 @@
 """A recipe's model, tokenizer and adapter, refused before the weights load where they cannot work."""
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pte_trl.adapter.config import one_of
-from pte_trl.adapter.model import calibrate, check_supported, pte_layers
+from pte_trl.adapter.model import check_supported, pte_layers, rescale_updates, update_ratios
 from pte_trl.config import PteGRPOConfig, RecipeArguments
 from pte_trl.engine import left_pad
+from pte_trl.engines import check_engine, launched_engine
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.schedule import Schedule, resolve_window
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
-    """Reads only the model's configuration.
+    """Reads only the model's configuration, and what the launcher asks for.
 
     Raises:
-        ValueError: an unsupported architecture or attention implementation for a bounded method.
+        ValueError: an unsupported architecture, attention implementation or engine for a bounded method.
     """
+    check_engine(args, *launched_engine(args))
     one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
     config = AutoConfig.from_pretrained(script.model_name_or_path)
     if args.method != "lora":
@@ -68,18 +71,23 @@ def load_for_evaluation(args: ModelSource, device: torch.device) -> PreTrainedMo
 
 
 def calibrate_encoders(trainer, prompts: int = 8) -> None:
-    """Sets |S'| / |S| of a fresh PTE adapter to `init_ratio` on the first prompts of the training set, aloud."""
+    """Sets |S'| / |S| of a fresh PTE adapter to `init_ratio` on the first prompts of the training set, aloud.
+
+    The main process measures, every process rescales: the others may hold no weights yet.
+    """
     if not pte_layers(trainer.model):
         return
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        trainer.accelerator.print("ZeRO-3 shards the weights: encoders keep their data-free initial scale")
-        return
     rows = [trainer.train_dataset[i]["prompt"] for i in range(min(prompts, len(trainer.train_dataset)))]
-    ids, _, _ = trainer._tokenize_prompts(rows)
-    inputs = left_pad(ids, trainer._tokenizer.pad_token_id, trainer.model.device)
-    window = resolve_window(trainer.args.window, trainer.args.budget, max(map(len, ids)))
-    found = calibrate(trainer.model, *inputs, evict=Schedule(window, trainer.args.evict_ratio).evict)
+    found = [None]
+    with trainer._dist.gather_params(list(trainer.model.parameters())):
+        if trainer.accelerator.is_main_process:
+            ids, _, _ = trainer._tokenize_prompts(rows)
+            inputs = left_pad(ids, trainer._tokenizer.pad_token_id, trainer.model.device)
+            window = resolve_window(trainer.args.window, trainer.args.budget, max(map(len, ids)))
+            found = [update_ratios(trainer.model, *inputs, evict=Schedule(window, trainer.args.evict_ratio).evict)]
+    (ratios,) = broadcast_object_list(found)
+    rescale_updates(trainer.model, ratios)
     trainer.accelerator.print(
-        f"encoders calibrated on {len(rows)} prompts: |S'|/|S| was {min(found):.3g} to {max(found):.3g} over "
-        f"{len(found)} layers"
+        f"encoders calibrated on {len(rows)} prompts: |S'|/|S| was {min(ratios):.3g} to {max(ratios):.3g} over "
+        f"{len(ratios)} layers"
     )

@@ -15,6 +15,7 @@ from pte_trl.adapter.model import pte_layers
 from pte_trl.batching import KeptEngine
 from pte_trl.config import PteGRPOConfig
 from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
+from pte_trl.engines import call_inside, check_engine, prepare_engine, whole_weights
 from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
 from pte_trl.rollout import rollout
@@ -43,20 +44,17 @@ class PteGRPOTrainer(GRPOTrainer):
         for layer in pte_layers(self.model):
             layer.watch_updates = True
         self._check_segments()
+        check_engine(self.args, self._dist.zero_stage, self._dist.fsdp_version)
+        prepare_engine(self)
 
     @property
     def bounded(self) -> bool:
         return self.args.method != "lora"
 
     def _check_segments(self) -> None:
-        """Segment-wise scoring runs the model again inside backward, where nothing may be random or wrapped."""
+        """Segment-wise scoring runs the model again inside backward, where nothing may be random."""
         if self.args.replay != "segments":
             return
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"replay='segments' with {self.accelerator.num_processes} processes: it calls the model outside of "
-                "the wrapper that averages gradients; allowed is one process, or replay='one_pass'"
-            )
         random = [name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
         if random:
             raise ValueError(
@@ -79,7 +77,7 @@ class PteGRPOTrainer(GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             self.accelerator.autocast(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            whole_weights(model),
         ):
             result = rollout(
                 model,
@@ -119,9 +117,7 @@ class PteGRPOTrainer(GRPOTrainer):
 
     def _engine_must_go(self) -> bool:
         """Whether training wants the engine's memory, or the weights will lie elsewhere in the next rollout."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        sharded = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-        return sharded or self.args.rollout_batch_size == "auto"
+        return self._dist.is_zero3 or self._dist.is_fsdp or self.args.rollout_batch_size == "auto"
 
     # ---- scoring -------------------------------------------------------------------------------------------
 
@@ -166,7 +162,11 @@ class PteGRPOTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             if self.args.replay == "segments":
                 options = {"segment_length": self.args.segment_length, "offload": self.args.offload_cache}
-                return segment_logps(unwrapped, ids, mask, prompt, windows, ratio, **options)
+
+                def segments(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+                    return segment_logps(unwrapped, input_ids, attention_mask, prompt, windows, ratio, **options)
+
+                return call_inside(model, unwrapped, segments, input_ids=ids, attention_mask=mask)
             labels = ids.masked_fill(mask == 0, -100)
             labels[:, :prompt] = -100
             inputs = replay_inputs(unwrapped, mask, prompt, windows, ratio)
@@ -176,10 +176,10 @@ class PteGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         self._samples = inputs
         loss = super()._compute_loss(model, inputs)
-        ratios = [layer.update_ratio for layer in pte_layers(self.accelerator.unwrap_model(model))]
-        ratios = [ratio for ratio in ratios if ratio is not None]
-        if ratios:
-            self._record("pte/update_over_state", torch.stack(ratios).mean())
+        layers = pte_layers(self.accelerator.unwrap_model(model))
+        if layers:  # no evictions on this process, perhaps, but all of them take part in the mean
+            ratios = [layer.update_ratio for layer in layers if layer.update_ratio is not None]
+            self._record("pte/update_over_state", torch.stack(ratios).mean() if ratios else float("nan"))
         return loss
 
     # ---- what is logged ------------------------------------------------------------------------------------
@@ -189,9 +189,13 @@ class PteGRPOTrainer(GRPOTrainer):
         return "train" if self.model.training else "eval"
 
     def _record(self, name: str, value: float | Tensor) -> None:
-        """One number of this process -> the mean over processes, averaged by TRL over a logging step."""
-        value = torch.as_tensor(float(value), device=self.accelerator.device)
-        self._metrics[self._mode][name].append(self.accelerator.gather(value).mean().item())
+        """One number of this process -> the mean over processes, averaged by TRL over a logging step.
+
+        NaN is no number, and nothing is recorded where no process has one.
+        """
+        value = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device))
+        if not value.isnan().all():
+            self._metrics[self._mode][name].append(value.nanmean().item())
 
     def _record_max(self, name: str, value: float | Tensor) -> None:
         """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number."""

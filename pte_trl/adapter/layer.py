@@ -152,20 +152,37 @@ class PteAttention(nn.Module, BaseTunerLayer):
 
     def _start(self, name: str) -> tuple[Tensor, Tensor]:
         """Global queries (n_g, r) and the memory before any eviction, through the layer's own frozen projections."""
-        encoder, attention = self.pte_encoder[name], self.base_layer
+        attention = self.base_layer
 
-        def project(linear: str, norm: str | None = None) -> Tensor:
+        def project(tokens: Tensor, linear: str, norm: str | None = None) -> Tensor:
             module = frozen(getattr(attention, linear))
-            out = module(encoder.global_tokens.to(module.weight.dtype))
+            out = module(tokens.to(module.weight.dtype))
             if norm is not None and hasattr(attention, norm):
                 out = getattr(attention, norm)(out.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
             return out
 
-        queries = encoder.queries(project("q_proj", "q_norm"))
-        return queries, encoder.start(queries, *encoder.latents(project("k_proj", "k_norm"), project("v_proj")))
+        names = (("q_proj", "q_norm"), ("k_proj", "k_norm"), ("v_proj", None))
+        return self.pte_encoder[name](lambda tokens: tuple(project(tokens, *each) for each in names))
+
+    def encode(self, name: str, keys: Tensor, values: Tensor, queries: Tensor, memory: Tensor) -> Tensor:
+        """The memory after one eviction.
+
+        Args:
+            name: the adapter; one whose config has `encode_evicted`.
+            keys, values: (batch, kv heads, m, head_dim) of the tokens that leave, as the cache holds them.
+            queries, memory: (n_g, r) from the start, and (n_g, r) or (batch, n_g, r) before the eviction.
+
+        Returns:
+            (batch, n_g, r).
+        """
+        encoder = self.pte_encoder[name]
+        keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
+        update = encoder.update(queries, *encoder.latents(keys, values))
+        if torch.is_grad_enabled():
+            self._watch(update, memory)
+        return encoder.advance(memory, update)
 
     def _decode_state(self, name: str, layer: BoundedLayer, length: int) -> None:
-        encoder = self.pte_encoder[name]
         if layer.memory is None:
             layer.queries, layer.memory = self._start(name)
             layer.owner = name
@@ -176,16 +193,7 @@ class PteAttention(nn.Module, BaseTunerLayer):
             layer.memory = self.encode(name, keys, values, layer.queries, layer.memory)
 
         layer.make_room(length, encode if self.config[name].encode_evicted else None)
-        self.in_use.set(encoder.read(layer.memory))
-
-    def encode(self, name: str, keys: Tensor, values: Tensor, queries: Tensor, memory: Tensor) -> Tensor:
-        """The memory after an eviction of `keys` and `values`, (batch, kv heads, m, head_dim)."""
-        encoder = self.pte_encoder[name]
-        keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
-        update = encoder.update(queries, *encoder.latents(keys, values))
-        if torch.is_grad_enabled():
-            self._watch(update, memory)
-        return encoder.advance(memory, update)
+        self.in_use.set(self.pte_encoder[name].read(layer.memory))
 
     def _keys_values(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values as the cache would hold them, (batch, length, d_kv), under the state in use."""
