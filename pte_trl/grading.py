@@ -243,6 +243,7 @@ def _compare(job: Job, time_limit: float) -> Reply:
 def _serve(connection: Connection, time_limit: float, memory_limit_mb: int) -> None:
     """Answer jobs until the parent goes away. SIGPROF, when a job has used its CPU time, ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is a scheduler's warning, which all processes get
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
     _compare(Job("$\\frac{1}{2}$", "$0.5$"), START_LIMIT)  # imports, parser tables
