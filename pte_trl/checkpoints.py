@@ -12,10 +12,11 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from pte_trl.faults import Fault
+from pte_trl.faults import Fault, is_lost_rank
 from pte_trl.manifest import write_json
 
 LISTING, PARTIAL = "complete.json", "partial"
@@ -27,6 +28,9 @@ FREE = re.compile(
     r"|save_.*|log.*|eval_.*|do_.*|disable_tqdm|num_completions_to_print|ddp_timeout|dataloader_.*|grader_.*|offload_cache"
     r"|trust_remote_code|data_dir"
 )
+
+# accelerate puts each of several CPU processes on "cpu:0", a place to which torch.load cannot bring an optimizer.
+torch.serialization.register_package(100, lambda _: None, lambda data, place: data if place == "cpu:0" else None)
 
 
 # ---- where a checkpoint may stand ------------------------------------------------------------------------------
@@ -89,6 +93,8 @@ class WholeCheckpoints(Trainer):
                 publish(output_dir / PARTIAL / name, output_dir / name)
                 rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         except Exception as error:
+            if is_lost_rank(error):
+                raise
             raise Fault(self._save_message(output_dir, name, error)) from error
         finally:
             self._saving = False

@@ -117,6 +117,11 @@ class StopOnTerm(TrainerCallback):
 # ---- a rank that is gone ---------------------------------------------------------------------------------------
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed because another process is no longer there; gloo raises a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 class RankWatch(TrainerCallback):
     """Ends this process when another rank has not been heard of for `limit` seconds.
 
@@ -125,8 +130,10 @@ class RankWatch(TrainerCallback):
     through which the ranks have met, from a thread, whatever the main thread is computing.
     """
 
-    def __init__(self, limit: float = 40.0, interval: float = 4.0):
-        self.limit, self.interval, self._stop = limit, interval, threading.Event()
+    limit, interval = 40.0, 4.0  # s
+
+    def __init__(self):
+        self._stop = threading.Event()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1:

@@ -15,7 +15,7 @@ from pte_trl.checkpoints import batch_steps, is_finished, starting_point
 from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
 from pte_trl.efficiency import EfficiencyCallback
-from pte_trl.faults import TERMINATED, Fault, RankWatch, StopOnTerm, tolerate_trackers
+from pte_trl.faults import TERMINATED, Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.manifest import write_manifest
 from pte_trl.parsing import parse_recipe
@@ -101,10 +101,15 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
         trainer.train(resume_from_checkpoint=start)
     except Fault as fault:
         sys.exit(f"error: {fault}")
-    if stop.stopped:
-        trainer.accelerator.print(
-            f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on"
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        sys.exit(
+            f"error: rank {args.process_index}: another rank is gone, so this one ends as well; the same command goes "
+            f"on from the last complete checkpoint ({error})"
         )
+    if stop.stopped:
+        trainer.accelerator.print(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on")
         sys.exit(TERMINATED)
     trainer.save_model(args.output_dir)
     if trainer.accelerator.is_main_process:
