@@ -2,8 +2,9 @@
 
     FAULT=backward:4:1:SIGKILL accelerate launch ... -m tests.faulty --config recipes/tiny.yaml ...
 
-FAULT is moment:step:rank:what. The moment is a key of `MOMENTS`; `what` is a signal, or a number (nan, inf) for the
-moments that have one to spoil. Nothing in the package knows of this file.
+FAULT is moment:step:rank:what. The moment is a key of `MOMENTS`; `what` is a signal, LAUNCHER- and a signal for the
+process that started this one, or a number (nan, inf) for the moments that have one to spoil. Nothing in the package
+knows of this file.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import functools
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -21,6 +23,7 @@ from transformers import TrainerCallback
 import grpo_pte
 from pte_trl import checkpoints
 from pte_trl.faults import RankWatch
+from pte_trl.grading import WorkerPool
 from pte_trl.trainer import PteGRPOTrainer
 
 
@@ -38,7 +41,8 @@ class Fault:
 
     def fire(self, *_) -> None:
         self.fired = True
-        os.kill(os.getpid(), signal.Signals[self.what])
+        whom = os.getppid() if self.what.startswith("LAUNCHER-") else os.getpid()
+        os.kill(whom, signal.Signals[self.what.removeprefix("LAUNCHER-")])
 
 
 def before(owner, name: str, action) -> None:
@@ -127,6 +131,26 @@ def in_rotation(fault: Fault) -> None:
     before(checkpoints, "rotate", lambda *_: before(shutil, "rmtree", half) if fault.now() else None)
 
 
+def on_full_disk(fault: Fault) -> None:
+    """From here on no file may be larger than so many bytes: what a full disk does to the largest one."""
+
+    def limit(trainer, *_):
+        if fault.now():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.what), resource.RLIM_INFINITY))
+
+    before(PteGRPOTrainer, "_save_checkpoint", limit)
+
+
+def in_grading(fault: Fault) -> None:
+    """A worker of the grader is gone when the completions come."""
+
+    def end(pool, jobs):
+        for pid in pool.pids() if fault.trainer and fault.now() else ():
+            os.kill(pid, signal.Signals[fault.what])
+
+    before(WorkerPool, "run", end)
+
+
 def spoil(weights: torch.Tensor, what: str) -> None:
     with torch.no_grad():
         weights.fill_(float(what))
@@ -181,6 +205,8 @@ MOMENTS = {
     "rename": before_rename,
     "published": before_rotation,
     "rotation": in_rotation,
+    "disk": on_full_disk,
+    "grading": in_grading,
     "weights": in_weights,
     "logps": in_logps,
     "gradient": in_gradient,

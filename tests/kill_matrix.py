@@ -73,6 +73,7 @@ def kill_and_resume(folder: Path, engine: str, kill: Kill, unkilled: str) -> dic
         "codes": killed.codes,
         "seconds": killed.seconds,
         "text": killed.text,
+        "text_of": killed.texts,
         "resumed": resumed,
         "step": step,
         "gap": gap(course(folder / name, step), course(folder / unkilled, step)) if whole else ["did not finish"],

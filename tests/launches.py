@@ -138,7 +138,7 @@ def course(folder: Path, after: int = 0) -> dict:
     metrics = [
         {key: value for key, value in entry.items() if not key.endswith(TIMES)}
         for entry in history
-        if "reward" in entry and entry["step"] > after
+        if "grad_norm" in entry and entry["step"] > after
     ]
     tables = [pd.read_parquet(path) for path in sorted((folder / "completions").glob("*.parquet"))]
     texts = [table.to_dict("list") for table in tables if table["step"][0] > after]
