@@ -57,7 +57,7 @@ class FiniteReward:
         rewards = self.function(prompts=prompts, completions=completions, trainer_state=trainer_state, **kwargs)
         for index, reward in enumerate(rewards):
             if reward is not None and not abs(float(reward)) < float("inf"):
-                step = trainer_state.global_step if trainer_state else "?"
+                step = trainer_state.global_step + 1 if trainer_state else "?"
                 raise Fault(
                     f"step {step}, rank {self.rank}: {self.__name__} gave {reward} for sample {index} of "
                     f"{len(rewards)}, prompt {tail(str(prompts[index]))}, completion {tail(str(completions[index]))}"
