@@ -6,6 +6,8 @@ from trl import GRPOConfig
 
 from pte_trl.adapter import PteConfig
 from pte_trl.adapter.config import one_of
+from pte_trl.checkpoints import check_save_steps
+from pte_trl.faults import check_trackers
 from pte_trl.schedule import Schedule
 
 METHODS = ("pte", "lora", "lora_c")
@@ -83,6 +85,9 @@ class PteGRPOConfig(GRPOConfig):
     replay: str = field(default="one_pass", metadata={"help": "one_pass, or segments (memory of one segment)."})
     segment_length: int | None = field(default=None, metadata={"help": "Split longer segments (replay: segments)."})
     offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
+    resume: str = field(
+        default="auto", metadata={"help": "auto: from the newest complete checkpoint; never; or a checkpoint's PATH."}
+    )
 
     def __post_init__(self):
         if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
@@ -93,6 +98,12 @@ class PteGRPOConfig(GRPOConfig):
             self.window = None  # so that a flag can take back the window of a recipe
         check_cache_policy(self)
         super().__post_init__()
+        if self.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"resume_from_checkpoint={self.resume_from_checkpoint!r}: not used; resume is auto, never or a PATH"
+            )
+        check_save_steps(self)
+        check_trackers(self.report_to)
 
 
 def check_cache_policy(args: PteGRPOConfig) -> None:

@@ -107,15 +107,17 @@ def jsonl_files(folder: Path) -> str:
 def open_jsonl(path: Path) -> Table:
     """A file of JSON objects, one a line; blank lines are skipped."""
     rows, places = [], []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             places.append(f"{path}, line {number}")
             try:
-                rows.append(json.loads(line))
+                rows.append(json.loads(line.decode("utf-8")))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{places[-1]}: not JSON ({error})") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{places[-1]}: not UTF-8 ({error})") from error
             if not isinstance(rows[-1], dict):
                 raise ValueError(f"{places[-1]}: must be a JSON object, is a {type(rows[-1]).__name__}")
     columns = list(dict.fromkeys(key for row in rows for key in row))  # a row may lack what others have

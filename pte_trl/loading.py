@@ -1,8 +1,12 @@
 """A recipe's model, tokenizer and adapter, refused before the weights load where they cannot work."""
 
+from pathlib import Path
+
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pte_trl.adapter.config import one_of
@@ -19,11 +23,14 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
     """Reads only the model's configuration, and what the launcher asks for.
 
     Raises:
-        ValueError: an unsupported architecture, attention implementation or engine for a bounded method.
+        ValueError: an unsupported architecture, attention implementation or engine for a bounded method; an adapter
+            that is not in safetensors; a model with code of its own, unless the recipe trusts it.
     """
     check_engine(args, *launched_engine(args))
     one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
-    config = AutoConfig.from_pretrained(script.model_name_or_path)
+    config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    if script.adapter is not None:
+        script.adapter = str(adapter_folder(script.adapter))
     if args.method != "lora":
         one_of("attn_implementation", script.attn_implementation, MASKED_ATTENTION)
         check_supported(config)
@@ -33,26 +40,47 @@ def check_evaluation_model(args: ModelSource) -> None:
     """Reads only configurations: the model's and the adapter's.
 
     Raises:
-        ValueError: an unsupported architecture, or a folder without an adapter.
+        ValueError: an unsupported architecture, or a folder without an adapter in safetensors.
     """
-    check_supported(AutoConfig.from_pretrained(args.model_name_or_path))
+    check_supported(AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
     if args.adapter is not None:
+        adapter_folder(args.adapter)
         PeftConfig.from_pretrained(args.adapter)
 
 
-def load_tokenizer(script: RecipeArguments | ModelSource) -> PreTrainedTokenizerBase:
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter, fetched from the hub if it is none here; its weights are in safetensors.
+
+    Raises:
+        ValueError: they are not; a pickled file could run any code, and PEFT would load it.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        there = ", ".join(sorted(path.name for path in folder.glob("*.*"))) or "nothing"
+        raise ValueError(f"adapter={name!r}: needs {SAFETENSORS_WEIGHTS_NAME}, the only format loaded; holds {there}")
+    return folder
+
+
+def load_tokenizer(script: RecipeArguments | ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        script.model_name_or_path, padding_side="left", trust_remote_code=trust_remote_code
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(script: RecipeArguments) -> PreTrainedModel | PeftModel:
+def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:
     """The base model, with the adapter that training starts from if the recipe names one."""
     dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        script.model_name_or_path, dtype=dtype, attn_implementation=script.attn_implementation
+        script.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=script.attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
     if script.adapter is not None:
         model = PeftModel.from_pretrained(model, script.adapter, is_trainable=True)
@@ -63,7 +91,10 @@ def load_for_evaluation(args: ModelSource, device: torch.device) -> PreTrainedMo
     """The model with its adapter, for sampling only."""
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path, dtype=dtype, attn_implementation=args.attn_implementation
+        args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
     )
     if args.adapter is not None:
         model = PeftModel.from_pretrained(model, args.adapter)

@@ -48,7 +48,10 @@ def read_recipe(rest: list[str]) -> dict:
     """The mapping in the recipe file named first in `rest`."""
     if not rest or not Path(rest[0]).is_file():
         raise ValueError(f"--config {rest[0] if rest else ''}: no such file")
-    recipe = yaml.load(Path(rest[0]).read_text(), Loader=UniqueKeyLoader)  # a SafeLoader
+    try:
+        recipe = yaml.load(Path(rest[0]).read_text(), Loader=UniqueKeyLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {rest[0]}: not plain YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {rest[0]}: must hold `key: value` lines, found {type(recipe).__name__}")
     return recipe

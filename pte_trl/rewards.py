@@ -5,11 +5,14 @@ math-verify finds near its end. Earlier boxes and lists of candidates never pay.
 math-verify in processes that can be killed (`grading.py`), because a completion can make sympy run forever.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from .grading import Job, Reply, WorkerPool
+
+logger = logging.getLogger(__name__)
 
 # In characters: a longer final answer is no answer; without a box, the answer is looked for in this tail; a
 # box is looked for in the last million, more than any completion has.
@@ -206,6 +209,15 @@ class AccuracyReward:
         """Rewards, one per completion. Raises ValueError for a gold that math-verify cannot read."""
         texts = [completion_text(completion) for completion in completions]
         verdicts = self.grader.grade([str(gold) for gold in answer], texts)
+        crashed = [gold for gold, verdict in zip(answer, verdicts, strict=True) if verdict.reason == "crashed"]
+        if crashed:
+            logger.warning(
+                "%d of %d answers were not graded, since their worker died or outgrew its memory; they count as wrong "
+                "and the worker is replaced (first gold: %r)",
+                len(crashed),
+                len(verdicts),
+                crashed[0],
+            )
         if log_metric is not None and verdicts:
             # Always the same names: TRL averages them over the ranks that logged them.
             for reason in ("unparsable", "timeout", "crashed"):

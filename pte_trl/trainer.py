@@ -5,17 +5,22 @@ the completions were sampled under. W travels with every sample, since TRL shuff
 it is scored. The reference model of the KL term is the base with the full cache: TRL's own method, untouched.
 """
 
+import math
+
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import is_async_callable
 
 from pte_trl.adapter.model import pte_layers
 from pte_trl.batching import KeptEngine
+from pte_trl.checkpoints import WholeCheckpoints
 from pte_trl.config import PteGRPOConfig
 from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 from pte_trl.engines import call_inside, check_engine, prepare_engine, whole_weights
+from pte_trl.faults import Fault, FiniteReward, check_finite, samples_without_gradient, tail
 from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
 from pte_trl.rollout import rollout
@@ -25,7 +30,7 @@ from pte_trl.segments import segment_logps
 logger = get_logger(__name__)
 
 
-class PteGRPOTrainer(GRPOTrainer):
+class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     """`GRPOTrainer` whose rollouts and scoring run under cache policy D.
 
     Takes what `GRPOTrainer` takes, with a `PteGRPOConfig`. `method="lora"` is TRL untouched; `lora_c` and `pte` differ
@@ -38,6 +43,11 @@ class PteGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._kept_engine = KeptEngine()
         self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
+        self._micro_batches: list[dict] = []  # those of the optimizer step that is under way
+        self.reward_funcs = [
+            f if isinstance(f, nn.Module) or is_async_callable(f) else FiniteReward(f, self.args.process_index)
+            for f in self.reward_funcs
+        ]
         if self.bounded and "ref" in getattr(self.model, "peft_config", {}):
             # TRL would take the adapter that training starts from as the reference; eq. 3 takes the base model.
             self.model.delete_adapter("ref")
@@ -65,9 +75,10 @@ class PteGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         if not self.bounded:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-            )
+            with self._finite_logits(prompt_ids):
+                return super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+                )
         window = resolve_window(self.args.window, self.args.budget, max(map(len, prompt_ids)))
         with (
             unwrap_model_for_generation(
@@ -93,6 +104,7 @@ class PteGRPOTrainer(GRPOTrainer):
             )
         if self._engine_must_go():
             self._kept_engine.release()
+        self._check_rollout(result.logprobs, prompt_ids)
         self._samples = {"windows": torch.full((len(prompt_ids),), window, device=self.accelerator.device)}
         self._record("rollout/window", window)
         self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))
@@ -133,7 +145,7 @@ class PteGRPOTrainer(GRPOTrainer):
         **kwargs,
     ):
         if not self.bounded or adapters_disabled(self.accelerator.unwrap_model(model)):
-            return super()._get_per_token_logps_and_entropies(
+            found = super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
                 attention_mask,
@@ -143,6 +155,8 @@ class PteGRPOTrainer(GRPOTrainer):
                 compute_aux_loss=compute_aux_loss,
                 **kwargs,
             )
+            self._check_logps(found[0], input_ids, attention_mask)
+            return found
         prompt = input_ids.shape[1] - logits_to_keep
         logps, entropies = [], []
         for rows in torch.arange(len(input_ids), device=input_ids.device).split(batch_size or len(input_ids)):
@@ -151,6 +165,7 @@ class PteGRPOTrainer(GRPOTrainer):
             logps.append(some_logps)
             entropies.append(some_entropies)
         logps = torch.cat(logps)
+        self._check_logps(logps, input_ids, attention_mask)
         # Inside `_compute_loss` without old log-probs the weights are still those of the rollout.
         if "sampling_per_token_logps" in self._samples and "old_per_token_logps" not in self._samples:
             self._record_mismatch(logps, self._samples)
@@ -175,12 +190,59 @@ class PteGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         self._samples = inputs
+        if self.model.training:
+            self._micro_batches.append(inputs)
         loss = super()._compute_loss(model, inputs)
         layers = pte_layers(self.accelerator.unwrap_model(model))
         if layers:  # no evictions on this process, perhaps, but all of them take part in the mean
             ratios = [layer.update_ratio for layer in layers if layer.update_ratio is not None]
             self._record("pte/update_over_state", torch.stack(ratios).mean() if ratios else float("nan"))
         return loss
+
+    # ---- what is not finite --------------------------------------------------------------------------------
+
+    @property
+    def _place(self) -> str:
+        return f"step {self.state.global_step + 1}, rank {self.args.process_index}"
+
+    def _check_rollout(self, logprobs: list[list[float]], prompt_ids: list[list[int]]) -> None:
+        sums = torch.tensor([[sum(row)] for row in logprobs])  # of numbers below 0: finite only if all are
+        check_finite("log-probs of the rollout", sums, self._place, lambda i: self._sample_name(i, prompt_ids[i]))
+
+    def _check_logps(self, logps: Tensor, ids: Tensor, mask: Tensor) -> None:
+        prompt = ids.shape[1] - logps.shape[1]
+        kept = logps.detach().masked_fill(mask[:, prompt:] == 0, 0.0)
+        check_finite(
+            "log-probs", kept, self._place, lambda i: self._sample_name(i, ids[i, :prompt][mask[i, :prompt] != 0])
+        )
+
+    def _sample_name(self, index: int, prompt_ids: Tensor | list[int]) -> str:
+        return f"sample {index}, prompt {tail(self.processing_class.decode(prompt_ids))}"
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Stops before the optimizer steps along a gradient that is not finite (with DeepSpeed: right after)."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        value = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.accelerator.scaler is None and value is not None and not math.isfinite(value):
+            raise Fault(f"{self._place}: the norm of the gradient is {float(value)}; {self._blame()}")
+        self._micro_batches.clear()
+        return norm
+
+    def _blame(self) -> str:
+        """Which of this rank's samples have a gradient that is not finite: each is differentiated alone."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return "which sample it comes from is not known under ZeRO and FSDP"
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for inputs in list(self._micro_batches):
+            rows = [
+                {k: v[i : i + 1] if torch.is_tensor(v) and v.dim() else v for k, v in inputs.items()}
+                for i in range(len(inputs["prompt_ids"]))
+            ]
+            bad = samples_without_gradient(lambda i: self._compute_loss(self.model, rows[i]), len(rows), parameters)  # noqa: B023
+            if bad:
+                first = inputs["prompt_ids"][bad[0]][inputs["prompt_mask"][bad[0]].bool()]
+                return f"it comes from {len(bad)} of {len(rows)} samples, first {self._sample_name(bad[0], first)}"
+        return "none of this rank's samples has such a gradient alone"
 
     # ---- what is logged ------------------------------------------------------------------------------------
 

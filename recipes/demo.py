@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--test_problems", type=int, default=None, help="problems of the evaluation")
     options, extra = parser.parse_known_args()
     count = options.test_problems or (200 if options.tier == "tiny" else 20)
-    argv = ["--config", str(ROOT / f"recipes/{options.tier}.yaml"), *extra]
+    argv = ["--config", str(ROOT / f"recipes/{options.tier}.yaml"), "--resume", "never", *extra]
     if options.tier == "tiny":
         prepare_tiny(count)
         test = load_problems("outputs/tiny-data/test.jsonl", limit=count)

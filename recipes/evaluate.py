@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         accelerator = Accelerator(cpu=args.use_cpu, kwargs_handlers=[patience])
         check_world(accelerator)
         check_evaluation_model(args)
-        tokenizer = load_tokenizer(args)
+        tokenizer = load_tokenizer(args, args.trust_remote_code)
         grader = Grader(workers=args.grader_workers, time_limit=args.grader_time_limit)
         problems = {name: load_benchmark(name, args.data_dir, args.limit) for name in args.benchmarks}
         if accelerator.is_main_process:

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     try:
         (args,) = parse((GenerateArguments,), argv)
         check_evaluation_model(args)
-        tokenizer = load_tokenizer(args)
+        tokenizer = load_tokenizer(args, args.trust_remote_code)
         prepared = [(question, *prepare(tokenizer, question, args)) for question in args.questions()]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -8,13 +8,14 @@ Every key of a recipe is a flag as well; the flag beats the recipe. `--help` lis
 """
 
 import sys
-from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from accelerate.utils import broadcast_object_list
 
+from pte_trl.checkpoints import batch_steps, is_finished, starting_point
 from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
 from pte_trl.efficiency import EfficiencyCallback
+from pte_trl.faults import TERMINATED, Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.manifest import write_manifest
 from pte_trl.parsing import parse_recipe
@@ -45,13 +46,34 @@ def load_data(script, args, tokenizer):
     )
 
 
-def main(argv: list[str] | None = None) -> PteGRPOTrainer:
+def find_start(args, settings: dict) -> str | None:
+    """The checkpoint to go on from, chosen by the main process for all."""
+    found = [None, None]
+    if args.process_index == 0:
+        try:
+            found[0] = starting_point(args, settings)
+        except ValueError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise ValueError(found[1])
+    return None if found[0] is None else str(found[0])
+
+
+def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
+    """Trains; returns the trainer, None where the run is finished already."""
     try:
         script, args = parse_recipe(argv)
+        settings = vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
+        if is_finished(args, settings):
+            if args.process_index == 0:
+                print(f"{args.output_dir} holds this run, finished; resume=never trains it anew")
+            return None
         check_model(script, args)
-        tokenizer = load_tokenizer(script)
+        tokenizer = load_tokenizer(script, args.trust_remote_code)
         with args.main_process_first(desc="data"):
             dataset = load_data(script, args, tokenizer)
+        start = find_start(args, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -61,25 +83,37 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer:
         rewards.append(format_reward)
         args.reward_weights = [1.0, script.format_reward_weight]
 
+    stop = StopOnTerm(batch_steps(args))
     trainer = PteGRPOTrainer(
-        model=load_model(script),
+        model=load_model(script, args.trust_remote_code),
         reward_funcs=rewards,
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=None if script.adapter else script.adapter_config(args.method),
-        callbacks=[EfficiencyCallback()],
+        callbacks=[EfficiencyCallback(), stop, RankWatch()],
     )
+    trainer.settings = settings
+    tolerate_trackers(trainer)
     if script.adapter is None:
         calibrate_encoders(trainer)
-    resume = args.resume_from_checkpoint
-    if resume == "auto":  # the newest checkpoint, or from the start where there is none
-        resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=start)
+    except Fault as fault:
+        sys.exit(f"error: {fault}")
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        sys.exit(
+            f"error: rank {args.process_index}: another rank is gone, so this one ends as well; the same command goes "
+            f"on from the last complete checkpoint ({error})"
+        )
+    if stop.stopped:
+        trainer.accelerator.print(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on")
+        sys.exit(TERMINATED)
     trainer.save_model(args.output_dir)
     if trainer.accelerator.is_main_process:
         trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")
-        settings = vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
         write_manifest(args.output_dir, trainer.accelerator.device, trainer.accelerator.num_processes, settings)
     return trainer
 

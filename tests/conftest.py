@@ -5,6 +5,7 @@ import torch
 from hypothesis import settings
 
 from pte_trl.rewards import Grader
+from tests.launches import workplace
 
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they give
 settings.register_profile("pte", deadline=None, max_examples=100, derandomize=True)
@@ -20,3 +21,9 @@ def seed():
 def grader():
     with Grader(workers=2, time_limit=1.0) as grader:
         yield grader
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder for launches, with a tiny model and its problems."""
+    return workplace(tmp_path_factory.mktemp("launches"))

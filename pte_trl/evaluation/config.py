@@ -11,7 +11,7 @@ from pte_trl.eviction import STRATEGIES
 from pte_trl.schedule import Schedule
 
 FROM_RECIPE = (
-    *("model_name_or_path", "dtype", "attn_implementation"),
+    *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code"),
     *("system_prompt", "chat_template_kwargs", "data_dir"),
 )
 # What decides the text of a sample. A folder belongs to one set of them, and every record has them all.
@@ -30,6 +30,9 @@ class ModelSource:
     adapter: str | None = field(default=None, metadata={"help": "Folder of a LoRA or PTE adapter."})
     dtype: str | None = field(default=None, metadata={"help": "bfloat16, float32 or auto."})
     attn_implementation: str | None = field(default=None, metadata={"help": "blockwise, sdpa or eager."})
+    trust_remote_code: bool | None = field(
+        default=None, metadata={"help": "Run Python code that comes with the model."}
+    )
     system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "More for the chat template, as JSON: '{\"enable_thinking\": false}'."}
@@ -48,6 +51,7 @@ class ModelSource:
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
         self.dtype = self.dtype or "bfloat16"
         self.attn_implementation = self.attn_implementation or "blockwise"
+        self.trust_remote_code = bool(self.trust_remote_code)
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
         one_of("dtype", self.dtype, ("bfloat16", "float32", "auto"))

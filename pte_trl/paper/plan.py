@@ -208,7 +208,7 @@ def stand_in(scale: str) -> dict:
 def train_rule(run: Training, scale: str) -> str:
     base = " | $(TINY_BASE) $(TINY_DATA)" if scale == "tiny" else " | $(READY)"
     command = ["$(LAUNCH) recipes/grpo_pte.py --config", f"recipes/{run.model}.yaml", *run.options]
-    command += ["--output_dir", run.folder, "--resume_from_checkpoint", "auto"]
+    command += ["--output_dir", run.folder]
     if scale == "paper":
         command += ["--gradient_accumulation_steps", f"$(call ACCUMULATION,{PER_DEVICE[run.model]})"]
     command += ["$(TRAIN_ARGS)"]

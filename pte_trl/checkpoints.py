@@ -1,0 +1,321 @@
+"""Checkpoints that are whole or not there, and which of them a run goes on from.
+
+All ranks write a checkpoint into `partial/`, beside its final place. When they are done, one process lists its files
+with their sizes in `complete.json`, flushes them to the disk and renames the folder: a kill at any moment leaves the
+earlier checkpoints as they were. A checkpoint whose files are not those of its list is skipped, with a message.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from pte_trl.faults import Fault, is_lost_rank
+from pte_trl.manifest import write_json
+
+LISTING, PARTIAL = "complete.json", "partial"
+# What a run leaves in its output folder, besides its checkpoints.
+LEFT = ("adapter_config.json", "adapter_model.safetensors", "efficiency.json", "manifest.json", "trainer_state.json")
+# A run may go on under other values of these: they change neither what is sampled nor what is learnt from it.
+FREE = re.compile(
+    r"max_steps|num_train_epochs|output_dir|resume|resume_from_checkpoint|run_name|report_to|project|trackio_.*|hub_.*|push_.*"
+    r"|save_.*|log.*|eval_.*|do_.*|disable_tqdm|num_completions_to_print|ddp_timeout|dataloader_.*|grader_.*|offload_cache"
+    r"|trust_remote_code|data_dir"
+)
+
+# accelerate puts each of several CPU processes on "cpu:0", a place to which torch.load cannot bring an optimizer.
+torch.serialization.register_package(100, lambda _: None, lambda data, place: data if place == "cpu:0" else None)
+
+
+# ---- where a checkpoint may stand ------------------------------------------------------------------------------
+
+
+def batch_steps(args) -> int:
+    """Optimizer steps after which a generation batch is used up, so that a checkpoint splits none."""
+    micro_batches = args.steps_per_generation * args.num_iterations
+    return micro_batches // math.gcd(micro_batches, args.gradient_accumulation_steps)
+
+
+def check_save_steps(args) -> None:
+    """Refuses checkpoints inside a generation batch: what is left of the batch would be lost on the way.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    steps = batch_steps(args)
+    if args.save_strategy != SaveStrategy.STEPS or steps == 1:
+        return
+    if args.save_steps < 1 or args.save_steps % steps:
+        raise ValueError(
+            f"save_steps={args.save_steps:g}: would split a generation batch, which is used for {steps} optimizer "
+            f"steps (steps_per_generation x num_iterations / gradient_accumulation_steps); allowed are multiples of "
+            f"{steps}"
+        )
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+class WholeCheckpoints(Trainer):
+    """A transformers Trainer whose checkpoints appear in one step, on any engine: ZeRO and FSDP write on every rank.
+
+    `settings` stand in every checkpoint: what a run that goes on from it has to agree with.
+    """
+
+    settings: dict = {}  # noqa: RUF012 (replaced, never changed)
+    _saving = False
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PARTIAL) if self._saving else folder
+
+    def _save_checkpoint(self, model, trial):
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(output_dir / name)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                about = {"step": self.state.global_step, **world(self.args), "settings": self.settings}
+                seal(output_dir / PARTIAL / name, about)
+                publish(output_dir / PARTIAL / name, output_dir / name)
+                rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        except Exception as error:
+            if is_lost_rank(error):
+                raise
+            raise Fault(self._save_message(output_dir, name, error)) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()  # no rank may leave, and so end the others, before the rename
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        # Killed after the last checkpoint: transformers would train one step more before it looks at max_steps.
+        self.control.should_training_stop = True
+
+    def _save_message(self, output_dir: Path, name: str, error: Exception) -> str:
+        free = shutil.disk_usage(output_dir).free  # of a full disk torch says only "unexpected pos"
+        shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+        whole = complete(output_dir)
+        last = f"{whole[-1].name} is the last complete one" if whole else "there is no complete one yet"
+        return (
+            f"rank {self.args.process_index}: {name} could not be written to {output_dir}, where {free:,} bytes were "
+            f"free ({error}); {last}, and the same command goes on from there"
+        )
+
+
+def seal(folder: Path, about: dict) -> None:
+    """Lists the files of a checkpoint in it, and flushes all to the disk.
+
+    Raises:
+        FileNotFoundError: a rank's random state is not there, so its node has written to a disk of its own.
+    """
+    ranks = about["processes"]
+    for rank in range(ranks if ranks > 1 else 0):
+        if not (folder / f"rng_state_{rank}.pth").exists():
+            raise FileNotFoundError(f"what rank {rank} wrote is not here: all nodes must share the file system")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    write_json(folder / LISTING, about | {"files": sizes})
+    for path in [*files, folder / LISTING, folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(written: Path, final: Path) -> None:
+    """Puts a sealed checkpoint in its place; an older one of the same step makes room."""
+    if final.exists():
+        final.rename(written.with_name(f"{final.name}-replaced"))
+    written.rename(final)
+    flush(final.parent)
+    shutil.rmtree(written.parent)
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None = None) -> None:
+    """Deletes the oldest complete checkpoints beyond `limit`; neither the last complete one nor the best one.
+
+    A checkpoint is moved into `partial/` before its files go, so that none is ever seen half deleted.
+    """
+    whole = complete(output_dir)
+    if not limit or limit < 0 or len(whole) <= limit:
+        return
+    (output_dir / PARTIAL).mkdir(exist_ok=True)
+    for checkpoint in whole[:-limit]:
+        if best is None or checkpoint != Path(best):
+            checkpoint.rename(output_dir / PARTIAL / checkpoint.name)
+    shutil.rmtree(output_dir / PARTIAL)
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of checkpoint-N."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Every checkpoint-N in the folder, by N, complete or not."""
+    found = [p for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=step_of)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None for a complete one."""
+    try:
+        listing = json.loads((checkpoint / LISTING).read_text())
+    except FileNotFoundError:
+        return f"has no {LISTING}, so it is half-written or of another trainer"
+    except ValueError:
+        return f"its {LISTING} cannot be read"
+    for name, size in listing["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return None
+
+
+def complete(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return [checkpoint for checkpoint in checkpoints(output_dir) if fault_of(checkpoint) is None]
+
+
+def newest(output_dir: Path, steps: int, say=print) -> Path | None:
+    """The newest checkpoint that a run can go on from; says which newer ones are skipped, and why.
+
+    Args:
+        steps: of `batch_steps`; the checkpoint at the end of a run may stand inside a generation batch.
+    """
+    for checkpoint in reversed(checkpoints(output_dir)):
+        fault = fault_of(checkpoint)
+        if fault is None and step_of(checkpoint) % steps:
+            fault = f"stands inside a generation batch of {steps} steps"
+        if fault is None:
+            return checkpoint
+        say(f"{checkpoint} is skipped: {fault}")
+    return None
+
+
+# ---- going on --------------------------------------------------------------------------------------------------
+
+
+def engine(args) -> str:
+    """What keeps the optimizer's state, as far as a checkpoint cares."""
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        return f"ZeRO-{args.deepspeed_plugin.zero_stage}"
+    return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "one copy on every rank"
+
+
+def world(args) -> dict:
+    """What cannot change between two parts of a run."""
+    return {"processes": args.world_size, "engine": engine(args)}
+
+
+def as_read(settings: dict) -> dict:
+    """Settings as they come back from a JSON file."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """Settings that decide the course of a run and are not the same: "key: before -> now"."""
+    now = as_read(now)
+    shared = [key for key in before if key in now and not FREE.fullmatch(key)]
+    return [f"{key}: {before[key]!r} -> {now[key]!r}" for key in shared if before[key] != now[key]]
+
+
+def is_finished(args, settings: dict) -> bool:
+    """Whether the output folder holds the finished run that these arguments describe.
+
+    Raises:
+        ValueError: it holds a finished run with other settings.
+    """
+    folder = Path(args.output_dir)
+    if args.resume != "auto" or not ((folder / "manifest.json").exists() and (folder / "trainer_state.json").exists()):
+        return False
+    before = json.loads((folder / "manifest.json").read_text())["settings"]
+    refuse_differences(f"{folder} holds a finished run", differences(before, settings))
+    if args.max_steps > 0:
+        return json.loads((folder / "trainer_state.json").read_text())["global_step"] >= args.max_steps
+    return before.get("num_train_epochs") == settings["num_train_epochs"]
+
+
+def refuse_differences(what: str, found: list[str]) -> None:
+    if found:
+        raise ValueError(
+            f"{what} with other settings ({'; '.join(found)}): take another output_dir, or resume=never, which puts "
+            "the earlier run aside, or resume=PATH, which goes on from a checkpoint under the new ones"
+        )
+
+
+def starting_point(args, settings: dict, say=print) -> Path | None:
+    """The checkpoint that a run goes on from, None to begin at step 0.
+
+    Called by one process. Under resume=never and resume=PATH it puts aside what the folder holds beyond that point,
+    or the next launch would take it for this run's.
+
+    Raises:
+        ValueError: a PATH without a complete checkpoint; another engine or number of processes; under resume=auto
+            other settings.
+    """
+    output_dir = Path(args.output_dir)
+    if args.resume == "never":
+        put_aside(output_dir, after=-1, say=say)
+        return None
+    start = newest(output_dir, batch_steps(args), say) if args.resume == "auto" else Path(args.resume)
+    if start is None:
+        return None
+    if args.resume != "auto" and (fault := fault_of(start) if start.is_dir() else "no such folder"):
+        raise ValueError(f"resume={args.resume!r}: {fault}; allowed are auto, never or a complete checkpoint")
+    about = json.loads((start / LISTING).read_text())
+    here = world(args)
+    if other := [f"{key}: {about[key]} -> {here[key]}" for key in here if about[key] != here[key]]:
+        raise ValueError(
+            f"{start} was written under another engine ({'; '.join(other)}) and cannot be gone on from; "
+            "adapter=PATH starts a new run from its adapter"
+        )
+    found = differences(about["settings"], settings)
+    if args.resume == "auto":
+        refuse_differences(f"{start} is of a run", found)
+    elif found:
+        say(f"goes on under other settings: {'; '.join(found)}")
+    if args.resume != "auto":
+        put_aside(output_dir, after=step_of(start) if start.parent.resolve() == output_dir.resolve() else -1, say=say)
+    say(f"goes on from {start}")
+    return start
+
+
+def put_aside(output_dir: Path, after: int, say=print) -> None:
+    """Moves an earlier run's files, and its checkpoints later than step `after`, into a folder `earlier-N`."""
+    left = [path for path in checkpoints(output_dir) if step_of(path) > after]
+    left += [output_dir / name for name in LEFT if (output_dir / name).exists()]
+    if not left:
+        return
+    number = 1
+    while (aside := output_dir / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    say(f"{len(left)} files and folders of an earlier run in {output_dir} are now in {aside}")
