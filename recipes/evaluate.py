@@ -7,7 +7,6 @@ Every sample is a line of OUTPUT_DIR/BENCHMARK/records.jsonl; a killed evaluatio
 `python -m pte_trl.evaluation.metrics OUTPUT_DIR`.
 """
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -19,20 +18,11 @@ from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.metrics import summarise, table
 from pte_trl.evaluation.runner import Evaluation, check_problems
+from pte_trl.launch import check_world
 from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
 from pte_trl.manifest import write_manifest
 from pte_trl.parsing import parse
 from pte_trl.rewards import Grader
-
-
-def check_world(accelerator: Accelerator) -> None:
-    """Refuses launched processes that do not know of each other: each would do all the work."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"WORLD_SIZE={launched}, but this process counts {accelerator.num_processes}: without GPUs, launch with "
-            "accelerate_configs/ddp.yaml and --use_cpu true"
-        )
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
@@ -41,7 +31,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         # Processes meet only at the end of a benchmark, and one may have the longest completions.
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
         accelerator = Accelerator(cpu=args.use_cpu, kwargs_handlers=[patience])
-        check_world(accelerator)
+        check_world(accelerator.num_processes)
         check_evaluation_model(args)
         tokenizer = load_tokenizer(args)
         grader = Grader(workers=args.grader_workers, time_limit=args.grader_time_limit)

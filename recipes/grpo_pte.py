@@ -15,10 +15,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
 from pte_trl.efficiency import EfficiencyCallback
+from pte_trl.launch import check_launch
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.manifest import write_manifest
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import AccuracyReward, Grader, check_golds, format_reward
+from pte_trl.startup import StartupGuard
 from pte_trl.trainer import PteGRPOTrainer
 
 
@@ -48,6 +50,7 @@ def load_data(script, args, tokenizer):
 def main(argv: list[str] | None = None) -> PteGRPOTrainer:
     try:
         script, args = parse_recipe(argv)
+        check_launch(args)
         check_model(script, args)
         tokenizer = load_tokenizer(script)
         with args.main_process_first(desc="data"):
@@ -70,6 +73,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer:
         peft_config=None if script.adapter else script.adapter_config(args.method),
         callbacks=[EfficiencyCallback()],
     )
+    trainer.add_callback(StartupGuard(trainer, script.max_prompt_tokens))
     if script.adapter is None:
         calibrate_encoders(trainer)
     resume = args.resume_from_checkpoint
