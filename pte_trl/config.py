@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from pte_trl.adapter import PteConfig
 from pte_trl.adapter.config import one_of
+from pte_trl.evaluation.vllm import WHY
 from pte_trl.schedule import Schedule
 
 METHODS = ("pte", "lora", "lora_c")
@@ -114,6 +116,8 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
                     f"{key}={getattr(args, key)!r}: method=lora keeps the full cache and takes no {key}; "
                     "lora_c and pte do; window=full takes back the window of a recipe"
                 )
+        if args.use_vllm and not is_vllm_available():
+            raise ValueError("use_vllm=true: vLLM is not installed; pip install 'pte_trl[vllm]'")
         return
     if (args.window is None) == (args.budget is None):
         raise ValueError(
@@ -136,7 +140,10 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
             )
     for key in ("use_vllm", "use_transformers_continuous_batching", "use_liger_kernel"):
         if getattr(args, key, False):
-            raise ValueError(f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false")
+            why = f"; {WHY}" if key == "use_vllm" else ""
+            raise ValueError(
+                f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false{why}"
+            )
 
 
 def check_replay(args: PteGRPOConfig) -> None:

@@ -18,6 +18,7 @@ from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.metrics import summarise, table
 from pte_trl.evaluation.runner import Evaluation, check_problems
+from pte_trl.evaluation.vllm import VllmSampler, check_vllm
 from pte_trl.launch import check_world
 from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
 from pte_trl.manifest import write_manifest
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         accelerator = Accelerator(cpu=args.use_cpu, kwargs_handlers=[patience])
         check_world(accelerator.num_processes)
         check_evaluation_model(args)
+        if args.backend == "vllm":
+            check_vllm(args)
         tokenizer = load_tokenizer(args)
         grader = Grader(workers=args.grader_workers, time_limit=args.grader_time_limit)
         problems = {name: load_benchmark(name, args.data_dir, args.limit) for name in args.benchmarks}
@@ -42,7 +45,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
-    model = load_for_evaluation(args, accelerator.device)
+    sample_with_vllm = args.backend == "vllm"
+    model = VllmSampler(args, accelerator) if sample_with_vllm else load_for_evaluation(args, accelerator.device)
     summaries = {}
     for name, rows in problems.items():
         evaluation = Evaluation(name, rows, model, tokenizer, args, accelerator, grader)
