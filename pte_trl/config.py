@@ -1,7 +1,9 @@
 """What a recipe can say: two dataclasses, read by TrlParser, checked before any weights load."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
@@ -86,7 +88,13 @@ class PteGRPOConfig(GRPOConfig):
     segment_length: int | None = field(default=None, metadata={"help": "Split longer segments (replay: segments)."})
     offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
 
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser minds the order)
+        default="auto", metadata={"help": "Trackers, or none; auto: trackio where it is installed."}
+    )
+    project: str = field(default="pte_trl", metadata={"help": "Project of the tracker."})
+
     def __post_init__(self):
+        check_trackers(self)
         if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
             self.window = int(self.window)
         if isinstance(self.rollout_batch_size, str) and self.rollout_batch_size.isdigit():
@@ -144,6 +152,24 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
             raise ValueError(
                 f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false{why}"
             )
+
+
+def check_trackers(args: PteGRPOConfig) -> None:
+    """Resolves `report_to` and the run's name, which is the output folder's, so that a resumed run goes on in it.
+
+    Raises:
+        ValueError: a tracker that is not installed.
+    """
+    named = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or ["none"])
+    installed = get_available_reporting_integrations()
+    if named == ["auto"]:
+        named = ["trackio" if "trackio" in installed else "none"]
+    missing = [name for name in named if name not in (*installed, "none", "all")]
+    if missing:
+        raise ValueError(f"report_to={missing}: not installed; here are {', '.join(installed) or 'none'}")
+    args.report_to = named
+    if args.run_name is None and args.output_dir:
+        args.run_name = Path(args.output_dir).name
 
 
 def check_replay(args: PteGRPOConfig) -> None:
