@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import is_trackio_available
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
@@ -94,7 +94,10 @@ class PteGRPOConfig(GRPOConfig):
     project: str = field(default="pte_trl", metadata={"help": "Project of the tracker."})
 
     def __post_init__(self):
-        check_trackers(self)
+        if self.report_to in ("auto", ["auto"]):
+            self.report_to = "trackio" if is_trackio_available() else "none"
+        if self.run_name is None and self.output_dir:
+            self.run_name = Path(self.output_dir).name  # a resumed run goes on in its own curves
         if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
             self.window = int(self.window)
         if isinstance(self.rollout_batch_size, str) and self.rollout_batch_size.isdigit():
@@ -152,24 +155,6 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
             raise ValueError(
                 f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false{why}"
             )
-
-
-def check_trackers(args: PteGRPOConfig) -> None:
-    """Resolves `report_to` and the run's name, which is the output folder's, so that a resumed run goes on in it.
-
-    Raises:
-        ValueError: a tracker that is not installed.
-    """
-    named = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or ["none"])
-    installed = get_available_reporting_integrations()
-    if named == ["auto"]:
-        named = ["trackio" if "trackio" in installed else "none"]
-    missing = [name for name in named if name not in (*installed, "none", "all")]
-    if missing:
-        raise ValueError(f"report_to={missing}: not installed; here are {', '.join(installed) or 'none'}")
-    args.report_to = named
-    if args.run_name is None and args.output_dir:
-        args.run_name = Path(args.output_dir).name
 
 
 def check_replay(args: PteGRPOConfig) -> None:

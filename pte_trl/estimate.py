@@ -139,15 +139,19 @@ def persistent(job: Job) -> dict[str, float]:
 def gathered(job: Job, rollout: bool) -> float:
     """Weights that a GPU holds beyond its own share, e per parameter.
 
-    ZeRO-3 gathers everything for a rollout, and up to LIVE parameters while training; FSDP2 two layers and the
-    embeddings, here as there.
+    A rollout gathers the whole model under ZeRO-3 and FSDP2 (TRL's own under FSDP2, for lora, goes layer by layer).
+    While training, ZeRO-3 holds up to LIVE parameters, FSDP2 two layers and the embeddings.
     """
     total, (layers, d, *_, vocabulary) = job.parameters, job.sizes
-    if job.sharding == "zero3":
-        return job.dtype.itemsize * (total if rollout else min(total, LIVE)) * (1 - 1 / job.ranks)
-    if job.sharding == "fsdp2":
-        return job.dtype.itemsize * (2 * (total - vocabulary * d) / layers + vocabulary * d) * (1 - 1 / job.ranks)
-    return 0.0
+    if job.sharding not in ("zero3", "fsdp2"):
+        return 0.0
+    if rollout and (job.sharding == "zero3" or job.method != "lora"):
+        held = total
+    elif job.sharding == "zero3":
+        held = min(total, LIVE)
+    else:
+        held = 2 * (total - vocabulary * d) / layers + vocabulary * d
+    return job.dtype.itemsize * held * (1 - 1 / job.ranks)
 
 
 # ---- one training step -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class Launch:
     Attributes:
         engine: "single", "DDP", "ZeRO-1" to "ZeRO-3", "FSDP1" or "FSDP2".
         processes, nodes: in all.
-        precision: mixed precision, as accelerate calls it: "no", "bf16", "fp16".
+        precision: mixed precision, "bf16" or "fp16"; accelerate's "no" is its word for nothing said, too.
         source: the config file or the command that says so.
     """
 
@@ -35,6 +35,10 @@ class Launch:
     nodes: int | None = None
     precision: str | None = None
     source: str = "python"
+
+
+def said(precision) -> str | None:
+    return None if precision in (None, False, "no") else str(precision)  # YAML reads a bare `no` as False
 
 
 def launch_line() -> list[str] | None:
@@ -84,7 +88,7 @@ def parse_launch(line: list[str]) -> Launch:
         engine=engine,
         processes=processes,
         nodes=asked.num_machines or config.get("num_machines"),
-        precision=asked.mixed_precision or config.get("mixed_precision"),
+        precision=said(asked.mixed_precision or config.get("mixed_precision")),
         source=str(file) if file else "accelerate launch",
     )
 
@@ -101,8 +105,8 @@ def environment_launch() -> Launch:
         engine = f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
     elif on("ACCELERATE_USE_FSDP"):
         engine = f"FSDP{os.environ.get('FSDP_VERSION', 1)}"
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    return Launch(engine, processes, precision=None if precision == "no" else precision, source="the environment")
+    precision = said(os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    return Launch(engine, processes, precision=precision, source="the environment")
 
 
 def named_launch(args=None) -> Launch:

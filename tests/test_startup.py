@@ -155,6 +155,13 @@ def test_a_stage_in_deepspeeds_own_file(tmp_path):
     assert parse_launch(["--config_file", config_file(tmp_path, content), "s.py"]).engine == "ZeRO-3"
 
 
+@pytest.mark.parametrize(("written", "precision"), [("no", None), (False, None), ("bf16", "bf16"), ("fp16", "fp16")])
+def test_without_a_precision_the_recipe_decides(tmp_path, written, precision):
+    file = config_file(tmp_path, DDP | {"mixed_precision": written})
+    assert parse_launch(["--config_file", file, "s.py"]).precision == precision
+    assert parse_launch(["--config_file", file, "--mixed_precision", "fp16", "s.py"]).precision == "fp16"
+
+
 def test_a_launch_without_config_names_nothing():
     launch = parse_launch(["--cpu", "script.py"])
     assert (launch.engine, launch.processes, launch.precision) == (None, None, None)

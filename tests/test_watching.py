@@ -105,8 +105,3 @@ def test_trackio_is_the_default_and_the_run_has_the_folders_name(tmp_path):
     assert (args.report_to, args.run_name, args.project) == (["trackio"], "some-run", "pte_trl")
     assert settings(tmp_path, report_to="none").report_to == []
     assert settings(tmp_path, report_to=["trackio"], run_name="mine").run_name == "mine"
-
-
-def test_a_tracker_that_is_not_installed_is_named_at_once(tmp_path):
-    with pytest.raises(ValueError, match=r"report_to=\['comet_ml'\]: not installed; here are .*trackio"):
-        settings(tmp_path, report_to=["trackio", "comet_ml"])
