@@ -118,6 +118,9 @@ def test_greedy_text_is_that_of_transformers(setting, tmp_path, on_cpu, adapter)
     assert [r["completion"] for r in theirs] == [r["completion"] for r in ours]
     assert [(r["tokens"], r["finish_reason"]) for r in theirs] == [(r["tokens"], r["finish_reason"]) for r in ours]
     assert len({r["completion"] for r in ours}) > 3, "the texts tell nothing apart"
+    if adapter is not None:
+        base = evaluate(setting, tmp_path / "base")
+        assert all(a["completion"] != b["completion"] for a, b in zip(ours, base, strict=True))
     assert {r["backend"] for r in theirs} == {"vllm"} and theirs[0]["vllm"]
 
 
