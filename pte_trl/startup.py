@@ -43,8 +43,8 @@ def local_and_whole(parameter: nn.Parameter) -> tuple[int, int]:
     """Elements of a parameter on this GPU, and in all."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().numel(), parameter.numel()
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: `numel` is 0 while it is sharded
-        return parameter.ds_tensor.numel(), parameter.ds_numel
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: `numel` is 0 while it is sharded, and small ones never are
+        return parameter.numel() or parameter.ds_tensor.numel(), parameter.ds_numel
     return parameter.numel(), parameter.numel()
 
 
@@ -114,7 +114,7 @@ def cache_lines(args, longest_prompt: int) -> tuple[str, str]:
 
 def rollout_line(args) -> str:
     if args.method != "lora":
-        return f"bounded decode, {args.rollout_batch_size or 'all'} completions at once"
+        return f"bounded decode, completions at once: {args.rollout_batch_size or 'all'}"
     if args.use_vllm:
         return f"vLLM, {args.vllm_mode}"
     continuous = args.use_transformers_continuous_batching
@@ -152,7 +152,7 @@ def describe(trainer, engine: str, max_prompt_tokens: int) -> dict[str, str]:
         "evictions": evictions,
         "replay": "none, TRL scores" if args.method == "lora" else args.replay,
         "rollout": rollout_line(args),
-        "peak memory": f"{terms['peak'] / 1e9:.3g} GB a GPU, estimated: {memory}",
+        "peak memory": f"{terms['peak'] / 1e9:.3g} GB per process, estimated; in GB: {memory}",
         "tracker": ", ".join(args.report_to) or "none",
     }
 
@@ -173,7 +173,8 @@ class StartupGuard(TrainerCallback):
         rows = describe(self.trainer, engine, self.max_prompt_tokens)
         if state.is_world_process_zero:
             width = max(map(len, rows))
-            print("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()), flush=True)
+            # The bar of the trainer has begun a line.
+            print("\n" + "\n".join(f"{name:{width}}  {value}" for name, value in rows.items()), flush=True)
         if launch.engine not in (None, engine):
             raise RuntimeError(
                 f"{launch.source} names {launch.engine}, but {engine} runs (the model is in "

@@ -198,8 +198,8 @@ def test_the_table_of_a_trainer(tmp_path):
     assert shown["global batch"] == "8 x 2 accumulated x 1 ranks = 16 completions"
     assert shown["prompts a step"] == "4, 4 completions each"
     assert shown["evictions"] == "16 at 40 tokens"
-    assert shown["rollout"] == "bounded decode, 2 completions at once"
-    assert "float32" in shown["precision"] and "GB a GPU" in shown["peak memory"]
+    assert shown["rollout"] == "bounded decode, completions at once: 2"
+    assert "float32" in shown["precision"] and "GB per process" in shown["peak memory"]
     job = job_of(trainer, "single", 12)
     assert (job.rollout_batch, job.micro_batch, job.state_rank, job.window) == (2, 8, 4, 8)
     assert job.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
