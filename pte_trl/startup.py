@@ -72,7 +72,7 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
         completion=args.max_completion_length,
         window=window,
         micro_batch=args.per_device_train_batch_size,
-        rollout_batch=min(at_once, per_rollout),
+        rollout_batch=0 if args.use_vllm else min(at_once, per_rollout),  # vLLM has memory of its own
         num_generations=args.num_generations,
         dtype=next((p.dtype for p in model.parameters() if not p.requires_grad), torch.float32),
         ranks=trainer.accelerator.num_processes,
@@ -116,7 +116,8 @@ def rollout_line(args) -> str:
     if args.method != "lora":
         return f"bounded decode, completions at once: {args.rollout_batch_size or 'all'}"
     if args.use_vllm:
-        return f"vLLM, {args.vllm_mode}"
+        share = f", {args.vllm_gpu_memory_utilization:g} of the GPU on top of the memory below"
+        return f"vLLM, {args.vllm_mode}{share if args.vllm_mode == 'colocate' else ''}"
     continuous = args.use_transformers_continuous_batching
     return "transformers, continuous batching" if continuous else "transformers generate"
 

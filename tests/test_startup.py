@@ -205,6 +205,17 @@ def test_the_table_of_a_trainer(tmp_path):
     assert job.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
 
+def test_where_rollouts_come_from_in_words(tmp_path):
+    trainer = trainer_for(tmp_path, "lora")
+    assert describe(trainer, "single", 12)["rollout"] == "transformers generate"
+    # As an option only: vLLM itself is not needed to say what it would take.
+    trainer.args.use_vllm, trainer.args.vllm_mode = True, "colocate"
+    assert describe(trainer, "single", 12)["rollout"].startswith("vLLM, colocate, 0.3 of the GPU on top")
+    assert job_of(trainer, "single", 12).rollout_batch == 0
+    trainer.args.vllm_mode = "server"
+    assert describe(trainer, "single", 12)["rollout"] == "vLLM, server"
+
+
 def test_the_cache_in_words(tmp_path):
     def words(**changes):
         options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
