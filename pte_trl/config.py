@@ -1,12 +1,16 @@
 """What a recipe can say: two dataclasses, read by TrlParser, checked before any weights load."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from transformers.integrations import is_trackio_available
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from pte_trl.adapter import PteConfig
 from pte_trl.adapter.config import one_of
 from pte_trl.checkpoints import check_save_steps
+from pte_trl.evaluation.vllm import WHY
 from pte_trl.faults import check_trackers
 from pte_trl.schedule import Schedule
 
@@ -89,7 +93,16 @@ class PteGRPOConfig(GRPOConfig):
         default="auto", metadata={"help": "auto: from the newest complete checkpoint; never; or a checkpoint's PATH."}
     )
 
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser minds the order)
+        default="auto", metadata={"help": "Trackers, or none; auto: trackio where it is installed."}
+    )
+    project: str = field(default="pte_trl", metadata={"help": "Project of the tracker."})
+
     def __post_init__(self):
+        if self.report_to in ("auto", ["auto"]):
+            self.report_to = "trackio" if is_trackio_available() else "none"
+        if self.run_name is None and self.output_dir:
+            self.run_name = Path(self.output_dir).name  # a resumed run goes on in its own curves
         if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
             self.window = int(self.window)
         if isinstance(self.rollout_batch_size, str) and self.rollout_batch_size.isdigit():
@@ -125,6 +138,8 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
                     f"{key}={getattr(args, key)!r}: method=lora keeps the full cache and takes no {key}; "
                     "lora_c and pte do; window=full takes back the window of a recipe"
                 )
+        if args.use_vllm and not is_vllm_available():
+            raise ValueError("use_vllm=true: vLLM is not installed; pip install 'pte_trl[vllm]'")
         return
     if (args.window is None) == (args.budget is None):
         raise ValueError(
@@ -147,7 +162,10 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
             )
     for key in ("use_vllm", "use_transformers_continuous_batching", "use_liger_kernel"):
         if getattr(args, key, False):
-            raise ValueError(f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false")
+            why = f"; {WHY}" if key == "use_vllm" else ""
+            raise ValueError(
+                f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false{why}"
+            )
 
 
 def check_replay(args: PteGRPOConfig) -> None:

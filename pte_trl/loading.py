@@ -13,10 +13,11 @@ from pte_trl.adapter.config import one_of
 from pte_trl.adapter.model import check_supported, pte_layers, rescale_updates, update_ratios
 from pte_trl.config import PteGRPOConfig, RecipeArguments
 from pte_trl.engine import left_pad
-from pte_trl.engines import check_engine, launched_engine
 from pte_trl.evaluation.config import ModelSource
+from pte_trl.launch import named_launch
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.schedule import Schedule, resolve_window
+from pte_trl.sharding import check_engine
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
@@ -26,7 +27,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
         ValueError: an unsupported architecture, attention implementation or engine for a bounded method; an adapter
             that is not in safetensors; a model with code of its own, unless the recipe trusts it.
     """
-    check_engine(args, *launched_engine(args))
+    check_engine(args, named_launch(args).engine)
     one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
     config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=args.trust_remote_code)
     if script.adapter is not None:

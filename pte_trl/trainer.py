@@ -19,13 +19,13 @@ from pte_trl.batching import KeptEngine
 from pte_trl.checkpoints import WholeCheckpoints
 from pte_trl.config import PteGRPOConfig
 from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
-from pte_trl.engines import call_inside, check_engine, prepare_engine, whole_weights
 from pte_trl.faults import Fault, FiniteReward, check_finite, samples_without_gradient, tail
 from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.segments import segment_logps
+from pte_trl.sharding import call_inside, check_engine, prepare_engine, whole_weights
 
 logger = get_logger(__name__)
 
@@ -54,7 +54,8 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         for layer in pte_layers(self.model):
             layer.watch_updates = True
         self._check_segments()
-        check_engine(self.args, self._dist.zero_stage, self._dist.fsdp_version)
+        zero, fsdp = self._dist.zero_stage, self._dist.fsdp_version
+        check_engine(self.args, f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None)
         prepare_engine(self)
 
     @property

@@ -7,7 +7,6 @@ Every sample is a line of OUTPUT_DIR/BENCHMARK/records.jsonl; a killed evaluatio
 `python -m pte_trl.evaluation.metrics OUTPUT_DIR`.
 """
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -19,20 +18,12 @@ from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.metrics import summarise, table
 from pte_trl.evaluation.runner import Evaluation, check_problems
+from pte_trl.evaluation.vllm import VllmSampler, check_vllm
+from pte_trl.launch import check_world
 from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
 from pte_trl.manifest import write_manifest
 from pte_trl.parsing import parse
 from pte_trl.rewards import Grader
-
-
-def check_world(accelerator: Accelerator) -> None:
-    """Refuses launched processes that do not know of each other: each would do all the work."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"WORLD_SIZE={launched}, but this process counts {accelerator.num_processes}: without GPUs, launch with "
-            "accelerate_configs/ddp.yaml and --use_cpu true"
-        )
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
@@ -41,8 +32,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         # Processes meet only at the end of a benchmark, and one may have the longest completions.
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
         accelerator = Accelerator(cpu=args.use_cpu, kwargs_handlers=[patience])
-        check_world(accelerator)
+        check_world(accelerator.num_processes)
         check_evaluation_model(args)
+        if args.backend == "vllm":
+            check_vllm(args)
         tokenizer = load_tokenizer(args, args.trust_remote_code)
         grader = Grader(workers=args.grader_workers, time_limit=args.grader_time_limit)
         problems = {name: load_benchmark(name, args.data_dir, args.limit) for name in args.benchmarks}
@@ -52,7 +45,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
-    model = load_for_evaluation(args, accelerator.device)
+    sample_with_vllm = args.backend == "vllm"
+    model = VllmSampler(args, accelerator) if sample_with_vllm else load_for_evaluation(args, accelerator.device)
     summaries = {}
     for name, rows in problems.items():
         evaluation = Evaluation(name, rows, model, tokenizer, args, accelerator, grader)

@@ -16,10 +16,12 @@ from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
 from pte_trl.efficiency import EfficiencyCallback
 from pte_trl.faults import TERMINATED, Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
+from pte_trl.launch import check_launch
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.manifest import write_manifest
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import AccuracyReward, Grader, check_golds, format_reward
+from pte_trl.startup import StartupGuard
 from pte_trl.trainer import PteGRPOTrainer
 
 
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
             if args.process_index == 0:
                 print(f"{args.output_dir} holds this run, finished; resume=never trains it anew")
             return None
+        check_launch(args)
         check_model(script, args)
         tokenizer = load_tokenizer(script, args.trust_remote_code)
         with args.main_process_first(desc="data"):
@@ -95,6 +98,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
     )
     trainer.settings = settings
     tolerate_trackers(trainer)
+    trainer.add_callback(StartupGuard(trainer, script.max_prompt_tokens))
     if script.adapter is None:
         calibrate_encoders(trainer)
     try:

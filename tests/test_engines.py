@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pte_trl.config import PteGRPOConfig
-from pte_trl.engines import call_inside, check_engine
+from pte_trl.sharding import call_inside, check_engine
 from pte_trl.tiny.model import build
 from pte_trl.tiny.task import DIFFICULTIES, rows
 from tests.models import gap, left_padded_batch, replay_logps
@@ -193,18 +193,18 @@ def test_a_config_says_whom_it_is_for_and_how_it_is_launched(path):
 @pytest.mark.parametrize(
     ("change", "engine", "message"),
     [
-        ({"replay": "segments"}, (3, None), "replay='segments' under ZeRO-3.*allowed is replay='one_pass'"),
-        ({"replay": "segments"}, (0, 2), "replay='segments' under FSDP2"),
-        ({"ds3_gather_for_generation": False}, (3, None), "ds3_gather_for_generation=false under ZeRO-3"),
-        ({}, (0, 1), r"fsdp_version=1: .* allowed is 2"),
+        ({"replay": "segments"}, "ZeRO-3", "replay='segments' under ZeRO-3.*allowed is replay='one_pass'"),
+        ({"replay": "segments"}, "FSDP2", "replay='segments' under FSDP2"),
+        ({"ds3_gather_for_generation": False}, "ZeRO-3", "ds3_gather_for_generation=false under ZeRO-3"),
+        ({}, "FSDP1", r"fsdp_version=1: .* allowed is 2"),
     ],
 )
 def test_what_would_wait_for_ever_is_refused(tmp_path, change, engine, message):
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "window": 8}
     with pytest.raises(ValueError, match=message):
-        check_engine(PteGRPOConfig(**settings, **change), *engine)
-    check_engine(PteGRPOConfig(**settings), *engine if engine != (0, 1) else (0, None))
-    check_engine(PteGRPOConfig(**settings | {"window": None}, method="lora"), *engine)
+        check_engine(PteGRPOConfig(**settings, **change), engine)
+    check_engine(PteGRPOConfig(**settings), engine if engine != "FSDP1" else "FSDP2")
+    check_engine(PteGRPOConfig(**settings | {"window": None}, method="lora"), engine)
 
 
 class AddsOne(torch.nn.Module):

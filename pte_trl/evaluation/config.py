@@ -17,7 +17,7 @@ FROM_RECIPE = (
 # What decides the text of a sample. A folder belongs to one set of them, and every record has them all.
 RECORDED = (
     *("model_name_or_path", "adapter", "dtype", "attn_implementation", "system_prompt", "chat_template_kwargs"),
-    *("budget", "window", "evict_ratio", "eviction", "max_new_tokens", "temperature", "top_p", "seed"),
+    *("budget", "window", "evict_ratio", "eviction", "max_new_tokens", "temperature", "top_p", "seed", "backend"),
 )
 
 
@@ -69,6 +69,7 @@ class EvaluationArguments(ModelSource):
     window: int | None = field(default=None, metadata={"help": "Thought tokens kept; neither: the full cache."})
     evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
     eviction: str = field(default="sliding_window", metadata={"help": "Which tokens leave."})
+    backend: str = field(default="transformers", metadata={"help": "transformers, or vllm (full cache only)."})
     max_new_tokens: int = field(default=3072, metadata={"help": "Completion tokens at most."})
     samples: int = field(default=1, metadata={"help": "Completions per problem."})
     temperature: float = field(default=0.6, metadata={"help": "0 is greedy."})
@@ -91,6 +92,7 @@ class EvaluationArguments(ModelSource):
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
         one_of("eviction", self.eviction, STRATEGIES)
+        one_of("backend", self.backend, ("transformers", "vllm"))
         for key, least in (("budget", 2), ("max_new_tokens", 1), ("samples", 1), ("batch_size", 1), ("limit", 1)):
             value = getattr(self, key)
             if value is not None and value < least:

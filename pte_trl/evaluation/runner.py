@@ -23,6 +23,7 @@ from pte_trl.data import build_prompts
 from pte_trl.evaluation.benchmarks import content_hash
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
+from pte_trl.evaluation.vllm import VllmSampler
 from pte_trl.eviction import STRATEGIES
 from pte_trl.rewards import Grader, Verdict, check_golds
 from pte_trl.rollout import rollout
@@ -74,7 +75,7 @@ class Evaluation:
         self,
         name: str,
         problems: Dataset,
-        model: nn.Module,
+        model: nn.Module | VllmSampler,
         tokenizer: PreTrainedTokenizerBase,
         args: EvaluationArguments,
         accelerator: Accelerator,
@@ -97,6 +98,8 @@ class Evaluation:
             "adapter_sha256": fingerprint(args.adapter),
             **{package.replace("-", "_"): version(package) for package in PACKAGES},
         }
+        if args.backend == "vllm":
+            self.settings["vllm"] = model.version
 
     def _tokens(self, prompt: str | list[dict]) -> list[int]:
         """As GRPOTrainer tokenizes its prompts (`_tokenize_prompts`, trl 1.16)."""
@@ -202,9 +205,14 @@ class Evaluation:
         if batch[0].window == 0:
             return [""] * len(batch), [0] * len(batch), ["no_room"] * len(batch), [0] * len(batch)
         args, ends = self.args, self.ends()
+        prompts, seeds = [self.prompt_ids[s.problem] for s in batch], [s.seed for s in batch]
+        if args.backend == "vllm":
+            options = {"temperature": args.temperature, "top_p": args.top_p, "eos_token_ids": ends}
+            ids = self.model.generate(prompts, seeds, max_new_tokens=args.max_new_tokens, **options)
+            return self._finish(ids, [0] * len(ids))
         result = rollout(
             self.model,
-            [self.prompt_ids[s.problem] for s in batch],
+            prompts,
             window=args.max_new_tokens if batch[0].window is None else batch[0].window,
             evict_ratio=args.evict_ratio,
             eviction=self.eviction,
@@ -213,13 +221,15 @@ class Evaluation:
             top_p=args.top_p,
             eos_token_ids=ends,
             pad_token_id=self.tokenizer.pad_token_id,
-            seeds=[s.seed for s in batch],
+            seeds=seeds,
             kept_engine=self.kept_engine,
         )
-        ids = result.completion_ids
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return self._finish(result.completion_ids, result.evictions)
+
+    def _finish(self, ids: list[list[int]], evictions: list[int]) -> tuple[list[str], list[int], list[str], list[int]]:
+        ends, texts = self.ends(), self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         finished = ["stop" if row[-1] in ends else "length" for row in ids]
-        return texts, [len(row) for row in ids], finished, result.evictions
+        return texts, [len(row) for row in ids], finished, evictions
 
     def ends(self) -> list[int]:
         """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""

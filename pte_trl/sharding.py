@@ -6,7 +6,6 @@ each other in different places, for ever. FSDP2 wraps decoder layers anyway; ZeR
 when its last completion does, so no rank can wait for another in it: it runs with whole weights.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,34 +16,30 @@ from torch.distributed.fsdp import FSDPModule
 from pte_trl.adapter.layer import PteAttention
 
 
-def launched_engine(args) -> tuple[int, int | None]:
-    """(ZeRO stage or 0, FSDP version or None) that the launcher asks for, known before any weights load."""
-    plugin = args.deepspeed_plugin
-    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return plugin.zero_stage if plugin else 0, int(os.environ.get("FSDP_VERSION", "1")) if uses_fsdp else None
-
-
-def check_engine(args, zero_stage: int, fsdp_version: int | None) -> None:
+def check_engine(args, engine: str | None) -> None:
     """Refuses what would make ranks wait for each other for ever.
+
+    Args:
+        engine: as `pte_trl.launch.Launch` names it.
 
     Raises:
         ValueError: naming the setting, the engine and what is allowed.
     """
     if args.method == "lora":
         return
-    if fsdp_version == 1:
+    if engine == "FSDP1":
         raise ValueError(
             f"fsdp_version=1: a rollout of method={args.method} ends at another token on every rank, and FSDP1 "
             "gathers weights at each; allowed is 2 (accelerate_configs/fsdp2.yaml)"
         )
-    if zero_stage == 3 and not args.ds3_gather_for_generation:
+    if engine == "ZeRO-3" and not args.ds3_gather_for_generation:
         raise ValueError(
             f"ds3_gather_for_generation=false under ZeRO-3: a rollout of method={args.method} ends at another token "
             "on every rank and needs whole weights; allowed is true"
         )
-    if args.replay == "segments" and (zero_stage == 3 or fsdp_version):
+    if args.replay == "segments" and engine in ("ZeRO-3", "FSDP2"):
         raise ValueError(
-            f"replay='segments' under {'ZeRO-3' if zero_stage == 3 else 'FSDP2'}: every rank runs its own number of "
+            f"replay='segments' under {engine}: every rank runs its own number of "
             "segments, and would wait for the weights of others; allowed is replay='one_pass', or an engine with "
             "whole weights on every rank (DDP, ZeRO-1, ZeRO-2)"
         )

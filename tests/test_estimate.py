@@ -1,0 +1,263 @@
+"""Every term of the memory estimate against bytes that are counted in real steps of small models."""
+
+import gc
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from trl.trainer.utils import add_fused_lm_head
+
+from benchmarks.memory import Peak
+from pte_trl import PteConfig, replay_inputs
+from pte_trl.estimate import (
+    SHAPES,
+    Job,
+    count,
+    estimate,
+    gathered,
+    head,
+    one_pass,
+    paper_job,
+    persistent,
+    rollout_cache,
+    segments,
+    training,
+)
+from pte_trl.rollout import rollout
+from pte_trl.segments import segment_logps
+from pte_trl.startup import job_of
+from pte_trl.tiny.model import build_tokenizer
+from tests.models import tiny
+from tests.test_trainer import trainer_for
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ["q_proj", "o_proj"]
+# Hidden size, MLP, key heads, layers; batch, prompt, completion, W. Heads have 32.
+SHAPES_TRIED = [
+    (128, 512, 2, 3, 1, 64, 448, 64),
+    (192, 768, 1, 2, 2, 32, 320, 128),
+    (128, 640, 4, 6, 1, 128, 384, 64),
+]
+PRECISIONS = [torch.float32, torch.bfloat16]
+METHODS = ["lora", "lora_c", "pte"]
+
+
+def config_of(d, inner, kv, layers):
+    return Qwen2Config(
+        hidden_size=d,
+        intermediate_size=inner,
+        num_attention_heads=d // 32,
+        num_key_value_heads=kv,
+        num_hidden_layers=layers,
+        vocab_size=1000,
+    )
+
+
+def adapter_of(method, rank=8):
+    if method == "pte":
+        return PteConfig(target_modules=TARGETS, rank=rank, num_global_tokens=rank)
+    return LoraConfig(r=rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+
+
+def small_job(shape, method, dtype=torch.float32, **changes) -> Job:
+    *sizes, batch, prompt, completion, window = shape
+    config, adapter = config_of(*sizes), adapter_of(method)
+    return Job(
+        config,
+        count(config),
+        count(config, adapter),
+        method,
+        prompt,
+        completion,
+        None if method == "lora" else window,
+        **{"micro_batch": batch, "dtype": dtype, "state_rank": 8, "device": "cpu"} | changes,
+    )
+
+
+def model_of(job: Job):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(job.config, dtype=job.dtype, attn_implementation="blockwise")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    if job.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return get_peft_model(model, adapter_of(job.method)).train()
+
+
+def counted(model, step, again: bool = True) -> int:
+    """Most bytes alive at once in a step, in a second one if `again`, beyond weights and gradients."""
+    if again:
+        step()
+    gc.collect()
+    with Peak() as peak:
+        # A view of a weight has the weight's storage: it was there before.
+        for tensor in (*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())):
+            if tensor is not None:
+                peak.alive.add(tensor.untyped_storage()._cdata)
+        step()
+    return peak.most
+
+
+def inputs_of(job: Job, model) -> dict:
+    ids = torch.randint(1, 900, (job.micro_batch, job.prompt + job.completion))
+    mask = torch.ones_like(ids)
+    extra = {"attention_mask": mask, "use_cache": False}
+    return {"input_ids": ids, **(extra if job.window is None else replay_inputs(model, mask, job.prompt, job.window))}
+
+
+def autocast(job: Job):
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_activations_of_one_pass(method, dtype, checkpointing):
+    for shape in SHAPES_TRIED:
+        job = small_job(shape, method, dtype, checkpointing=checkpointing)
+        model = model_of(job)
+        inputs = inputs_of(job, model)
+
+        def step(job=job, model=model, inputs=inputs):
+            with autocast(job):
+                hidden = model.get_base_model().model(**inputs).last_hidden_state
+            hidden.backward(torch.ones_like(hidden))
+
+        assert one_pass(job) == pytest.approx(counted(model, step), rel=0.15), shape
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_activations_of_segments(dtype):
+    for shape in SHAPES_TRIED[:2]:
+        job = small_job(shape, "pte", dtype, replay="segments")
+        model = model_of(job)
+        ids = torch.randint(1, 900, (job.micro_batch, job.prompt + job.completion))
+
+        def step(job=job, model=model, ids=ids):
+            with autocast(job):
+                logps, _ = segment_logps(model, ids, torch.ones_like(ids), job.prompt, job.window)
+            logps.sum().backward()
+
+        assert segments(job) == pytest.approx(counted(model, step), rel=0.1), shape
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_with_its_head(method):
+    """Whole: the head is larger than a layer here, as it is with a small model and a large vocabulary."""
+    job = small_job(SHAPES_TRIED[0], method)
+    model = model_of(job)
+    inputs = inputs_of(job, model)
+    labels = inputs["input_ids"].clone()
+    labels[:, : job.prompt] = -100
+
+    def step():
+        model(labels=labels, fused_lm_head=True, **inputs).log_probs.sum().backward()
+
+    found = counted(model, step)
+    assert training(job) == pytest.approx(found, rel=0.05)
+    assert head(job, job.prompt + job.completion - 1) > one_pass(job)
+
+
+@pytest.mark.parametrize(("method", "changes"), [("pte", {}), ("lora", {}), ("pte", {"replay": "segments"})])
+def test_a_step_inside_the_trainer(tmp_path, method, changes):
+    """GRPO's own step, rollout included, as the guard at start-up describes it."""
+    model = tiny("qwen2", torch.float32, hidden_size=128, intermediate_size=512, head_dim=32)
+    model.resize_token_embeddings(len(build_tokenizer()))
+    trainer = trainer_for(tmp_path, method, model=model, max_completion_length=120, **changes)
+    step, peaks = trainer.training_step, []
+
+    def counting(model, inputs, *args):
+        results = []
+        peaks.append(counted(trainer.model, lambda: results.append(step(model, inputs, *args)), again=False))
+        return results[0]
+
+    trainer.training_step = counting
+    trainer.train()
+    longest = max(map(len, trainer._tokenize_prompts([row["prompt"] for row in trainer.train_dataset])[0]))
+    terms = estimate(job_of(trainer, "single", longest))
+    assert max(terms["training"], terms["rollout"]) == pytest.approx(peaks[1], rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["pte", "lora"])
+def test_what_stays_is_exact(method):
+    job = small_job(SHAPES_TRIED[0], method, torch.bfloat16)
+    model = model_of(job)
+    assert persistent(job)["weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert persistent(job)["adapter"] == sum(p.nbytes for p in trainable)
+    optimizer = torch.optim.AdamW(trainable)
+    for p in trainable:
+        p.grad = torch.ones_like(p)
+    assert persistent(job)["gradients"] == sum(p.grad.nbytes for p in trainable)
+    optimizer.step()
+    moments = (x for state in optimizer.state.values() for x in state.values() if x.dim())
+    assert persistent(job)["optimizer"] == sum(x.nbytes for x in moments)
+
+
+@pytest.mark.parametrize(("window", "completion"), [(16, 40), (24, 64)])
+def test_the_cache_of_a_rollout(window, completion):
+    *sizes, _, prompt, _, _ = SHAPES_TRIED[0]
+    job = small_job((*sizes, 1, prompt, completion, window), "pte", rollout_batch=4)
+    model = model_of(replace(job, checkpointing=False))
+    prompts = [list(range(1, 1 + job.prompt))] * 4
+    result = rollout(
+        model,
+        prompts,
+        window=window,
+        max_new_tokens=completion,
+        eos_token_ids=[10**6],
+        pad_token_id=0,
+        temperature=1.0,
+    )
+    assert rollout_cache(job) == pytest.approx(4 * result.cache_bytes, rel=0.05)
+
+
+def test_sharding_divides_what_it_says():
+    plain = small_job(SHAPES_TRIED[0], "pte", torch.bfloat16, ranks=4)
+    terms = {name: persistent(replace(plain, sharding=name)) for name in ("none", "zero1", "zero2", "zero3", "fsdp2")}
+    X = plain.trainable
+    assert terms["none"]["gradients"] == 8 * X  # DDP's buckets hold them once more
+    assert terms["zero1"] | {"optimizer": 0} == terms["none"] | {"adapter": 2 * X, "gradients": 2 * X, "optimizer": 0}
+    assert terms["zero1"]["optimizer"] == terms["zero2"]["optimizer"] == 3 * X
+    assert terms["zero2"]["gradients"] == X / 2
+    assert terms["zero3"]["weights"] == terms["fsdp2"]["weights"] == terms["none"]["weights"] / 4
+    assert gathered(plain, True) == 0
+    whole = gathered(replace(plain, sharding="zero3"), True) + terms["zero3"]["weights"]
+    assert whole == terms["none"]["weights"]
+
+
+@pytest.mark.parametrize(("shape", "billions"), [("qwen2.5-3b", 3.09), ("qwen2.5-7b", 7.61), ("llama-8b", 8.03)])
+def test_the_models_are_counted_whole(shape, billions):
+    assert count(AutoConfig.from_pretrained(SHAPES / shape)) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_longer_completions_cost_a_bounded_rollout_nothing_and_segments_little():
+    def terms(method, completion, **changes):
+        return estimate(paper_job("qwen2.5-3b", method, completion=completion, ranks=1, **changes))
+
+    assert terms("pte", 16384)["rollout"] == terms("pte", 4096)["rollout"]
+    assert terms("lora", 16384)["rollout"] > 2.5 * terms("lora", 4096)["rollout"]
+    one, offloaded = {"replay": "one_pass"}, {"replay": "segments", "offload": True}
+    assert terms("pte", 16384, **offloaded)["training"] == terms("pte", 4096, **offloaded)["training"]
+    assert terms("pte", 16384, **one)["training"] > 3 * terms("pte", 4096, **one)["training"]
+
+
+def test_a_window_belongs_to_bounded_methods():
+    with pytest.raises(ValueError, match="only method=lora has none"):
+        replace(paper_job("tiny", "pte"), window=None)
+    with pytest.raises(ValueError, match="sharding='zero9': allowed are"):
+        paper_job("tiny", "pte", sharding="zero9")
+
+
+def test_the_page_shows_what_the_command_prints():
+    done = subprocess.run(
+        [sys.executable, "-m", "pte_trl.estimate"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    page = (ROOT / "docs/scaling.md").read_text()
+    shown = re.search(r"<!-- python -m pte_trl\.estimate -->\n(.*?)<!-- end -->", page, re.DOTALL)[1]
+    assert shown.strip() == done.stdout.strip()
