@@ -28,6 +28,7 @@ from tests.models import gap, left_padded_batch, replay_logps
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_configs"
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 BATCH, PROCESSES = 8, 2
 OPTIONS = (
     "--use_cpu true --model_name_or_path base --dataset_name train.jsonl --rank 4 --num_global_tokens 4 --window 8 "
@@ -66,17 +67,17 @@ def start(folder: Path, name: str, launcher: list[str], processes: int, options:
     command += f"{OPTIONS} --per_device_train_batch_size {BATCH // processes} --output_dir {name} {options}".split()
     paths = os.pathsep.join([str(ROOT), str(ROOT / "recipes"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    with open(folder / f"{name}.log", "a") as log:  # of both nodes: a pipe that is not read would fill up and block
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(*started: subprocess.Popen) -> None:
+def finish(log: Path, *started: subprocess.Popen) -> None:
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
+        codes = [process.wait(timeout=240) for process in started]
     finally:
         for process in started:
             process.terminate()  # the launcher ends its ranks
-    assert all(process.returncode == 0 for process in started), "\n".join(output[-3000:] for output in outputs)
+    assert not any(codes), log.read_text()[-3000:]
 
 
 def reports_of(folder: Path, name: str, processes: int) -> list[dict]:
@@ -91,8 +92,10 @@ def one_process(folder):
     def run(options: str) -> tuple[Path, dict]:
         name = "walk" if WALK in options else "one"
         if name not in done:
-            finish(start(folder, name, [sys.executable], 1, WALK if name == "walk" else ""))
+            launcher = [*ACCELERATE, "--config_file", str(CONFIGS / "single_gpu.yaml")]
+            finish(folder / f"{name}.log", start(folder, name, launcher, 1, WALK if name == "walk" else ""))
             (done[name],) = reports_of(folder, name, 1)
+            assert done[name]["wrapper"] == "PeftModelForCausalLM" and done[name]["world"] == 1
         return folder / name, done[name]
 
     return run
@@ -103,12 +106,12 @@ def launch(folder: Path, config: str, name: str, options: str) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(PROCESSES)]
+    common = [*ACCELERATE, "--num_processes", str(PROCESSES)]
     common += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", str(port)]
     nodes = (
         [["--machine_rank", str(n), "--main_process_ip", "127.0.0.1"] for n in range(2)] if "node" in config else [[]]
     )
-    finish(*(start(folder, name, [*common, *node], PROCESSES, options) for node in nodes))
+    finish(folder / f"{name}.log", *(start(folder, name, [*common, *node], PROCESSES, options) for node in nodes))
     return reports_of(folder, name, PROCESSES)
 
 
