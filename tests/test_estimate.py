@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from trl.trainer.utils import add_fused_lm_head
 
-from benchmarks.memory import Peak
+from benchmarks.measure import Peak
 from pte_trl import PteConfig, replay_inputs
 from pte_trl.estimate import (
     SHAPES,
