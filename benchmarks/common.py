@@ -34,6 +34,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         parser.error(f"--device {args.device}: torch finds no GPU; --device cpu runs everywhere")
     if is_cuda(args.device) and args.clock == "cpu":
         parser.error("--clock cpu: a GPU does not work on the process's time; allowed is wall")
+    if args.device == "cuda":  # not all that torch says about a GPU can be asked without its number
+        args.device = f"cuda:{torch.cuda.current_device()}"
     args.dtype = args.dtype or ("bfloat16" if is_cuda(args.device) else "float32")
     args.clock = args.clock or ("wall" if is_cuda(args.device) else "cpu")
     print_environment(environment(args.device))

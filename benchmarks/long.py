@@ -49,7 +49,7 @@ class Marks:
     def __init__(self, args: argparse.Namespace):
         self.args, self.cuda = args, is_cuda(args.device)
         self.times = defaultdict(list)  # by what was run: the model's code, or one of the graphs captured of it
-        self.bytes = {}  # token -> bytes
+        self.bytes = defaultdict(dict)  # likewise: number of the step -> bytes
 
     def mark(self, source) -> None:
         if self.cuda and torch.cuda.is_current_stream_capturing():
@@ -61,9 +61,10 @@ class Marks:
             marks.append(event)
         else:
             marks.append(CLOCKS[self.args.clock]())
-        if len(marks) in (self.args.early, self.args.late):
-            held = torch.cuda.memory_allocated(self.args.device) if self.cuda else tensor_bytes()
-            self.bytes[len(marks)] = held
+        if self.cuda and len(marks) % 64 == 0:
+            self.bytes[id(source)][len(marks)] = torch.cuda.memory_allocated(self.args.device)
+        elif not self.cuda and len(marks) in (self.args.early, self.args.late):  # it takes long to count
+            self.bytes[id(source)][len(marks)] = tensor_bytes()
 
     @contextmanager
     def taken(self, model: nn.Module):
@@ -82,17 +83,18 @@ class Marks:
             torch.cuda.CUDAGraph.replay = replay
             handle.remove()
 
-    def step_seconds(self, token: int, count: int, cycle: int) -> float:
-        """Median over the cycles around `token` of the time of a cycle, per token; `count` tokens were sampled."""
-        marks = max(self.times.values(), key=len)  # evictions may be graphs of their own, and fewer
+    def at(self, token: int, count: int, cycle: int) -> tuple[float, int]:
+        """(seconds per token, bytes) there: the median over the cycles around it; `count` tokens were sampled."""
+        source = max(self.times, key=lambda source: len(self.times[source]))  # graphs of evictions are run less often
+        marks, held = self.times[source], self.bytes[source]
         if len(marks) < 0.99 * count:
             raise RuntimeError(f"{len(marks)} steps seen of {count} tokens: one call may feed several tokens")
         # Counted from the end, whatever was run before the first token to warm up or to be captured.
-        first = len(marks) - count + token - self.args.half
-        edges = [marks[i] for i in range(first, first + 2 * self.args.half + 1, cycle)]
+        step = len(marks) - count + token
+        edges = [marks[i] for i in range(step - self.args.half, step + self.args.half + 1, cycle)]
         between = itertools.pairwise(edges)
         spent = [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in between]
-        return statistics.median(spent) / cycle
+        return statistics.median(spent) / cycle, held[min(held, key=lambda taken: abs(taken - step))]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,14 +110,16 @@ def main(argv: list[str] | None = None) -> None:
         rollout(model, prompts, max_new_tokens=count, **knobs)
         if marks.cuda:
             torch.cuda.synchronize(args.device)
-    step = {token: marks.step_seconds(token, count, cycle) for token in (args.early, args.late)}
+    step, held = {}, {}
+    for token in (args.early, args.late):
+        step[token], held[token] = marks.at(token, count, cycle)
     rows = [
         {
             "token": token,
             "step ms": 1e3 * step[token],
             "over early": step[token] / step[args.early],
-            "memory MB": marks.bytes[token] / 1e6,
-            "memory over early": marks.bytes[token] / marks.bytes[args.early],
+            "memory MB": held[token] / 1e6,
+            "memory over early": held[token] / held[args.early],
         }
         for token in step
     ]

@@ -24,11 +24,11 @@ from benchmarks.common import finish, options, parse
 from benchmarks.measure import copy_bandwidth, is_cuda, ratio, take_turns
 from benchmarks.models import SHAPES, random_model, shared_copy, with_adapter
 from pte_trl import Schedule
-from pte_trl.batching import cache_bytes
+from pte_trl.batching import KeptEngine, cache_bytes
 from pte_trl.rollout import rollout
 
 PAGE = 256  # tokens of a page of the paged cache
-Run = Callable[[], int]  # one rollout of the whole batch; returns the tokens it sampled
+Run = Callable[[int], int]  # one rollout of the whole batch, of so many new tokens; returns how many it sampled
 
 
 class Skipped(Exception):
@@ -51,9 +51,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def ours(adapter: str, full_cache: bool = False):
     def arm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> Run:
         model = with_adapter(shared_copy(base), adapter).eval()
-        knobs = {"window": args.new_tokens if full_cache else args.window, "max_new_tokens": args.new_tokens}
-        knobs |= {"eos_token_ids": [-1], "pad_token_id": 0}
-        return lambda: sum(map(len, rollout(model, prompts, **knobs).completion_ids))
+        # Kept from call to call, as a trainer does: buffers and captured graphs are part of the warm-up.
+        knobs = {"eos_token_ids": [-1], "pad_token_id": 0, "kept_engine": KeptEngine()}
+        knobs["window"] = args.new_tokens if full_cache else args.window
+        return lambda new: sum(map(len, rollout(model, prompts, max_new_tokens=new, **knobs).completion_ids))
 
     return arm
 
@@ -67,8 +68,9 @@ def generate(adapter: str | None):
         model = (with_adapter(model, adapter) if adapter else model).eval()
         ids = torch.tensor(prompts, device=args.device)
 
-        def run() -> int:
-            return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[:, ids.shape[1] :].numel()
+        def run(new: int) -> int:
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
+            return out[:, ids.shape[1] :].numel()
 
         return torch.no_grad()(run)
 
@@ -88,10 +90,11 @@ def continuous(base: PreTrainedModel, prompts: list[list[int]], args: argparse.N
         max_batch_tokens=None if is_cuda(args.device) else max(PAGE, args.batch, args.prompt),
     )
 
-    def run() -> int:
-        knobs = {"generation_config": sampling(args, eos_token_id=-1), "continuous_batching_config": config}
-        # Kept from call to call, so that setting it up (and capturing graphs) is part of the warm-up.
-        found = model.generate_batch(prompts, **knobs, persistent_manager=True, progress_bar=False)
+    knobs = {"generation_config": sampling(args, eos_token_id=-1), "continuous_batching_config": config}
+    knobs |= {"persistent_manager": True, "progress_bar": False}  # kept from call to call, too
+
+    def run(new: int) -> int:
+        found = model.generate_batch(prompts, max_new_tokens=new, **knobs)
         return sum(len(output.generated_tokens) for output in found.values())
 
     return run
@@ -114,9 +117,9 @@ def vllm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespa
         gpu_memory_utilization=args.vllm_memory,
         enforce_eager=not is_cuda(args.device),
     )
-    knobs = SamplingParams(temperature=1.0, max_tokens=args.new_tokens, ignore_eos=True, detokenize=False)
 
-    def run() -> int:
+    def run(new: int) -> int:
+        knobs = SamplingParams(temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         return sum(len(found.outputs[0].token_ids) for found in engine.generate(requests, knobs, use_tqdm=False))
 
@@ -136,24 +139,22 @@ ARMS = {
 
 def ready(args: argparse.Namespace, base: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Run]:
     """The arms that run here, each warmed up: on a GPU by a whole rollout, where graphs may have to be captured."""
-    warm = (
-        args if is_cuda(args.device) else argparse.Namespace(**vars(args) | {"new_tokens": min(16, args.new_tokens)})
-    )
-    runs = {}
-    for name in [name for name in ARMS if name in args.arms]:
+    warm, runs = args.new_tokens if is_cuda(args.device) else min(16, args.new_tokens), {}
+    # vLLM first: it asks for its share of the memory before others have theirs.
+    for name in sorted(args.arms, key=lambda name: (name != "vllm", list(ARMS).index(name))):
         try:
-            sampled = ARMS[name](base, prompts, warm)()
-            runs[name] = ARMS[name](base, prompts, args)
+            run = ARMS[name](base, prompts, args)
+            sampled = run(warm)
         except Exception as reason:
             # What is ours has to run. Of others' engines it depends on the machine, and how they fail is theirs.
             if name not in ("continuous", "vllm"):
                 raise
-            runs.pop(name, None)
             print(f"{name}: skipped, {reason}" if isinstance(reason, Skipped) else f"{name}: skipped, {reason!r}")
             continue
-        if sampled != args.batch * warm.new_tokens:
-            raise RuntimeError(f"{name}: {sampled} tokens instead of {args.batch} x {warm.new_tokens}")
-    return runs
+        if sampled != args.batch * warm:
+            raise RuntimeError(f"{name}: {sampled} tokens instead of {args.batch} x {warm}")
+        runs[name] = run
+    return {name: runs[name] for name in ARMS if name in runs}
 
 
 def bytes_read(base: PreTrainedModel, window: int | None, args: argparse.Namespace) -> float:
@@ -175,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1, 500, (args.batch, args.prompt), generator=generator).tolist()
     runs = ready(args, base, prompts)
-    times = take_turns(runs, args.turns, args.device, args.clock, warm_up=False)
+    jobs = {name: lambda run=run: run(args.new_tokens) for name, run in runs.items()}
+    times = take_turns(jobs, args.turns, args.device, args.clock, warm_up=False)
     bandwidth = copy_bandwidth(args.device, args.clock) if args.roofline or is_cuda(args.device) else None
     rows = []
     for name, mine in times.items():

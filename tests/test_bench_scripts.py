@@ -87,6 +87,37 @@ def test_a_late_step_is_compared_with_an_early_one(bench):
         importlib.import_module("benchmarks.long").main(["--window", "16", "--early", "20", "--late", "30"])
 
 
+def test_steps_are_read_where_most_of_them_ran():
+    """As on a GPU: the first steps by another graph, evictions by one of their own, which is run less often."""
+    module = importlib.import_module("benchmarks.long")
+    args = module.arguments(["--window", "8", "--early", "40", "--late", "1200", "--cycles", "4"])
+    count = args.late + args.half + 1
+    marks, lost = module.Marks(args), 8
+    marks.times |= {1: list(range(lost)), 2: list(range(lost, count)), 3: list(range(0, count, 2))}
+    marks.bytes |= {2: {64: 5, 1152: 7}, 3: {64: 0}}
+    assert len(marks.times[2]) < args.late  # so nothing may wait for the mark of that number
+    assert marks.at(args.early, count, cycle=2) == (1, 5)
+    assert marks.at(args.late, count, cycle=2) == (1, 7)
+    with pytest.raises(RuntimeError, match=r"1197 steps seen of 2000 tokens"):
+        marks.at(args.late, 2000, cycle=2)
+
+
+def test_every_arm_is_made_once_and_keeps_what_it_has_made(monkeypatch):
+    module = importlib.import_module("benchmarks.rollout")
+    made, make, engines, sample = [], module.ARMS["pte"], [], module.rollout
+    monkeypatch.setitem(module.ARMS, "pte", lambda *of: made.append("pte") or make(*of))
+
+    def watched(*prompts, kept_engine, **knobs):
+        found = sample(*prompts, kept_engine=kept_engine, **knobs)
+        engines.append(kept_engine.engine)
+        return found
+
+    monkeypatch.setattr(module, "rollout", watched)
+    sizes = "--batch 2 --prompt 8 --new-tokens 16 --window 8"  # the warm-up on a CPU is as long
+    module.main([*sizes.split(), "--arms", "pte", "--turns", "3"])
+    assert made == ["pte"] and len(engines) == 4 and all(engine is engines[0] for engine in engines)
+
+
 def test_the_count_of_the_capacity_is_the_formula_of_the_cache(bench):
     pte, lora = bench("capacity", SMALL["capacity"])
     assert pte["cache over formula"] == pytest.approx(1, abs=0.02) == lora["cache over formula"]
@@ -118,6 +149,14 @@ def test_what_cannot_be_measured_is_refused(arguments, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "clock" in arguments)
     with pytest.raises(SystemExit):
         common.parse(common.options("x"), arguments.split())
+
+
+def test_a_gpu_gets_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(common, "environment", lambda device: {"device": device})
+    args = common.parse(common.options("x"), ["--device", "cuda"])
+    assert (args.device, args.dtype, args.clock) == ("cuda:3", "bfloat16", "wall")
 
 
 def test_the_commands_for_a_gpu_are_commands():
