@@ -3,6 +3,7 @@
 None of these touches a checkpoint that is there already (`checkpoints.py`), so the same command goes on from it.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+GOODBYE = 1 << 40  # more than anyone counts to
 TERMINATED = 128 + signal.SIGTERM  # exit status, as a shell gives it
 
 
@@ -55,7 +57,7 @@ class FiniteReward:
         rewards = self.function(prompts=prompts, completions=completions, trainer_state=trainer_state, **kwargs)
         for index, reward in enumerate(rewards):
             if reward is not None and not abs(float(reward)) < float("inf"):
-                step = trainer_state.global_step if trainer_state else "?"
+                step = trainer_state.global_step + 1 if trainer_state else "?"
                 raise Fault(
                     f"step {step}, rank {self.rank}: {self.__name__} gave {reward} for sample {index} of "
                     f"{len(rewards)}, prompt {tail(str(prompts[index]))}, completion {tail(str(completions[index]))}"
@@ -148,19 +150,21 @@ class RankWatch(TrainerCallback):
         self._stop.set()
 
     def _watch(self, store: dist.Store, rank: int, ranks: int) -> None:
-        others = [other for other in range(ranks) if other != rank]
-        count, heard = dict.fromkeys(others, 0), dict.fromkeys(others, time.monotonic())
+        counts: dict[int, int] = {}
+        heard: dict[int, float] = {}  # a rank counts as heard from its first word on: some take long to begin
         while not self._stop.wait(self.interval):
             try:
                 store.add(str(rank), 1)
-                for other in others:
-                    now = store.add(str(other), 0)
-                    if now != count[other]:
-                        count[other], heard[other] = now, time.monotonic()
-            except RuntimeError:  # the store has gone with the process that kept it; its silence is counted below
+                for other in set(range(ranks)) - {rank}:
+                    count = store.add(str(other), 0)
+                    if count >= GOODBYE:
+                        heard.pop(other, None)
+                    elif count != counts.get(other, 0):
+                        counts[other], heard[other] = count, time.monotonic()
+            except RuntimeError:  # the store has gone with the process that kept it: everyone is silent from now on
                 pass
             silent = {other: time.monotonic() - at for other, at in heard.items()}
-            lost = [other for other in others if silent[other] > self.limit]
+            lost = sorted(other for other in silent if silent[other] > self.limit)
             if lost and not self._stop.is_set():
                 print(
                     f"error: rank {rank}: rank {', '.join(map(str, lost))} not heard of for {silent[lost[0]]:.0f} s, "
@@ -169,6 +173,8 @@ class RankWatch(TrainerCallback):
                     flush=True,
                 )
                 os._exit(1)  # the main thread may be inside a collective that never returns
+        with contextlib.suppress(RuntimeError):
+            store.add(str(rank), GOODBYE)  # others may still be busy with the end of the training
 
 
 # ---- trackers --------------------------------------------------------------------------------------------------

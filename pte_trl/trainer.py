@@ -210,8 +210,9 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             with torch.no_grad():
                 for index, ids in enumerate(prompt_ids):
                     logits = self.model(torch.tensor([ids], device=self.accelerator.device)).logits
-                    name = self._sample_name(index, ids)
-                    check_finite("logits of the rollout", logits, self._place, lambda _, name=name: name)
+                    if not torch.isfinite(logits).all():
+                        name = self._sample_name(index, ids)
+                        raise Fault(f"{self._place}: logits of the rollout are not finite, first in {name}") from error
             raise Fault(f"{self._place}: logits of the rollout are not finite, though the prompts' are") from error
 
     def _check_logps(self, logps: Tensor, ids: Tensor, mask: Tensor) -> None:

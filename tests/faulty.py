@@ -40,6 +40,8 @@ class Fault:
         return here and not self.fired
 
     def fire(self, *_) -> None:
+        if self.fired:
+            return
         self.fired = True
         whom = os.getppid() if self.what.startswith("LAUNCHER-") else os.getpid()
         os.kill(whom, signal.Signals[self.what.removeprefix("LAUNCHER-")])
@@ -180,6 +182,7 @@ def in_gradient(fault: Fault) -> None:
     def arm(trainer, model, inputs):
         if fault.now():
             inputs["advantages"][2] = float(fault.what)
+            fault.fired = True
 
     before(PteGRPOTrainer, "_compute_loss", arm)
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pte_trl
 from pte_trl.adapter.model import pte_layers
+from pte_trl.evaluation.config import ModelSource
 from pte_trl.loading import check_evaluation_model, check_model
 from pte_trl.parsing import parse_recipe
 
@@ -33,6 +34,5 @@ def test_the_shape_is_the_published_one_and_takes_the_recipes_adapter(shape):
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trainable < 0.01 * billions * 1e9
     script.model_name_or_path = str(SHAPES / shape)
-    script.adapter = None
     check_model(script, args)
-    check_evaluation_model(script)
+    check_evaluation_model(ModelSource(model_name_or_path=script.model_name_or_path))
