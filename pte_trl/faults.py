@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from pte_trl.rewards import completion_text
+
 GOODBYE = 1 << 40  # more than anyone counts to
 TERMINATED = 128 + signal.SIGTERM  # exit status, as a shell gives it
 
@@ -60,7 +62,8 @@ class FiniteReward:
                 step = trainer_state.global_step + 1 if trainer_state else "?"
                 raise Fault(
                     f"step {step}, rank {self.rank}: {self.__name__} gave {reward} for sample {index} of "
-                    f"{len(rewards)}, prompt {tail(str(prompts[index]))}, completion {tail(str(completions[index]))}"
+                    f"{len(rewards)}, prompt {tail(completion_text(prompts[index]))}, "
+                    f"completion {tail(completion_text(completions[index]))}"
                 )
         return rewards
 

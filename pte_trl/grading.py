@@ -101,6 +101,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._owner: int | None = None
         self._failed_starts = 0
+        self._tried: set[int] = set()  # jobs of this run whose worker has died once
         self._lock = threading.Lock()  # one run at a time, whichever thread it comes from
 
     def pids(self) -> list[int]:
@@ -130,6 +131,7 @@ class WorkerPool:
 
     def _run(self, jobs: list[Job]) -> list[Reply]:
         waiting, replies = deque(range(len(jobs))), {}
+        self._tried = set()
         while len(replies) < len(jobs):
             while len(self._workers) < min(self.size, len(jobs) - len(replies)):
                 self._workers.append(_Worker(self.time_limit, self.memory_limit_mb))
@@ -141,9 +143,9 @@ class WorkerPool:
             heard = wait([worker.connection for worker in self._workers], timeout)
             for worker in list(self._workers):
                 if worker.connection in heard:
-                    self._receive(worker, replies)
+                    self._receive(worker, waiting, replies)
                 elif worker.deadline <= time.monotonic():
-                    self._lose(worker, replies, overdue=True)
+                    self._lose(worker, waiting, replies, overdue=True)
         return [replies[index] for index in range(len(jobs))]
 
     def _assign(self, worker: _Worker, waiting: deque[int], jobs: list[Job]) -> None:
@@ -154,11 +156,11 @@ class WorkerPool:
         worker.job = waiting.popleft()
         worker.deadline = time.monotonic() + WALL_FACTOR * self.time_limit
 
-    def _receive(self, worker: _Worker, replies: dict[int, Reply]) -> None:
+    def _receive(self, worker: _Worker, waiting: deque[int], replies: dict[int, Reply]) -> None:
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):
-            return self._lose(worker, replies)
+            return self._lose(worker, waiting, replies)
         if worker.ready:
             replies[worker.job] = Reply(*message)
             if replies[worker.job].retire:
@@ -168,8 +170,11 @@ class WorkerPool:
             self._failed_starts = 0
         worker.ready, worker.job, worker.deadline = True, None, math.inf
 
-    def _lose(self, worker: _Worker, replies: dict[int, Reply], overdue: bool = False) -> None:
-        """Take a dead or overdue worker out of the pool and answer for it."""
+    def _lose(self, worker: _Worker, waiting: deque[int], replies: dict[int, Reply], overdue: bool = False) -> None:
+        """Take a dead or overdue worker out of the pool; its job is tried once more before it is called crashed.
+
+        Most workers that die are killed from outside, for want of memory, and the job is not to blame.
+        """
         self._workers.remove(worker)
         try:
             code = worker.process.wait(timeout=0 if overdue else 1)  # its own exit code, before we kill it
@@ -183,8 +188,15 @@ class WorkerPool:
                 f"grading workers do not start (last exit code {code}); the error message is on stderr. "
                 "Is math-verify installed for this Python, and the memory limit large enough?"
             )
-        if worker.job is not None:
-            replies[worker.job] = Reply("timeout" if overdue or code == -signal.SIGPROF else "crashed")
+        if worker.job is None:
+            return
+        if overdue or code == -signal.SIGPROF:
+            replies[worker.job] = Reply("timeout")
+        elif worker.job in self._tried:
+            replies[worker.job] = Reply("crashed")
+        else:
+            self._tried.add(worker.job)
+            waiting.append(worker.job)
 
 
 # From here on: the worker's program.
