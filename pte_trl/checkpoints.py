@@ -101,13 +101,13 @@ class WholeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()  # no rank may leave, and so end the others, before the rename
 
     def _save_message(self, output_dir: Path, name: str, error: Exception) -> str:
-        shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)  # its space may be all that was left
+        free = shutil.disk_usage(output_dir).free  # of a full disk torch says only "unexpected pos"
+        shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
         whole = complete(output_dir)
-        free = shutil.disk_usage(output_dir).free
         last = f"{whole[-1].name} is the last complete one" if whole else "there is no complete one yet"
         return (
-            f"rank {self.args.process_index}: {name} could not be written to {output_dir} ({error}; {free:,} bytes "
-            f"are free); {last}, and the same command goes on from there"
+            f"rank {self.args.process_index}: {name} could not be written to {output_dir}, where {free:,} bytes were "
+            f"free ({error}); {last}, and the same command goes on from there"
         )
 
 
