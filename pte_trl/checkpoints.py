@@ -100,6 +100,12 @@ class WholeCheckpoints(Trainer):
             self._saving = False
         self.accelerator.wait_for_everyone()  # no rank may leave, and so end the others, before the rename
 
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        # Killed after the last checkpoint: transformers would train one step more before it looks at max_steps.
+        self.control.should_training_stop = True
+
     def _save_message(self, output_dir: Path, name: str, error: Exception) -> str:
         free = shutil.disk_usage(output_dir).free  # of a full disk torch says only "unexpected pos"
         shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Kills a training at every moment that `tests/faulty.py` knows, under every engine, and takes it up again.
 
-    python -m tests.kill_matrix --engines one ddp zero2 --output docs/kill_matrix.md
+    python -m tests.kill_matrix --engines one ddp zero2 zero3 --output matrix.md
 
 A row per moment, signal and engine: how the ranks ended, where the next launch went on, and whether its metrics,
 prompts, sampled texts, advantages and final weights are those of a run that nobody killed, bit by bit.
@@ -43,6 +43,7 @@ KILLS = [
     Kill("rename", 5, 0, "SIGKILL", 2),
     Kill("published", 5, 0, "SIGKILL", 4),
     Kill("rotation", 5, 0, "SIGKILL", 4),
+    Kill("published", 7, 0, "SIGKILL", 6),
     Kill("rollout", 3, 1, "SIGTERM", 3),
     Kill("backward", 3, 0, "SIGTERM", 3),
     Kill("saving", 3, 0, "SIGTERM", 3),

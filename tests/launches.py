@@ -141,7 +141,7 @@ def course(folder: Path, after: int = 0) -> dict:
         if "grad_norm" in entry and entry["step"] > after
     ]
     tables = [pd.read_parquet(path) for path in sorted((folder / "completions").glob("*.parquet"))]
-    texts = [table.to_dict("list") for table in tables if table["step"][0] > after]
+    texts = [table.to_dict("list") for table in tables if len(table) and table["step"][0] > after]
     return {"metrics": metrics, "texts": texts, "weights": load_file(folder / "adapter_model.safetensors")}
 
 
