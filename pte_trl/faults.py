@@ -155,7 +155,7 @@ class RankWatch(TrainerCallback):
     def _watch(self, store: dist.Store, rank: int, ranks: int) -> None:
         counts: dict[int, int] = {}
         heard: dict[int, float] = {}  # a rank counts as heard from its first word on: some take long to begin
-        while not self._stop.wait(self.interval):
+        while not self._stop.is_set():
             try:
                 store.add(str(rank), 1)
                 for other in set(range(ranks)) - {rank}:
@@ -176,6 +176,7 @@ class RankWatch(TrainerCallback):
                     flush=True,
                 )
                 os._exit(1)  # the main thread may be inside a collective that never returns
+            self._stop.wait(self.interval)
         with contextlib.suppress(RuntimeError):
             store.add(str(rank), GOODBYE)  # others may still be busy with the end of the training
 
