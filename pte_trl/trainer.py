@@ -181,7 +181,8 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         self._samples = inputs
-        self._micro_batches.append(inputs)
+        if self.model.training:
+            self._micro_batches.append(inputs)
         loss = super()._compute_loss(model, inputs)
         ratios = [layer.update_ratio for layer in pte_layers(self.accelerator.unwrap_model(model))]
         ratios = [ratio for ratio in ratios if ratio is not None]
@@ -207,6 +208,8 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
                 raise
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # weights may be on other ranks
+                raise Fault(f"{self._place}: logits of the rollout are not finite") from error
             with torch.no_grad():
                 for index, ids in enumerate(prompt_ids):
                     logits = self.model(torch.tensor([ids], device=self.accelerator.device)).logits
