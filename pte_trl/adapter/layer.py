@@ -218,7 +218,12 @@ class PteAttention(nn.Module, BaseTunerLayer):
             updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
             self._watch(updates, memory)
             memories = self._accumulate(encoder, memory, updates)
-        self.in_use.set(encoder.read(memory), encoder.read(memories), plan)
+        later = encoder.read(memories)
+        self.in_use.set(encoder.read(memory), later, plan)
+        if later.requires_grad:
+            # With gradient checkpointing, `in_use` holds the layer's second forward, and by that its keys, values and
+            # latents in float32. When the gradient of the states is there, every linear has read them.
+            later.register_hook(lambda _: self.in_use.set(None))
 
     @staticmethod
     def _accumulate(encoder: Encoder, memory: Tensor, updates: Tensor) -> Tensor:
