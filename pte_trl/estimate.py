@@ -23,7 +23,9 @@ from pte_trl.adapter import PteConfig
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.model import geometry_of
 from pte_trl.batching import cache_bytes
+from pte_trl.engine import PREFILL_TOKENS
 from pte_trl.replay import ReplayPlan
+from pte_trl.ring import aligned, ring_size
 from pte_trl.schedule import Schedule
 
 SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp2")
@@ -171,16 +173,15 @@ def head(job: Job, tokens: int) -> float:
 def attention(job: Job) -> float:
     """What a replay's attention holds beyond an ordinary one's, of one sample.
 
-    Blockwise: keys and values for every query head, 2 T d_q e; those of the prompt and of what is in reach, copied
-    for every block, 2 d_q e each; masks, T^2 bytes whole and in blocks e per visible pair. SDPA: T^2 (1 + e).
+    Blockwise: keys and values for every query head of the prompt and of what is in reach, copied for every block,
+    2 d_q e each; masks, 1 + e bytes per pair in the blocks. SDPA: T^2 (1 + e).
     """
     length, width, d_q = job.prompt + job.completion, job.dtype.itemsize, job.sizes[3]
     if job.window is None or not job.blockwise:
         return length**2 * (1 + width) if job.window is not None else 0.0
-    plan = ReplayPlan.build(torch.tensor([job.window]), job.evict_ratio, job.prompt, job.completion)
-    seen = [(stop - start, stop - max(0, oldest - job.prompt)) for start, stop, oldest in plan.blocks]
-    copies = sum(keys for (_, keys), (*_, oldest) in zip(seen, plan.blocks, strict=True) if oldest > job.prompt)
-    return 2 * d_q * width * (length + copies) + length**2 + width * sum(queries * keys for queries, keys in seen)
+    blocks = ReplayPlan.build(torch.tensor([job.window]), job.evict_ratio, job.prompt, torch.ones(1, length)).blocks
+    copies = sum(block.mask.shape[3] for block in blocks)
+    return 2 * d_q * width * copies + (1 + width) * sum(block.mask.numel() for block in blocks)
 
 
 def one_pass(job: Job) -> float:
@@ -239,8 +240,10 @@ def training(job: Job) -> float:
 
 
 def cached_tokens(job: Job) -> int:
-    """P + C with the full cache, else P + min(W, C)."""
-    return job.prompt + (job.completion if job.window is None else min(job.window, job.completion))
+    """P + C with the full cache, else P + min(W, C), rounded up by the engine."""
+    if job.window is None:
+        return job.prompt + job.completion
+    return aligned(job.prompt + ring_size(job.window, job.completion))
 
 
 def rollout_cache(job: Job) -> float:
@@ -250,14 +253,16 @@ def rollout_cache(job: Job) -> float:
 
 
 def rollout(job: Job) -> float:
-    """The cache, and with it the prefill, m P (4 I + 8 d) e for m prompts, or three times the logits, 12 n V.
+    """The cache, and with it the prefill, m P (4 I + 8 d) e for m prompts, or what sampling needs, (16 + e) n V.
 
-    m is n / num_generations where a bounded rollout shares prefills, else n.
+    m is n where nothing is shared; the engine prefills n / num_generations, PREFILL_TOKENS at a time.
     """
     _, d, inner, *_, vocabulary = job.sizes
-    prompts = job.rollout_batch if job.window is None else max(1, job.rollout_batch // job.num_generations)
+    prompts = job.rollout_batch
+    if job.window is not None:
+        prompts = max(1, min(prompts // job.num_generations, PREFILL_TOKENS // job.prompt))
     prefill = prompts * job.prompt * (4 * inner + 8 * d) * job.dtype.itemsize
-    return rollout_cache(job) + max(prefill, 12 * job.rollout_batch * vocabulary)
+    return rollout_cache(job) + max(prefill, (16 + job.dtype.itemsize) * job.rollout_batch * vocabulary)
 
 
 def estimate(job: Job) -> dict[str, float]:

@@ -6,6 +6,7 @@ it is scored. The reference model of the KL term is the base with the full cache
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 from accelerate.logging import get_logger
@@ -209,6 +210,24 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _check_rollout(self, logprobs: list[list[float]], prompt_ids: list[list[int]]) -> None:
         sums = torch.tensor([[sum(row)] for row in logprobs])  # of numbers below 0: finite only if all are
         check_finite("log-probs of the rollout", sums, self._place, lambda i: self._sample_name(i, prompt_ids[i]))
+
+    @contextmanager
+    def _finite_logits(self, prompt_ids: list[list[int]]):
+        """Gives torch's refusal to sample from a NaN, in a rollout of TRL's, a place and a sample."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # weights may be on other ranks
+                raise Fault(f"{self._place}: logits of the rollout are not finite") from error
+            with torch.no_grad():
+                for index, ids in enumerate(prompt_ids):
+                    logits = self.model(torch.tensor([ids], device=self.accelerator.device)).logits
+                    if not torch.isfinite(logits).all():
+                        name = self._sample_name(index, ids)
+                        raise Fault(f"{self._place}: logits of the rollout are not finite, first in {name}") from error
+            raise Fault(f"{self._place}: logits of the rollout are not finite, though the prompts' are") from error
 
     def _check_logps(self, logps: Tensor, ids: Tensor, mask: Tensor) -> None:
         prompt = ids.shape[1] - logps.shape[1]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 import grpo_pte
 import pte_trl.trainer
 from pte_trl.adapter.model import pte_layers
-from pte_trl.batching import join, rollout_in_parts
+from pte_trl.rollout import Rollout, rollout
 
 SHORT = 6  # tokens, fewer than the window
 
@@ -48,7 +49,7 @@ class Probe:
     def __init__(self, reports: Path):
         self.reports, self.report, self.batches = reports, {"completions": []}, count()
 
-    def rollout(self, model, prompt_ids, batch_size, **options):
+    def rollout(self, model, prompt_ids, **options):
         """The trainer's rollout with a seed per completion, in two parts where this process has both halves."""
         state, number, batch = PartialState(), len(prompt_ids), next(self.batches)
         first, half = state.process_index * number, state.num_processes * number // 2
@@ -58,8 +59,8 @@ class Probe:
         for limit, rows in ((options.pop("max_new_tokens"), slice(0, cut)), (SHORT, slice(cut, number))):
             if prompt_ids[rows]:
                 some = options | {"max_new_tokens": limit, "seeds": seeds[rows]}
-                parts.append(rollout_in_parts(model, prompt_ids[rows], batch_size, **some))
-        result = join(parts)
+                parts.append(rollout(model, prompt_ids[rows], **some))
+        result = joined(parts)
         self.report["completions"] += result.completion_ids
         self.report["evictions"] = sum(result.evictions)
         return result
@@ -92,6 +93,14 @@ class Probe:
         (self.reports / f"rank{state.process_index}.json").write_text(json.dumps(self.report))
 
 
+def joined(parts: list[Rollout]) -> Rollout:
+    """Several rollouts of one window as one."""
+    lists = {
+        key: [x for part in parts for x in getattr(part, key)] for key in ("completion_ids", "logprobs", "evictions")
+    }
+    return replace(parts[0], **lists, seconds=sum(part.seconds for part in parts))
+
+
 def whole(p) -> int:
     return getattr(p, "ds_numel", p.numel())
 
@@ -119,7 +128,7 @@ if __name__ == "__main__":
         allow_fsdp_on_a_cpu()
     torch.set_num_threads(1)
     probe, calibrate = Probe(Path(sys.argv[1])), grpo_pte.calibrate_encoders
-    pte_trl.trainer.rollout_in_parts = probe.rollout
+    pte_trl.trainer.rollout = probe.rollout
     grpo_pte.calibrate_encoders = probe.calibrate
     grpo_pte.AccuracyReward = lambda grader: reward
     probe.write(grpo_pte.main(sys.argv[2:]))
