@@ -94,7 +94,9 @@ def loss_of(model, beta=0.0, completion=14):
     ids, mask, prompt = left_padded_batch([6, 3], completion)
     weights = torch.randn(2, completion, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     student, teacher = hidden_states(model, ids, mask, prompt, WINDOW, 0.25)
-    found = divergence(student.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), beta, TEMPERATURE, 300)
+    found = divergence(
+        student.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), beta, TEMPERATURE, 300
+    )
     return (found.loss * weights.flatten()).sum()
 
 
@@ -240,7 +242,13 @@ def test_only_tokens_after_an_eviction(tmp_path):
 def test_accumulation_takes_the_same_step(tmp_path):
     moved = []
     for batching in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}):
-        options = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0, "max_steps": 1, "shuffle_dataset": False}
+        options = {
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "learning_rate": 1.0,
+            "max_steps": 1,
+            "shuffle_dataset": False,
+        }
         trainer = distiller(tmp_path, distilled_tokens="after_eviction", **options, **batching)
         before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         trainer.train()

@@ -52,7 +52,10 @@ def write_completions(
                 row = {"prompt": prompt, "completion_ids": ids, "text": tokenizer.decode(ids)}
                 file.write(json.dumps(row) + "\n")
                 count += len(ids)
-            print(f"{start + len(rows)} of {len(prompts)} completions, {result.tokens_per_second:.0f} tokens/s", flush=True)
+            print(
+                f"{start + len(rows)} of {len(prompts)} completions, {result.tokens_per_second:.0f} tokens/s",
+                flush=True,
+            )
     aside.rename(path)
     print(f"{path}: {len(prompts)} completions, {count} tokens")
 

@@ -33,7 +33,12 @@ class Divergence:
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, head: nn.Module, beta: float = 0.0, temperature: float = 1.0, logits: int = LOGITS
+    student: Tensor,
+    teacher: Tensor,
+    head: nn.Module,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    logits: int = LOGITS,
 ) -> Divergence:
     """Token by token, at `temperature`.
 
