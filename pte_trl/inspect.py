@@ -2,9 +2,9 @@
 
     python -m pte_trl.inspect ADAPTER --model outputs/smollm2-135m --window 64 --prompt "..." --output outputs/inspect
 
-Writes inspect.json, states.png, tokens.png and distance.png (and tokens.txt, the evicted tokens that moved S most).
+Writes inspect.json, states.png, tokens.png and distance.png.
 S' of an eviction is a sum over its tokens of one outer product each, so a token's contribution is exact, and so is its
-share of the direction in which S' moved: the products of the shares with |S'| add up to |S'|.
+share, its length along S' over |S'|: the shares of an eviction add up to 1, and one that works against it is negative.
 """
 
 import argparse
@@ -45,7 +45,6 @@ class Watch:
         hidden = args[0] if args else kwargs["hidden_states"]
         name = layer._adapter()
         if name is not None and kwargs.get("replay") is not None:
-            # The state in use is that of the forward under way only behind this hook; k and v must not be adapted.
             self.latents.append(
                 layer.pte_encoder[name].latents(*layer._keys_values(hidden, kwargs["position_embeddings"]))
             )
@@ -96,7 +95,8 @@ def inspect(
             f"target_modules={config.target_modules}, encode_evicted={config.encode_evicted}: keys and values must be "
             "the base model's, and evicted tokens encoded"
         )
-    ids, mask = left_pad([[*prompt_ids, *completion_ids]], pad, model.device)
+    fed = completion_ids[:-1]  # the last token is sampled, and evicts nothing
+    ids, mask = left_pad([[*prompt_ids, *fed]], pad, model.device)
     inputs = replay_inputs(model, mask, len(prompt_ids), window, ratio)
     plan: ReplayPlan = inputs["replay"]
     if not plan.count:

@@ -78,6 +78,7 @@ def distance(plt, found: dict, words: list[str]):
     means = sorted((d, v) for d, v in found["kl_by_distance"].items() if d >= 0)
     right.plot(*zip(*means, strict=True), color="C3", marker=".", label="mean")
     right.set(xlabel="tokens since the last eviction", ylabel="nats", yscale="log", title="KL by distance")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.legend(frameon=False)
     return figure
 

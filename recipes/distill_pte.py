@@ -5,7 +5,7 @@
     accelerate launch recipes/grpo_pte.py --config recipes/tiny.yaml --adapter outputs/tiny-pte-distilled
 
 The data are those of GRPO, of which only the problems are used. With `--sample_to FILE` nothing is trained: the
-teacher's completions are written, and `--completions FILE` then distils on them, so that several runs share one rollout.
+teacher's completions are written; `--completions FILE` then distils on them, so that several runs share one rollout.
 """
 
 import sys

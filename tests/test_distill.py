@@ -1,4 +1,4 @@
-"""Cache distillation: an exact divergence with an exact gradient, in little memory, on the completions it should use."""
+"""Cache distillation: an exact divergence with an exact gradient, in little memory, on the right completions."""
 
 import json
 

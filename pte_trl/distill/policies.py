@@ -35,7 +35,7 @@ def hidden_states(
 
 
 def evictions_seen(length: int, windows: Tensor, evict_ratio: float) -> Tensor:
-    """(batch, length): evictions that have happened when completion token t is predicted, that is, at thought t - 1."""
+    """(batch, length): evictions that have happened when token t is predicted, that is, when thought t - 1 is fed."""
     return _of_fed(length, windows, evict_ratio, lambda schedule, fed: schedule.evictions_before(fed))
 
 

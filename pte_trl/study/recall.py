@@ -6,8 +6,8 @@ One sequence, prompt | thought, every word a token:
 
     ~16  |  c3 a7 d7 b0  ~16 ~15 ... ~1  d 7 a 7 c 3 b 0  <end>
 
-The thought draws a random digit for every name, counts down from the number in the prompt, and then asks for each name.
-The prompt holds neither digits nor questions, and answers to other names say nothing. A countdown that outlasts the
+The thought draws a random digit for every name, counts down from the number in the prompt, and asks for each name. The
+prompt holds neither digits nor questions, and answers to other names say nothing. A countdown that outlasts the
 window once per layer leaves no path of attention from a question back to a digit (`countdown`), so whatever sees the
 window alone is at chance, 0.10, whatever it learns. The command writes a base model that has learnt the task with full
 attention, and train.jsonl: problem (the prompt), thought (up to the first question), answer.
