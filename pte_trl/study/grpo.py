@@ -35,6 +35,10 @@ class GivenThoughtTrainer(PteGRPOTrainer):
         output["tool_mask"] = (at == ends - 2).to(output["completion_mask"].dtype)
         return output
 
+    def _record_mismatch(self, replayed, samples):
+        written = samples["completion_mask"] * samples["tool_mask"]  # the end is not sampled, and has no log-prob
+        super()._record_mismatch(replayed, samples | {"completion_mask": written})
+
     @torch.no_grad()
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         model, device, end = self.accelerator.unwrap_model(self.model), self.accelerator.device, self.eos_token_ids[0]

@@ -2,7 +2,7 @@
 
     python -m pte_trl.study.report outputs/study/recall/results --output outputs/study/recall
 
-Writes table.md and plot.png. A result file is ARM-SEED.json with "values": window -> a share, or window -> {"kl": ...}.
+Writes table.md and plot.png. A result file is ARM-SEED.json; its "values" have, by window, a share or {"kl": ...}.
 """
 
 import argparse
@@ -83,11 +83,8 @@ def gap_closed(arms: dict[str, dict[str, Spread]], ours: str = "pte_distilled", 
     """Lines that say which share of the KL that the control leaves is closed, by window; none without both arms."""
     if ours not in arms or control not in arms:
         return []
-    return [
-        f"W = {window}: {ours} closes {100 * (1 - arms[ours][window].mean / spread.mean):.0f} % of what {control} leaves"
-        for window, spread in arms[control].items()
-        if window in arms[ours]
-    ]
+    shares = {w: 1 - arms[ours][w].mean / spread.mean for w, spread in arms[control].items() if w in arms[ours]}
+    return [f"W = {w}: {ours} closes {100 * share:.0f} % of what {control} leaves" for w, share in shares.items()]
 
 
 def plot(found: dict[str, dict[str, dict[str, Spread]]], path: Path) -> None:
