@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pte_trl.schedule import Schedule
 
@@ -80,9 +80,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int) -> Qwen2ForCausalLM:
+def build_model(seed: int) -> LlamaForCausalLM:
+    # Not Qwen2: for its folders AutoTokenizer takes Qwen's own tokenizer, whatever the folder says (transformers 5).
     ids = {"eos_token_id": IDS[END], "pad_token_id": IDS[PAD], "bos_token_id": None}
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(WORDS),
         hidden_size=HIDDEN,
         num_hidden_layers=LAYERS,
@@ -94,7 +95,7 @@ def build_model(seed: int) -> Qwen2ForCausalLM:
         **ids,
     )
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
+    model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, **ids)
     return model
 
