@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pte_trl.evaluation.records import COMPLETE
 from pte_trl.schedule import Schedule
 from pte_trl.study import plan, report
+from pte_trl.study.collect import collect
 from pte_trl.study.evaluate import accuracy
 from pte_trl.study.recall import DIGIT, DIGITS, IDS, PAIR, WORDS, build_model, build_tokenizer, countdown, draw
 
 ROOT = Path(__file__).resolve().parent.parent
 PY = sys.executable
+HEAD = "PY := python\nREADY := /dev/null\nTINY_BASE := /dev/null\nTINY_DATA := /dev/null\n"  # the Makefile's own
 
 
 def run(folder: Path, *command: str) -> str:
@@ -146,18 +149,34 @@ def test_the_report_says_what_the_files_say(tmp_path):
         report.read(tmp_path / "nowhere")
 
 
+def test_collecting_evaluations(tmp_path):
+    for window, verdicts in (("16", [True, False]), ("8", [False, False]), ("full", [True, True])):
+        folder = tmp_path / window / "sums"
+        folder.mkdir(parents=True)
+        rows = [
+            {"problem_id": str(n), "sample": 0, "correct": right, "contaminated": False, "completion": "", "tokens": 1}
+            | {"finish_reason": "stop", "evictions": 0, "gold_note": None}
+            for n, right in enumerate(verdicts)
+        ]
+        (folder / COMPLETE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(collect(tmp_path).items()) == [("8", 0.0), ("16", 0.5), ("full", 1.0)]
+    (tmp_path / "32").mkdir()
+    with pytest.raises(ValueError, match="32: 0 finished evaluations"):
+        collect(tmp_path)
+
+
 def test_the_plan_is_one_that_make_reads(tmp_path):
-    (tmp_path / "Makefile").write_text("PY := python\nREADY := /dev/null\n" + plan.makefile())
+    (tmp_path / "Makefile").write_text(HEAD + plan.makefile())
     shown = subprocess.run(["make", "-n", "study"], cwd=tmp_path, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
-    seeds, arms = len(plan.SEEDS), len(plan.RECALL_ARMS)
+    seeds, arms = len(plan.SEEDS), len(plan.ARMS)
     assert sum("pte_trl.study.evaluate" in line for line in lines) == seeds * arms + 1
     assert sum("pte_trl.study.kl" in line for line in lines) == seeds * len(plan.SMOLLM2_ARMS) + 1
     place = {
         run: n for n, line in enumerate(lines) for run in [line.split("--output_dir ")[-1]] if "output_dir" in line
     }
     for seed in plan.SEEDS:
-        for arm in plan.RECALL_ARMS:
-            if arm.start:  # an arm that goes on from another comes behind it
-                assert place[f"{plan.RECALL}/{arm.name}-{seed}"] > place[f"{plan.RECALL}/{arm.start}-{seed}"]
+        for folder, arm in ((folder, arm) for folder in (plan.RECALL, plan.SUMS) for arm in plan.ARMS if arm.start):
+            # an arm that goes on from another comes behind it
+            assert place[f"{folder}/{arm.name}-{seed}"] > place[f"{folder}/{arm.start}-{seed}"]

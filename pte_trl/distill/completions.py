@@ -25,7 +25,7 @@ def write_completions(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
     args: PteDistillConfig,
-    batch: int = 16,
+    batch: int = 32,
 ) -> None:
     """One completion of the model, full cache, per prompt; each has a seed of its own, so the file does not depend on
     the batch. A file that is there is whole, and is left alone."""

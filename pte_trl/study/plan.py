@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 SEEDS = os.environ.get("SEEDS", "0 1 2").split()
 RECALL = "outputs/study/recall"
+SUMS = "outputs/study/sums"
 SMOLLM2 = "outputs/study/smollm2"
 BASE = "outputs/smollm2-135m"
 # Steps of every method alike; and of SmolLM2, whose texts are sampled once for all runs.
 DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "400")
 GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
+SUMS_STEPS = os.environ.get("SUMS_STEPS", "80")  # of distillation and of GRPO
+SUMS_WINDOWS = ("8", "16", "32", "full")  # trained at 16; "full" holds any solution
 SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "40")
 SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "128")  # to distil on
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "16")
@@ -33,7 +36,7 @@ class Arm:
     start: str | None = None
 
 
-RECALL_ARMS = (
+ARMS = (
     Arm("lora", "lora", "grpo"),
     Arm("lora_c", "lora_c", "grpo"),
     Arm("pte", "pte", "grpo"),
@@ -54,7 +57,7 @@ def recall_rules() -> tuple[list[str], list[str]]:
     base, data = f"{RECALL}/base/config.json", f"{RECALL}/base"
     rules, results = [rule(base, ["| $(READY)"], f"$(PY) -m pte_trl.study.recall --output {RECALL}")], []
     for seed in SEEDS:
-        for arm in RECALL_ARMS:
+        for arm in ARMS:
             run = f"{RECALL}/{arm.name}-{seed}"
             needs = [base] + ([f"{RECALL}/{arm.start}-{seed}/manifest.json"] if arm.start else [])
             script = "-m pte_trl.study.grpo" if arm.stage == "grpo" else "recipes/distill_pte.py"
@@ -71,6 +74,42 @@ def recall_rules() -> tuple[list[str], list[str]]:
     results.append(f"{RECALL}/results/base-0.json")
     rules.append(rule(results[-1], [base], f"$(PY) -m pte_trl.study.evaluate --base {data} --output $@"))
     return rules, results
+
+
+def sums_rules() -> tuple[list[str], list[str]]:
+    """Rules and results of the running sums, which can be added up again from the prompt: the milder task."""
+    base, data = "$(TINY_BASE)", "$(TINY_DATA)"
+    rules, results = [], [f"{SUMS}/results/base-0.json"]
+    rules += evaluate_rules(f"{SUMS}/evaluate/base-0", results[0], None)
+    for seed in SEEDS:
+        for arm in ARMS:
+            run = f"{SUMS}/{arm.name}-{seed}"
+            needs = [f"{SUMS}/{arm.start}-{seed}/manifest.json"] if arm.start else []
+            recipe = "recipes/grpo_pte.py --config recipes/tiny.yaml --learning_rate 2e-4"  # at 1e-3 PTE fell apart
+            if arm.stage == "distill":
+                recipe = "recipes/distill_pte.py --config recipes/distill_tiny.yaml --dataset_limit 8192"
+            command = f"$(PY) {recipe} --method {arm.method} --dataset_name $(TINY_DATA)"
+            command += " --window full" if arm.method == "lora" else ""
+            command += f" --adapter {SUMS}/{arm.start}-{seed}" if arm.start else ""
+            command += f" --seed {seed} --max_steps {SUMS_STEPS} --output_dir {run}"
+            rules.append(rule(f"{run}/manifest.json", [*needs, "|", base, data], command))
+            results.append(f"{SUMS}/results/{arm.name}-{seed}.json")
+            rules += evaluate_rules(f"{SUMS}/evaluate/{arm.name}-{seed}", results[-1], run)
+    return rules, results
+
+
+def evaluate_rules(folder: str, result: str, run: str | None) -> list[str]:
+    """An evaluation per window with the project's own script, and their collection into one result."""
+    commands = []
+    for window in SUMS_WINDOWS:
+        command = "$(PY) recipes/evaluate.py --recipe recipes/tiny.yaml --data_dir outputs/tiny/data"
+        command += " --benchmarks tiny_math500 --samples 4 --max_new_tokens 128 --temperature 1.0 --top_p 1.0"
+        command += " --batch_size 128 --use_cpu true"
+        command += "" if window == "full" else f" --window {window}"
+        command += f" --adapter {run}" if run else ""
+        commands.append(f"{command} --output_dir {folder}/{window}")
+    commands.append(f"$(PY) -m pte_trl.study.collect {folder} --output $@")
+    return [rule(result, ([f"{run}/manifest.json"] if run else []) + ["|", "$(TINY_BASE)", "$(TINY_DATA)"], *commands)]
 
 
 def smollm2_rules() -> tuple[list[str], list[str]]:
@@ -104,11 +143,12 @@ def smollm2_rules() -> tuple[list[str], list[str]]:
 
 def makefile() -> str:
     parts = ["# Made by pte_trl/study/plan.py"]
-    for name, (rules, results) in (("recall", recall_rules()), ("smollm2", smollm2_rules())):
+    studies = {"recall": recall_rules(), "sums": sums_rules(), "smollm2": smollm2_rules()}
+    for name, (rules, results) in studies.items():
         report = f"outputs/study/{name}/table.md"
         draw = f"$(PY) -m pte_trl.study.report outputs/study/{name}/results --output outputs/study/{name}"
         parts += [*rules, rule(report, results, draw), f".PHONY: study-{name}\n{rule(f'study-{name}', [report])}"]
-    return "\n".join([*parts, ".PHONY: study\nstudy: study-recall study-smollm2\n"])
+    return "\n".join([*parts, ".PHONY: study\nstudy: " + " ".join(f"study-{name}" for name in studies) + "\n"])
 
 
 if __name__ == "__main__":
