@@ -125,10 +125,11 @@ class PteDistillationTrainer(DistillationTrainer):
         for name, pair in self._sums.items():  # outside of the wrapper, where processes may wait for each other
             total, count = self.accelerator.gather(pair.unsqueeze(0)).sum(0).tolist()
             metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
-        ratios = [x.update_ratio for x in pte_layers(self.accelerator.unwrap_model(model))]
-        ratios = [ratio for ratio in ratios if ratio is not None]
-        if ratios:
-            metrics["pte/update_over_state"].append(self.accelerator.gather(torch.stack(ratios).mean()).mean().item())
+        layers = pte_layers(self.accelerator.unwrap_model(model))
+        if layers:  # on every process alike; a batch without an eviction has no ratio
+            ratios = [torch.tensor(float("nan")) if x.update_ratio is None else x.update_ratio for x in layers]
+            ratio = torch.stack([r.to(self.accelerator.device) for r in ratios]).mean()
+            metrics["pte/update_over_state"].append(self.accelerator.gather(ratio).nanmean().item())
         return loss
 
     @property
