@@ -16,10 +16,10 @@ SUMS = "outputs/study/sums"
 SMOLLM2 = "outputs/study/smollm2"
 BASE = "outputs/smollm2-135m"
 # Steps of every method alike; and of SmolLM2, whose texts are sampled once for all runs.
-DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "400")
+DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "200")
 GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
-SUMS_STEPS = os.environ.get("SUMS_STEPS", "80")  # of distillation and of GRPO
-SUMS_WINDOWS = ("8", "16", "32", "full")  # trained at 16; "full" holds any solution
+SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
+SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
 SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "40")
 SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "128")  # to distil on
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "16")
@@ -103,7 +103,7 @@ def evaluate_rules(folder: str, result: str, run: str | None) -> list[str]:
     commands = []
     for window in SUMS_WINDOWS:
         command = "$(PY) recipes/evaluate.py --recipe recipes/tiny.yaml --data_dir outputs/tiny/data"
-        command += " --benchmarks tiny_math500 --samples 4 --max_new_tokens 128 --temperature 1.0 --top_p 1.0"
+        command += " --benchmarks tiny_math500 --samples 2 --max_new_tokens 128 --temperature 1.0 --top_p 1.0"
         command += " --batch_size 128 --use_cpu true"
         command += "" if window == "full" else f" --window {window}"
         command += f" --adapter {run}" if run else ""
