@@ -15,6 +15,7 @@ RECALL = "outputs/study/recall"
 SUMS = "outputs/study/sums"
 SMOLLM2 = "outputs/study/smollm2"
 BASE = "outputs/smollm2-135m"
+NAMES = os.environ.get("NAMES", "4")  # digits to remember in the recall task
 # Steps of every method alike; and of SmolLM2, whose texts are sampled once for all runs.
 DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "200")
 GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
@@ -55,7 +56,11 @@ def rule(target: str, needs: list[str], *commands: str) -> str:
 def recall_rules() -> tuple[list[str], list[str]]:
     """Rules and results of the recall task."""
     base, data = f"{RECALL}/base/config.json", f"{RECALL}/base"
-    rules, results = [rule(base, ["| $(READY)"], f"$(PY) -m pte_trl.study.recall --output {RECALL}")], []
+    measure = f"$(PY) -m pte_trl.study.evaluate --base {data} --names {NAMES}"
+    rules, results = (
+        [rule(base, ["| $(READY)"], f"$(PY) -m pte_trl.study.recall --names {NAMES} --output {RECALL}")],
+        [],
+    )
     for seed in SEEDS:
         for arm in ARMS:
             run = f"{RECALL}/{arm.name}-{seed}"
@@ -69,10 +74,9 @@ def recall_rules() -> tuple[list[str], list[str]]:
                 rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --max_steps {steps} --output_dir {run}")
             )
             results.append(f"{RECALL}/results/{arm.name}-{seed}.json")
-            evaluate = f"$(PY) -m pte_trl.study.evaluate --base {data} --adapter {run} --output $@"
-            rules.append(rule(results[-1], [f"{run}/manifest.json"], evaluate))
+            rules.append(rule(results[-1], [f"{run}/manifest.json"], f"{measure} --adapter {run} --output $@"))
     results.append(f"{RECALL}/results/base-0.json")
-    rules.append(rule(results[-1], [base], f"$(PY) -m pte_trl.study.evaluate --base {data} --output $@"))
+    rules.append(rule(results[-1], [base], f"{measure} --output $@"))
     return rules, results
 
 
