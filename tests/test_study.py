@@ -14,7 +14,18 @@ from pte_trl.schedule import Schedule
 from pte_trl.study import plan, report
 from pte_trl.study.collect import collect
 from pte_trl.study.evaluate import accuracy
-from pte_trl.study.recall import DIGIT, DIGITS, IDS, PAIR, WORDS, build_model, build_tokenizer, countdown, draw
+from pte_trl.study.recall import (
+    DIGIT,
+    DIGITS,
+    IDS,
+    PAIR,
+    WORDS,
+    build_model,
+    build_tokenizer,
+    countdown,
+    draw,
+    write_rows,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PY = sys.executable
@@ -79,6 +90,15 @@ def test_the_tokenizer_survives_its_folder(tmp_path):
     assert tokenizer(text)["input_ids"] == [IDS[word] for word in text.split()]
 
 
+def test_rows_end_in_every_question(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 8, 4, 9, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [len(row["thought"].split()) for row in rows] == [14, 16, 18, 20] * 2
+    for row in rows:
+        words = row["thought"].split()
+        assert words[-1] + row["answer"] in words[:4]
+
+
 def test_every_run_of_the_plan_works(tmp_path):
     """One seed, few steps: base, the arms that differ in code, results, table and plot."""
     recall = tmp_path / "outputs/study/recall"
@@ -108,7 +128,7 @@ def test_only_the_answer_is_rewarded_and_trained(tmp_path):
     from pte_trl.study.grpo import GivenThoughtTrainer, right_answer
 
     tokens, places = draw(8, 4, 14, torch.Generator().manual_seed(0))
-    words = [[WORDS[token] for token in row[: places[0] + 1]] for row in tokens.tolist()]
+    words = [[WORDS[token] for token in row[: places[n % 4] + 1]] for n, row in enumerate(tokens.tolist())]
     rows = [{"prompt": w[0], "thought": " ".join(w[1:-1]), "answer": w[-1]} for w in words]
     settings = {"window": 8, "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 1, "use_cpu": True}
     settings |= {"bf16": False, "report_to": "none", "save_strategy": "no", "output_dir": str(tmp_path)}

@@ -10,7 +10,7 @@ The thought draws a random digit for every name, counts down from the number in 
 prompt holds neither digits nor questions, and answers to other names say nothing. A countdown that outlasts the
 window once per layer leaves no path of attention from a question back to a digit (`countdown`), so whatever sees the
 window alone is at chance, 0.10, whatever it learns. The command writes a base model that has learnt the task with full
-attention, and train.jsonl: problem (the prompt), thought (up to the first question), answer.
+attention, and train.jsonl: problem (the prompt), thought (up to a question), answer.
 """
 
 import argparse
@@ -123,12 +123,11 @@ def train(model: nn.Module, names: int, lengths: list[int], steps: int, batch: i
 
 
 def write_rows(path: Path, rows: int, names: int, length: int, seed: int) -> None:
-    """Training rows: the thought up to one question, and its answer."""
+    """Training rows: the thought up to a question, the first to the last in turn, and its answer."""
     tokens, places = draw(rows, names, length, torch.Generator().manual_seed(seed))
-    first = int(places[0])
     with path.open("w") as file:
-        for row in tokens[:, : first + 1].tolist():
-            words = [WORDS[token] for token in row]
+        for index, row in enumerate(tokens.tolist()):
+            words = [WORDS[token] for token in row[: int(places[index % names]) + 1]]
             file.write(json.dumps({"problem": words[0], "thought": " ".join(words[1:-1]), "answer": words[-1]}) + "\n")
 
 
