@@ -22,8 +22,8 @@ GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
 SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
 SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
 SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "40")
-SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "128")  # to distil on
-SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "16")
+SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "80")  # to distil on
+SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
 SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256")
 
 
