@@ -4,7 +4,8 @@
 
 Writes inspect.json, states.png, tokens.png and distance.png.
 S' of an eviction is a sum over its tokens of one outer product each, so a token's contribution is exact, and so is its
-share, its length along S' over |S'|: the shares of an eviction add up to 1, and one that works against it is negative.
+share, its length along S' over |S'|: the shares of an eviction add up to 1, and one that works against it is
+negative. Times |S'| / |S| it is how far the token moved S.
 """
 
 import argparse
@@ -62,18 +63,19 @@ def contributions(layer: PteAttention, latents: tuple[Tensor, Tensor], plan: Rep
 
 
 def describe(by_token: Tensor, memories: Tensor, encoder) -> dict:
-    """Of one layer: norms of S and S', cosines of successive S, and each token's share of |S'|."""
+    """Of one layer: norms of S and S', cosines of successive S, each token's share of |S'|, and that over |S|."""
     states, updates = encoder.read(memories), by_token.sum(1)
     norm = updates.norm(dim=(-2, -1))
     along = (by_token * updates.unsqueeze(1)).sum((-2, -1)) / norm.unsqueeze(1).clamp(min=1e-30)
-    flat = states.flatten(1)
+    flat, before = states.flatten(1), memories[:-1].flatten(1).norm(dim=1).clamp(min=1e-30)
     return {
         "state_norm": flat.norm(dim=1).tolist(),
         "memory_norm": memories.flatten(1).norm(dim=1).tolist(),
-        "update_over_state": (norm / memories[:-1].flatten(1).norm(dim=1).clamp(min=1e-30)).tolist(),
+        "update_over_state": (norm / before).tolist(),
         "cosine_to_last": torch.cosine_similarity(flat[1:], flat[:-1], dim=1).tolist(),
         "cosine_to_start": torch.cosine_similarity(flat[1:], flat[:1], dim=1).tolist(),
         "token_share": (along / norm.unsqueeze(1).clamp(min=1e-30)).tolist(),
+        "token_moved": (along / before.unsqueeze(1)).tolist(),
     }
 
 
@@ -129,14 +131,14 @@ def by_distance(kl: list[float], since: list[int]) -> dict[int, float]:
 
 
 def movers(found: dict, words: list[str], count: int = 20) -> list[dict]:
-    """The evicted tokens with the largest share of |S'| in the mean over layers, largest first."""
-    shares = torch.tensor([layer["token_share"] for layer in found["layers"]]).mean(0)
+    """The evicted tokens that moved S furthest, by their part of |S'| / |S| in the mean over layers."""
+    moved = torch.tensor([layer["token_moved"] for layer in found["layers"]]).mean(0)
     rows = [
-        {"token": words[place], "thought": place, "eviction": k + 1, "share": shares[k, e].item()}
+        {"token": words[place], "thought": place, "eviction": k + 1, "moved": moved[k, e].item()}
         for k, places in enumerate(found["evicted"])
         for e, place in enumerate(places)
     ]
-    return sorted(rows, key=lambda row: -row["share"])[:count]
+    return sorted(rows, key=lambda row: -row["moved"])[:count]
 
 
 def parse() -> argparse.Namespace:
@@ -196,9 +198,11 @@ def main() -> None:
     about = {"environment": environment(), "settings": settings, "text": tokenizer.decode(completion)}
     write_json(args.output / "inspect.json", about | found)
     draw(found, words, args.output)
-    print(f"{found['evictions']} evictions of {found['evict']} tokens; tokens that moved S most:")
+    print(
+        f"{found['evictions']} evictions of {found['evict']} tokens; those that moved S most, in parts of |S'| / |S|:"
+    )
     for row in found["movers"][:10]:
-        print(f"  {row['token']!r:16} thought {row['thought']:4}, eviction {row['eviction']:3}: {row['share']:.3f}")
+        print(f"  {row['token']!r:16} thought {row['thought']:4}, eviction {row['eviction']:3}: {row['moved']:.3f}")
     print(f"written to {args.output}")
 
 

@@ -34,13 +34,15 @@ def states(plt, found: dict, words: list[str]):
         axis.set(xlabel="eviction", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].legend(frameon=False)
     return figure
 
 
 def tokens(plt, found: dict, words: list[str]):
-    """Every evicted token's share of |S'| of its eviction, layer by layer, and the words with the largest ones."""
-    shares = torch.tensor([layer["token_share"] for layer in found["layers"]]).flatten(1)
+    """How far every evicted token moved S, layer by layer, and the words that moved it furthest."""
+    shares = torch.tensor([layer["token_moved"] for layer in found["layers"]]).flatten(1)
     places = torch.tensor(found["evicted"]).flatten()
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(12, 6), layout="constrained")
     limit = shares.abs().max().item()
@@ -48,18 +50,15 @@ def tokens(plt, found: dict, words: list[str]):
     image = top.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
     for k in range(1, found["evictions"]):
         top.axvline(k * found["evict"] - 0.5, color="0.5", linewidth=0.5)
-    top.set(
-        ylabel="layer", xlabel="evicted token, in order", title="share of each token in the update of its eviction"
-    )
+    top.set(ylabel="layer", xlabel="evicted token, in order", title="each token's part of |S'| / |S|")
     figure.colorbar(image, ax=top)
     mean = shares.mean(0)
     best = mean.topk(min(25, len(mean))).indices.tolist()
     labels = [f"{_plain(words[places[i]])} ({places[i].item()})" for i in best]
     bottom.bar(range(len(best)), mean[best].tolist(), color="C0")
     bottom.set_xticks(range(len(best)), labels, rotation=60, ha="right")
-    bottom.axhline(1 / found["evict"], color="0.4", linestyle="--", label="equal shares")
-    bottom.set(ylabel="share, mean over layers", title="the evicted tokens that moved S most (place in the thought)")
-    bottom.legend(frameon=False)
+    bottom.set(ylabel="part of |S'| / |S|, mean over layers")
+    bottom.set_title("the evicted tokens that moved S most (place in the thought)")
     return figure
 
 

@@ -52,7 +52,10 @@ def test_the_states_are_those_of_a_decode(update):
 def test_movers_are_sorted_and_named():
     found = inspect(with_pte(tiny()), PROMPT, COMPLETION, WINDOW, 0.25, pad=0)
     rows = movers(found, [str(n) for n in range(24)], 5)
-    assert [row["share"] for row in rows] == sorted((row["share"] for row in rows), reverse=True)
+    assert [row["moved"] for row in rows] == sorted((row["moved"] for row in rows), reverse=True)
+    for layer in found["layers"]:
+        sums = [sum(parts) for parts in layer["token_moved"]]
+        assert sums == pytest.approx(layer["update_over_state"], rel=1e-9)
     assert all(int(row["token"]) == row["thought"] and row["thought"] // 2 + 1 == row["eviction"] for row in rows)
 
 
