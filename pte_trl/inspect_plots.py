@@ -51,6 +51,7 @@ def tokens(plt, found: dict, words: list[str]):
     for k in range(1, found["evictions"]):
         top.axvline(k * found["evict"] - 0.5, color="0.5", linewidth=0.5)
     top.set(ylabel="layer", xlabel="evicted token, in order", title="each token's part of |S'| / |S|")
+    top.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=top)
     mean = shares.mean(0)
     best = mean.topk(min(25, len(mean))).indices.tolist()
