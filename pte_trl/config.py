@@ -103,10 +103,7 @@ class PteGRPOConfig(GRPOConfig):
             self.report_to = "trackio" if is_trackio_available() else "none"
         if self.run_name is None and self.output_dir:
             self.run_name = Path(self.output_dir).name  # a resumed run goes on in its own curves
-        if isinstance(self.window, str) and self.window.lstrip("-").isdigit():
-            self.window = int(self.window)
-        if isinstance(self.rollout_batch_size, str) and self.rollout_batch_size.isdigit():
-            self.rollout_batch_size = int(self.rollout_batch_size)
+        read_numbers(self)
         if self.window == "full" and self.method == "lora":
             self.window = None  # so that a flag can take back the window of a recipe
         check_cache_policy(self)
@@ -119,6 +116,14 @@ class PteGRPOConfig(GRPOConfig):
         check_trackers(self.report_to)
 
 
+def read_numbers(args) -> None:
+    """window and rollout_batch_size, which may also be words, as numbers where they are."""
+    if isinstance(args.window, str) and args.window.lstrip("-").isdigit():
+        args.window = int(args.window)
+    if isinstance(args.rollout_batch_size, str) and args.rollout_batch_size.isdigit():
+        args.rollout_batch_size = int(args.rollout_batch_size)
+
+
 def check_cache_policy(args: PteGRPOConfig) -> None:
     """Refuses combinations that would train on other log-probs than were sampled, or on nothing.
 
@@ -128,6 +133,15 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
     one_of("method", args.method, METHODS)
     one_of("loss_type", args.loss_type, LOSS_TYPES)
     check_replay(args)
+    check_sampling(args)
+
+
+def check_sampling(args) -> None:
+    """The part of it that holds for every trainer: the window, and how completions are drawn.
+
+    Raises:
+        ValueError: as above.
+    """
     size = args.rollout_batch_size
     if size not in (None, "auto") and not (isinstance(size, int) and size >= 1):
         raise ValueError(f"rollout_batch_size={size!r}: must be auto, or an integer of at least 1")

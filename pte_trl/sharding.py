@@ -37,7 +37,7 @@ def check_engine(args, engine: str | None) -> None:
             f"ds3_gather_for_generation=false under ZeRO-3: a rollout of method={args.method} ends at another token "
             "on every rank and needs whole weights; allowed is true"
         )
-    if args.replay == "segments" and engine in ("ZeRO-3", "FSDP2"):
+    if getattr(args, "replay", None) == "segments" and engine in ("ZeRO-3", "FSDP2"):
         raise ValueError(
             f"replay='segments' under {engine}: every rank runs its own number of "
             "segments, and would wait for the weights of others; allowed is replay='one_pass', or an engine with "
@@ -87,6 +87,11 @@ def whole_weights(model: nn.Module):
             unit.reshard()
         for unit in released:
             unit.set_reshard_after_forward(True, recurse=False)
+
+
+def rollout_engine_must_go(trainer) -> bool:
+    """Whether training wants the rollout engine's memory, or the weights will lie elsewhere in the next rollout."""
+    return trainer._dist.is_zero3 or trainer._dist.is_fsdp or trainer.args.rollout_batch_size == "auto"
 
 
 def _released_after_forward(unit: FSDPModule) -> bool:

@@ -26,7 +26,7 @@ from pte_trl.rewards import has_boxed
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.segments import segment_logps
-from pte_trl.sharding import call_inside, check_engine, prepare_engine, whole_weights
+from pte_trl.sharding import call_inside, check_engine, prepare_engine, rollout_engine_must_go, whole_weights
 
 logger = get_logger(__name__)
 
@@ -104,7 +104,7 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
                 batch_size=self.args.rollout_batch_size,
                 kept_engine=self._kept_engine,
             )
-        if self._engine_must_go():
+        if rollout_engine_must_go(self):
             self._kept_engine.release()
         self._check_rollout(result.logprobs, prompt_ids)
         self._samples = {"windows": torch.full((len(prompt_ids),), window, device=self.accelerator.device)}
@@ -128,10 +128,6 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             if "old_per_token_logps" in output:
                 self._record_mismatch(output["old_per_token_logps"], output)
         return output
-
-    def _engine_must_go(self) -> bool:
-        """Whether training wants the engine's memory, or the weights will lie elsewhere in the next rollout."""
-        return self._dist.is_zero3 or self._dist.is_fsdp or self.args.rollout_batch_size == "auto"
 
     # ---- scoring -------------------------------------------------------------------------------------------
 

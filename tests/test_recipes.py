@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pte_trl.parsing import parse_recipe
+from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.distill import PteDistillConfig
+from pte_trl.parsing import parse, parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 PAPER = [ROOT / f"recipes/{name}.yaml" for name in ("qwen3b", "qwen7b", "llama8b")]
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_parses_and_every_line_has_its_reason(path):
-    _, args = parse_recipe(["--config", str(path), *CPU])
+    classes = (RecipeArguments, PteDistillConfig if "distill" in path.stem else PteGRPOConfig)
+    _, args = parse(classes, ["--config", str(path), *CPU])
     assert args.method == "pte"
     values = [line for line in path.read_text().splitlines() if re.match(r"\w+:", line)]
     unexplained = [

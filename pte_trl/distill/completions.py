@@ -1,0 +1,83 @@
+"""The teacher's completions in a file, one JSON object a line: prompt, completion_ids, and the text to read."""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pte_trl.data import open_jsonl
+from pte_trl.distill.config import PteDistillConfig
+from pte_trl.rollout import rollout
+
+
+def tokens_of(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, template: dict | None = None) -> list[int]:
+    """As TRL tokenizes prompts (`_tokenize_prompts`, trl 1.16)."""
+    if isinstance(prompt, str):
+        return tokenizer(text=prompt)["input_ids"]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True} | (template or {})
+    return tokenizer.apply_chat_template(prompt, **options)["input_ids"]
+
+
+def write_completions(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    args: PteDistillConfig,
+    batch: int = 32,
+) -> None:
+    """One completion of the model, full cache, per prompt; each has a seed of its own, so the file does not depend on
+    the batch. A file that is there is whole, and is left alone."""
+    if path.exists():
+        print(f"{path} is there already; nothing to do")
+        return
+    model = model.to(args.device)
+    aside, count = path.with_suffix(".partial"), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside.open("w") as file:
+        for start in range(0, len(prompts), batch):
+            rows = prompts.select(range(start, min(start + batch, len(prompts))))["prompt"]
+            result = rollout(
+                model,
+                [tokens_of(prompt, tokenizer, args.chat_template_kwargs) for prompt in rows],
+                window=args.max_completion_length,
+                max_new_tokens=args.max_completion_length,
+                temperature=args.temperature,
+                eos_token_ids=ends_of(model, tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                seeds=[args.seed * 1_000_003 + start + n for n in range(len(rows))],
+            )
+            for prompt, ids in zip(rows, result.completion_ids, strict=True):
+                row = {"prompt": prompt, "completion_ids": ids, "text": tokenizer.decode(ids)}
+                file.write(json.dumps(row) + "\n")
+                count += len(ids)
+            print(
+                f"{start + len(rows)} of {len(prompts)} completions, {result.tokens_per_second:.0f} tokens/s",
+                flush=True,
+            )
+    aside.rename(path)
+    print(f"{path}: {len(prompts)} completions, {count} tokens")
+
+
+def read_completions(path: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Columns prompt and completion_ids.
+
+    Raises:
+        ValueError: a line without them, or with tokens that the tokenizer does not have.
+        OSError: no such file.
+    """
+    table = open_jsonl(Path(path))
+    for index, row in enumerate(table.rows):
+        ids = row.get("completion_ids")
+        if not row.get("prompt") or not isinstance(ids, list) or not ids:
+            raise ValueError(f"{table.place(index)}: needs prompt and completion_ids, has {', '.join(row)}")
+        if not all(isinstance(x, int) and 0 <= x < len(tokenizer) for x in ids):
+            raise ValueError(f"{table.place(index)}: completion_ids are of another tokenizer than this model's")
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion_ids")} for row in table.rows])
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+    more = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])})

@@ -1,0 +1,82 @@
+"""How far the student's next-token distribution is from the teacher's, without the logits of all tokens at once.
+
+The LM head is applied to some tokens at a time, and again in backward: what autograd keeps is the hidden states. TRL's
+own chunked divergence (`trl.kernels`) works in float32 only and says nothing of the most likely token, which we log;
+a test compares the two.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = 2**23  # of one part, tokens times vocabulary: 32 MiB in float32
+
+
+@dataclass
+class Divergence:
+    """All of shape (tokens,), in nats where that applies; only `loss` has a gradient.
+
+    Attributes:
+        loss: the divergence that was asked for.
+        kl: KL(teacher || student), whatever was asked for.
+        entropy: of the student.
+        agrees: 1 where both have the same most likely token.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    entropy: Tensor
+    agrees: Tensor
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    head: nn.Module,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    logits: int = LOGITS,
+) -> Divergence:
+    """Token by token, at `temperature`.
+
+    Args:
+        student, teacher: (tokens, hidden) last hidden states; no gradient flows into the teacher's.
+        head: (…, hidden) -> (…, vocabulary), of both.
+        beta: 0 is KL(teacher || student), 1 is KL(student || teacher); between them, with the mixture
+            m = (1 - beta) student + beta teacher, beta KL(teacher || m) + (1 - beta) KL(student || m), as in TRL.
+        logits: tokens times vocabulary of one part.
+    """
+    tokens = max(1, logits // head.weight.shape[0])
+    parts = [
+        checkpoint(_part, s, t, head, beta, temperature, use_reentrant=False, preserve_rng_state=False)
+        for s, t in zip(student.split(tokens), teacher.detach().split(tokens), strict=True)
+    ]
+    return Divergence(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _part(student: Tensor, teacher: Tensor, head: nn.Module, beta: float, temperature: float) -> tuple[Tensor, ...]:
+    s, t = (_log_probs(head(hidden), temperature) for hidden in (student, teacher))
+    forward = _kl(t, s)
+    if beta == 0:
+        loss = forward
+    elif beta == 1:
+        loss = _kl(s, t)
+    else:
+        mixture = torch.logaddexp(s + math.log1p(-beta), t + math.log(beta))
+        loss = beta * _kl(t, mixture) + (1 - beta) * _kl(s, mixture)
+    with torch.no_grad():
+        entropy = -(s.exp() * s).sum(-1)
+        agrees = (s.argmax(-1) == t.argmax(-1)).to(s.dtype)
+    return loss, forward.detach(), entropy, agrees
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probs."""
+    return (p.exp() * (p - q)).sum(-1)

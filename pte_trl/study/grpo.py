@@ -1,0 +1,102 @@
+"""GRPO on the recall task: the thought up to the question is given, the policy writes the answer.
+
+    python -m pte_trl.study.grpo --config recipes/study/recall_grpo.yaml --method pte --seed 0 --output_dir OUT
+
+If the policy wrote the digits that it is asked for later, always writing the same one would be rewarded. So they come
+from the data, as the base model would have drawn them; the loss is on the answer alone. The log-probs of all
+completions are taken from one replay, which is what a decode gives (tests/test_exactness.py).
+"""
+
+import sys
+
+import torch
+from trl.trainer.utils import pad
+
+from pte_trl.data import load_problems
+from pte_trl.engine import left_pad
+from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
+from pte_trl.manifest import write_manifest
+from pte_trl.parsing import parse_recipe
+from pte_trl.replay import replay_inputs
+from pte_trl.rollout import eval_mode
+from pte_trl.schedule import resolve_window
+from pte_trl.trainer import PteGRPOTrainer
+
+
+class GivenThoughtTrainer(PteGRPOTrainer):
+    """`PteGRPOTrainer` for rows with a thought: a completion is the thought, one sampled token, and the end."""
+
+    def _generate_and_score_completions(self, inputs):
+        self._thoughts = self._tokenizer([row["thought"] for row in inputs])["input_ids"]
+        output = super()._generate_and_score_completions(inputs)
+        # TRL's mask of tokens that the policy did not write: here all but the last but one.
+        ends = output["completion_mask"].sum(1, keepdim=True)
+        at = torch.arange(output["completion_mask"].shape[1], device=ends.device)
+        output["tool_mask"] = (at == ends - 2).to(output["completion_mask"].dtype)
+        return output
+
+    def _record_mismatch(self, replayed, samples):
+        written = samples["completion_mask"] * samples["tool_mask"]  # the end is not sampled, and has no log-prob
+        super()._record_mismatch(replayed, samples | {"completion_mask": written})
+
+    @torch.no_grad()
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        model, device, end = self.accelerator.unwrap_model(self.model), self.accelerator.device, self.eos_token_ids[0]
+        prompts, prompt_mask = left_pad(prompt_ids, self._tokenizer.pad_token_id, device)
+        thoughts = [torch.tensor([*thought, end], device=device) for thought in self._thoughts]
+        ids = torch.cat([prompts, pad(thoughts, self._tokenizer.pad_token_id, "right")], dim=1)
+        mask = torch.cat([prompt_mask, pad([torch.ones_like(t) for t in thoughts], 0, "right")], dim=1)
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+        if self.bounded:
+            window = resolve_window(self.args.window, self.args.budget, max(map(len, prompt_ids)))
+            inputs = replay_inputs(model, mask, prompts.shape[1], window, self.args.evict_ratio)
+            self._samples = {"windows": torch.full((len(ids),), window, device=device)}
+        with eval_mode(model):
+            logits = model(input_ids=ids, **inputs).logits[:, prompts.shape[1] - 1 : -1]
+        logps = (logits / self.temperature).log_softmax(-1)
+        completions, sampled = [], []
+        for thought, row in zip(thoughts, logps, strict=True):
+            at = len(thought) - 1  # the place of the answer
+            answer = torch.multinomial(row[at].exp(), 1)
+            completion = torch.cat([thought[:-1], answer])
+            sampled.append([*row.gather(1, completion.unsqueeze(1)).squeeze(1).tolist(), 0.0])
+            completions.append([*completion.tolist(), end])
+        return completions, sampled
+
+
+def right_answer(completion_ids, answer, **kwargs) -> list[float]:
+    """1 for the digit that was told. Digits are words of their own, so their ids follow one another."""
+    from pte_trl.study.recall import IDS
+
+    return [float(ids[-2] == IDS[gold]) for ids, gold in zip(completion_ids, answer, strict=True)]
+
+
+def main(argv: list[str] | None = None) -> GivenThoughtTrainer:
+    try:
+        script, args = parse_recipe(argv)
+        check_model(script, args)
+        data = load_problems(script.dataset_name, limit=script.dataset_limit).rename_column("problem", "prompt")
+        if "thought" not in data.column_names:
+            raise ValueError(f"dataset_name={script.dataset_name!r}: has no column thought; see pte_trl.study.recall")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    trainer = GivenThoughtTrainer(
+        model=load_model(script),
+        reward_funcs=right_answer,
+        args=args,
+        train_dataset=data,
+        processing_class=load_tokenizer(script),
+        peft_config=None if script.adapter else script.adapter_config(args.method),
+    )
+    if script.adapter is None:
+        calibrate_encoders(trainer)
+    trainer.train()
+    trainer.save_model(args.output_dir)
+    trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")
+    settings = vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
+    write_manifest(args.output_dir, trainer.accelerator.device, trainer.accelerator.num_processes, settings)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""KL from the full-cache base to a bounded policy, on given text, at several windows.
+
+    python -m pte_trl.study.kl --model outputs/smollm2-135m --completions heldout.jsonl --output base.json
+    python -m pte_trl.study.kl --model ... --adapter ADAPTER --completions heldout.jsonl --output pte.json
+
+The file is one that `recipes/distill_pte.py --sample_to` writes. Without an adapter it is the base under the window.
+Every text is one sample: its mean over the tokens after the first eviction, then the mean and its standard error over
+the texts.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pte_trl.attention  # noqa: F401 (registers the attention)
+from pte_trl.adapter import PteConfig  # noqa: F401 (registers the method with PEFT)
+from pte_trl.distill.completions import read_completions, tokens_of
+from pte_trl.distill.divergence import divergence
+from pte_trl.distill.policies import hidden_states, tokens_since_eviction
+from pte_trl.engine import left_pad
+from pte_trl.manifest import environment, write_json
+
+
+def load(base: str, adapter: str | None, dtype: str = "float32") -> PeftModel:
+    """The base with its adapter, on the CPU or the GPU there is; without one, with a LoRA that does nothing."""
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=getattr(torch, dtype), attn_implementation="blockwise"
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    if adapter is None:
+        return get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+@torch.no_grad()
+def kl_per_token(
+    model: PeftModel, prompt_ids: list[int], completion_ids: list[int], window: int, ratio: float, pad: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(completion,) KL in nats, 1 where the most likely token is the same, and tokens since the last eviction."""
+    ids, mask = left_pad([[*prompt_ids, *completion_ids]], pad, model.device)
+    student, teacher = hidden_states(model, ids, mask, len(prompt_ids), window, ratio)
+    found = divergence(student[0], teacher[0], model.get_output_embeddings())
+    windows = torch.tensor([window], device=ids.device)
+    return found.kl, found.agrees, tokens_since_eviction(len(completion_ids), windows, ratio)[0]
+
+
+def summary(values: list[float]) -> dict:
+    """The mean, its standard error, and how many there are."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": fmean(values), "se": error, "texts": len(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter")
+    parser.add_argument("--completions", required=True, help="a file of prompts and completion_ids")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--windows", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--evict_ratio", type=float, default=0.25)
+    parser.add_argument("--limit", type=int, help="only the first so many texts")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = list(read_completions(args.completions, tokenizer))[: args.limit]
+    model, values = load(args.model, args.adapter), {}
+    for window in args.windows:
+        kl, agrees = [], []
+        for row in texts:
+            prompt = tokens_of(row["prompt"], tokenizer)
+            found = kl_per_token(
+                model, prompt, row["completion_ids"], window, args.evict_ratio, tokenizer.pad_token_id or 0
+            )
+            late = found[2] >= 0
+            if late.any():  # shorter texts are never evicted from
+                kl.append(found[0][late].mean().item())
+                agrees.append(found[1][late].mean().item())
+        if not kl:
+            raise SystemExit(f"error: no completion is longer than window={window}")
+        values[str(window)] = {"kl": summary(kl), "top1_agreement": summary(agrees)}
+        print(f"window {window}: KL {values[str(window)]['kl']['mean']:.4f} on {len(kl)} texts", flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    write_json(args.output, {"environment": environment(), "settings": settings, "values": values})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Which runs the studies need, and the Makefile that makes them.
+
+    python pte_trl/study/plan.py > outputs/study/plan.mk
+
+Standard library only, and run by its path, as `pte_trl/paper/plan.py`. A run is a folder with a manifest.json, which
+is written last; a result is a JSON file. What is there is not made again; what was interrupted starts again from its
+own command. SEEDS and the others below can be set in the environment for a cheaper study.
+"""
+
+import os
+from dataclasses import dataclass
+
+SEEDS = os.environ.get("SEEDS", "0 1 2").split()
+RECALL = "outputs/study/recall"
+SUMS = "outputs/study/sums"
+SMOLLM2 = "outputs/study/smollm2"
+BASE = "outputs/smollm2-135m"
+NAMES = os.environ.get("NAMES", "4")  # digits to remember in the recall task
+# Steps of every method alike; and of SmolLM2, whose texts are sampled once for all runs.
+DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "200")
+GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
+SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
+SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
+SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "40")
+SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "80")  # to distil on
+SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
+SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: `start` is the arm whose adapter it goes on from."""
+
+    name: str
+    method: str
+    stage: str  # grpo or distill
+    start: str | None = None
+
+
+ARMS = (
+    Arm("lora", "lora", "grpo"),
+    Arm("lora_c", "lora_c", "grpo"),
+    Arm("pte", "pte", "grpo"),
+    Arm("lora_c_distilled", "lora_c", "distill"),
+    Arm("pte_distilled", "pte", "distill"),
+    Arm("lora_c_distilled_grpo", "lora_c", "grpo", "lora_c_distilled"),
+    Arm("pte_distilled_grpo", "pte", "grpo", "pte_distilled"),
+)
+SMOLLM2_ARMS = (Arm("lora_c_distilled", "lora_c", "distill"), Arm("pte_distilled", "pte", "distill"))
+
+
+def rule(target: str, needs: list[str], *commands: str) -> str:
+    return f"{target}: {' '.join(needs)}\n" + "".join(f"\t{command}\n" for command in commands)
+
+
+def recall_rules() -> tuple[list[str], list[str]]:
+    """Rules and results of the recall task."""
+    base, data = f"{RECALL}/base/config.json", f"{RECALL}/base"
+    measure = f"$(PY) -m pte_trl.study.evaluate --base {data} --names {NAMES}"
+    rules, results = (
+        [rule(base, ["| $(READY)"], f"$(PY) -m pte_trl.study.recall --names {NAMES} --output {RECALL}")],
+        [],
+    )
+    for seed in SEEDS:
+        for arm in ARMS:
+            run = f"{RECALL}/{arm.name}-{seed}"
+            needs = [base] + ([f"{RECALL}/{arm.start}-{seed}/manifest.json"] if arm.start else [])
+            script = "-m pte_trl.study.grpo" if arm.stage == "grpo" else "recipes/distill_pte.py"
+            steps = GRPO_STEPS if arm.stage == "grpo" else DISTILL_STEPS
+            command = f"$(PY) {script} --config recipes/study/recall_{arm.stage}.yaml --method {arm.method}"
+            command += " --window full" if arm.method == "lora" else ""
+            command += f" --adapter {RECALL}/{arm.start}-{seed}" if arm.start else ""
+            rules.append(
+                rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --max_steps {steps} --output_dir {run}")
+            )
+            results.append(f"{RECALL}/results/{arm.name}-{seed}.json")
+            rules.append(rule(results[-1], [f"{run}/manifest.json"], f"{measure} --adapter {run} --output $@"))
+    results.append(f"{RECALL}/results/base-0.json")
+    rules.append(rule(results[-1], [base], f"{measure} --output $@"))
+    return rules, results
+
+
+def sums_rules() -> tuple[list[str], list[str]]:
+    """Rules and results of the running sums, which can be added up again from the prompt: the milder task."""
+    base, data = "$(TINY_BASE)", "$(TINY_DATA)"
+    rules, results = [], [f"{SUMS}/results/base-0.json"]
+    rules += evaluate_rules(f"{SUMS}/evaluate/base-0", results[0], None)
+    for seed in SEEDS:
+        for arm in ARMS:
+            run = f"{SUMS}/{arm.name}-{seed}"
+            needs = [f"{SUMS}/{arm.start}-{seed}/manifest.json"] if arm.start else []
+            recipe = "recipes/grpo_pte.py --config recipes/tiny.yaml --learning_rate 2e-4"  # at 1e-3 PTE fell apart
+            if arm.stage == "distill":
+                recipe = "recipes/distill_pte.py --config recipes/distill_tiny.yaml --dataset_limit 8192"
+            command = f"$(PY) {recipe} --method {arm.method} --dataset_name $(TINY_DATA)"
+            command += " --window full" if arm.method == "lora" else ""
+            command += f" --adapter {SUMS}/{arm.start}-{seed}" if arm.start else ""
+            command += f" --seed {seed} --max_steps {SUMS_STEPS} --output_dir {run}"
+            rules.append(rule(f"{run}/manifest.json", [*needs, "|", base, data], command))
+            results.append(f"{SUMS}/results/{arm.name}-{seed}.json")
+            rules += evaluate_rules(f"{SUMS}/evaluate/{arm.name}-{seed}", results[-1], run)
+    return rules, results
+
+
+def evaluate_rules(folder: str, result: str, run: str | None) -> list[str]:
+    """An evaluation per window with the project's own script, and their collection into one result."""
+    commands = []
+    for window in SUMS_WINDOWS:
+        command = "$(PY) recipes/evaluate.py --recipe recipes/tiny.yaml --data_dir outputs/tiny/data"
+        command += " --benchmarks tiny_math500 --samples 2 --max_new_tokens 128 --temperature 1.0 --top_p 1.0"
+        command += " --batch_size 128 --use_cpu true"
+        command += "" if window == "full" else f" --window {window}"
+        command += f" --adapter {run}" if run else ""
+        commands.append(f"{command} --output_dir {folder}/{window}")
+    commands.append(f"$(PY) -m pte_trl.study.collect {folder} --output $@")
+    return [rule(result, ([f"{run}/manifest.json"] if run else []) + ["|", "$(TINY_BASE)", "$(TINY_DATA)"], *commands)]
+
+
+def smollm2_rules() -> tuple[list[str], list[str]]:
+    """Rules and results of the KL to the full cache on held-out text."""
+    config = "--config recipes/distill_smollm2.yaml"
+    prompts, model = f"{SMOLLM2}/prompts/train.jsonl", f"{BASE}/config.json"
+    rules = [
+        rule(prompts, ["| $(READY)"], f"$(PY) -m pte_trl.study.prompts --output {SMOLLM2}/prompts"),
+        rule(model, ["| $(READY)"], f"$(PY) -m pte_trl.smollm2 --output {BASE}"),
+    ]
+    for name, count, length in (("train", SMOLLM2_TEXTS, 256), ("heldout", SMOLLM2_HELDOUT, 384)):
+        command = f"$(PY) recipes/distill_pte.py {config} --dataset_name {SMOLLM2}/prompts/{name}.jsonl"
+        command += f" --dataset_limit {count} --max_completion_length {length} --sample_to $@"
+        rules.append(rule(f"{SMOLLM2}/{name}.jsonl", [prompts, model], command))
+    train, heldout = (f"{SMOLLM2}/{name}.jsonl" for name in ("train", "heldout"))
+    measure = f"$(PY) -m pte_trl.study.kl --model {BASE} --completions {heldout} --windows {SMOLLM2_WINDOWS}"
+    results = [f"{SMOLLM2}/results/base-0.json"]
+    rules.append(rule(results[0], [model, heldout], f"{measure} --output $@"))
+    for seed in SEEDS:
+        for arm in SMOLLM2_ARMS:
+            run = f"{SMOLLM2}/{arm.name}-{seed}"
+            command = f"$(PY) recipes/distill_pte.py {config} --method {arm.method} --completions {train}"
+            command += f" --seed {seed} --max_steps {SMOLLM2_STEPS} --output_dir {run}"
+            rules.append(rule(f"{run}/manifest.json", [model, train], command))
+            results.append(f"{SMOLLM2}/results/{arm.name}-{seed}.json")
+            rules.append(
+                rule(results[-1], [f"{run}/manifest.json", heldout], f"{measure} --adapter {run} --output $@")
+            )
+    return rules, results
+
+
+def makefile() -> str:
+    parts = ["# Made by pte_trl/study/plan.py"]
+    studies = {"recall": recall_rules(), "sums": sums_rules(), "smollm2": smollm2_rules()}
+    for name, (rules, results) in studies.items():
+        report = f"outputs/study/{name}/table.md"
+        draw = f"$(PY) -m pte_trl.study.report outputs/study/{name}/results --output outputs/study/{name}"
+        parts += [*rules, rule(report, results, draw), f".PHONY: study-{name}\n{rule(f'study-{name}', [report])}"]
+    return "\n".join([*parts, ".PHONY: study\nstudy: " + " ".join(f"study-{name}" for name in studies) + "\n"])
+
+
+if __name__ == "__main__":
+    print(makefile())

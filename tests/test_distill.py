@@ -1,0 +1,311 @@
+"""Cache distillation: an exact divergence with an exact gradient, in little memory, on the right completions."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+from pte_trl.config import RecipeArguments
+from pte_trl.distill import PteDistillationTrainer, PteDistillConfig
+from pte_trl.distill.completions import read_completions, write_completions
+from pte_trl.distill.divergence import divergence
+from pte_trl.distill.policies import evictions_seen, hidden_states, tokens_since_eviction
+from pte_trl.parsing import parse
+from pte_trl.schedule import Schedule
+from pte_trl.tiny.model import build_tokenizer
+from tests.models import ALL_SEVEN, TEMPERATURE, decode_logps, left_padded_batch, log_probs, tiny, with_lora, with_pte
+from tests.test_trainer import PROBLEMS, logged, model_of, trainer_for
+
+WINDOW = 6  # E = 2
+BETAS = [0.0, 0.3, 1.0]
+
+
+def plain(student, teacher, head, beta, temperature):
+    """The definition, whole, by torch's own kl_div (target first in the formula, second in the call)."""
+    kl = torch.nn.functional.kl_div
+    s, t = ((head(x) / temperature).log_softmax(-1) for x in (student, teacher))
+    if beta in (0.0, 1.0):
+        p, q = (t, s) if beta == 0 else (s, t)
+        return kl(q, p, reduction="none", log_target=True).sum(-1)
+    m = ((1 - beta) * s.exp() + beta * t.exp()).log()
+    parts = [kl(m, x, reduction="none", log_target=True).sum(-1) for x in (t, s)]
+    return beta * parts[0] + (1 - beta) * parts[1]
+
+
+def states(tokens=23, hidden=7, vocabulary=50, dtype=torch.float64):
+    head = torch.nn.Linear(hidden, vocabulary, bias=False, dtype=dtype).requires_grad_(False)
+    student = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
+    return student, student.detach() + 0.5 * torch.randn(tokens, hidden, dtype=dtype), head
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("logits", [50, 350, 10**6], ids=["a token", "seven", "all at once"])
+def test_the_parts_make_the_whole(beta, logits):
+    student, teacher, head = states()
+    weights = torch.randn(len(student), dtype=torch.float64)
+    expected = plain(student, teacher, head, beta, 0.7)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), student)
+    found = divergence(student, teacher, head, beta, 0.7, logits)
+    (again,) = torch.autograd.grad((found.loss * weights).sum(), student)
+    assert (found.loss - expected).abs().max() < 1e-12
+    assert (again - gradient).norm() < 1e-12 * gradient.norm()
+    assert (found.kl - plain(student, teacher, head, 0.0, 0.7)).abs().max() < 1e-12
+    s, t = ((head(x) / 0.7).softmax(-1) for x in (student, teacher))
+    assert (found.entropy + (s * s.log()).sum(-1)).abs().max() < 1e-12
+    assert torch.equal(found.agrees.bool(), s.argmax(-1) == t.argmax(-1)) and 0 < found.agrees.mean() < 1
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_it_is_what_trl_calls_by_that_name(beta):
+    student, teacher, head = states(dtype=torch.float32)
+    theirs, entropy = ChunkedDivergenceFunction.apply(
+        student, head.weight, None, teacher, head.weight, None, beta, 0.7, 1.0, None, 1.0, None
+    )
+    (gradient,) = torch.autograd.grad(theirs.sum(), student)
+    found = divergence(student, teacher, head, beta, 0.7, 350)
+    (again,) = torch.autograd.grad(found.loss.sum(), student)
+    assert found.loss.detach() == pytest.approx(theirs.detach(), abs=1e-5)
+    assert found.entropy == pytest.approx(entropy, abs=1e-5)
+    assert again == pytest.approx(gradient, abs=1e-5)
+
+
+def test_autograd_keeps_no_logits():
+    student, teacher, head = states(tokens=400, vocabulary=2000, dtype=torch.float32)
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        found = divergence(student, teacher, head, 0.0, 1.0, logits=20_000)
+    assert max(kept) <= max(student.numel(), head.weight.numel()) < 400 * 2000 / 50
+    found.loss.sum().backward()
+    assert student.grad.norm() > 0
+
+
+# ---- student and teacher --------------------------------------------------------------------------------------------
+
+
+def loss_of(model, beta=0.0, completion=14):
+    ids, mask, prompt = left_padded_batch([6, 3], completion)
+    weights = torch.randn(2, completion, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    student, teacher = hidden_states(model, ids, mask, prompt, WINDOW, 0.25)
+    found = divergence(
+        student.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), beta, TEMPERATURE, 300
+    )
+    return (found.loss * weights.flatten()).sum()
+
+
+def gradients(model, loss) -> dict:
+    model.zero_grad()
+    loss(model).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+STUDENTS = {
+    "pte": lambda **kwargs: with_pte(tiny(**kwargs)),
+    "pte-seven-sum": lambda **kwargs: with_pte(tiny(**kwargs), target_modules=ALL_SEVEN, state_update="sum"),
+    "lora_c": lambda **kwargs: with_lora(tiny(**kwargs)),
+}
+
+
+@pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS)
+def test_the_same_from_a_decode_against_the_bare_model(make):
+    """Log-probs of a real bounded decode, and of the base before it ever had an adapter."""
+    base = tiny()
+    ids, mask, prompt = left_padded_batch([6, 3], 14)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = base(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    teacher = log_probs(logits[:, prompt - 1 : -1])
+    torch.manual_seed(0)
+    model = make()
+    model.get_base_model().load_state_dict(base.state_dict(), strict=False)
+    weights = torch.randn(2, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def decoded(model):
+        student = decode_logps(model, ids, mask, prompt, WINDOW)
+        return ((teacher.exp() * (teacher - student)).sum(-1) * weights).sum()
+
+    expected, found = gradients(model, decoded), gradients(model, loss_of)
+    for name, gradient in expected.items():
+        assert gradient.norm() > 1e-6, name
+        assert (found[name] - gradient).norm() <= 1e-8 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS)
+def test_central_differences(make, beta):
+    model = make(wide_norms=True)
+    expected = gradients(model, lambda model: loss_of(model, beta))
+    generator, step = torch.Generator().manual_seed(5), 1e-5
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        direction = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+        losses = []
+        with torch.no_grad():
+            for sign in (1, -2):
+                parameter.add_(direction, alpha=sign * step)
+                losses.append(loss_of(model, beta).item())
+            parameter.add_(direction, alpha=step)
+        measured, computed = (losses[0] - losses[1]) / (2 * step), (expected[name] * direction).sum().item()
+        assert expected[name].norm() > 1e-7, name
+        assert abs(measured - computed) <= 1e-4 * max(abs(computed), expected[name].norm().item()), name
+
+
+def test_when_tokens_are_predicted():
+    windows = torch.tensor([4, 8])
+    seen, since = (ask(12, windows, 0.25) for ask in (evictions_seen, tokens_since_eviction))
+    for row, window in enumerate([4, 8]):
+        schedule = Schedule(window, 0.25)
+        for token in range(1, 12):  # token t is predicted when thought t - 1 is fed
+            k = schedule.evictions_before(token - 1)
+            assert seen[row, token] == k
+            assert since[row, token] == (token - 1 - schedule.decoded_under(k).start if k else -1)
+    assert seen[:, 0].tolist() == [0, 0]
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def distiller(tmp_path, method="pte", dataset=None, **changes):
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    settings = {
+        "output_dir": str(tmp_path),
+        "method": method,
+        "window": 8,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 32,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    } | changes
+    script = RecipeArguments("unused", rank=8, num_global_tokens=8)
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": p}] for p in PROBLEMS]})
+    return PteDistillationTrainer(
+        model=model_of(len(tokenizer)),
+        args=PteDistillConfig(**settings),
+        train_dataset=dataset or prompts,
+        processing_class=tokenizer,
+        peft_config=script.adapter_config(method),
+    )
+
+
+@pytest.mark.parametrize("method", ["pte", "lora_c"])
+def test_it_learns_and_grpo_starts_from_it(tmp_path, method):
+    trainer = distiller(tmp_path, method, max_steps=12)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    kl = logged(trainer, "kl_after_eviction")
+    assert sum(kl[-3:]) < 0.8 * sum(kl[:3])
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+    trainer.save_model(str(tmp_path / "adapter"))
+    model = PeftModel.from_pretrained(model_of(len(build_tokenizer())), str(tmp_path / "adapter"), is_trainable=True)
+    loaded = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert loaded and all(torch.equal(p, trainer.model.get_parameter(n)) for n, p in loaded.items())
+    grpo = trainer_for(tmp_path, method, model=model, peft=False, max_steps=1)
+    grpo.train()
+    assert max(logged(grpo, "mismatch/max")) < 1e-4
+
+
+def test_what_is_logged(tmp_path):
+    trainer = distiller(tmp_path)
+    trainer.train()
+    names = ("kl", "kl_after_eviction", "top1_agreement", "rollout/evictions", "pte/update_over_state", "entropy")
+    for name in names:
+        assert len(logged(trainer, name)) == 2, name
+    assert logged(trainer, "loss") == pytest.approx(logged(trainer, "kl"), rel=1e-2)
+    # an untrained adapter is the base, so that nothing can differ before an eviction
+    assert 0 < logged(trainer, "kl")[0] < logged(trainer, "kl_after_eviction")[0]
+    assert logged(trainer, "rollout/evictions")[0] > 2
+
+
+def test_only_tokens_after_an_eviction(tmp_path):
+    trainer = distiller(tmp_path, distilled_tokens="after_eviction")
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx(logged(trainer, "kl_after_eviction"), rel=1e-2)
+
+
+def test_accumulation_takes_the_same_step(tmp_path):
+    moved = []
+    for batching in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}):
+        options = {
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "learning_rate": 1.0,
+            "max_steps": 1,
+            "shuffle_dataset": False,
+        }
+        trainer = distiller(tmp_path, distilled_tokens="after_eviction", **options, **batching)
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        moved.append({n: trainer.model.get_parameter(n).detach() - p for n, p in before.items()})
+    for name, step in moved[0].items():
+        assert (moved[1][name] - step).norm() <= 1e-3 * step.norm() + 1e-7, name
+    assert any(step.norm() > 0 for step in moved[0].values())
+
+
+def test_who_writes(tmp_path, monkeypatch):
+    """The teacher: base, no eviction. The student: its adapter on, its own window."""
+    asked = []
+    import pte_trl.distill.trainer as module
+
+    original = module.rollout
+
+    def watch(model, prompt_ids, **kwargs):
+        asked.append((kwargs["window"], next(m for m in model.modules() if hasattr(m, "pte_down")).disable_adapters))
+        return original(model, prompt_ids, **kwargs)
+
+    monkeypatch.setattr(module, "rollout", watch)
+    for on_policy in (False, True):
+        distiller(tmp_path, on_policy=on_policy, max_steps=1).train()
+    assert asked == [(32, True), (8, False)]
+
+
+def test_completions_that_were_sampled_once(tmp_path):
+    tokenizer = build_tokenizer()
+    first = distiller(tmp_path)
+    path = tmp_path / "completions.jsonl"
+    write_completions(path, first.model.unload(), tokenizer, first.train_dataset, first.args, batch=5)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == len(PROBLEMS)
+    data = read_completions(str(path), tokenizer)
+    second = distiller(tmp_path, dataset=data, shuffle_dataset=False, max_steps=1)
+    second.train()
+    lengths = [len(row["completion_ids"]) for row in rows[:8]]
+    assert logged(second, "completions/mean_length")[0] == pytest.approx(sum(lengths) / 8, rel=1e-3)
+    path.write_text('{"prompt": "x", "completion_ids": [999999]}\n')
+    with pytest.raises(ValueError, match="line 1: completion_ids are of another tokenizer"):
+        read_completions(str(path), tokenizer)
+
+
+BAD = [
+    ({"method": "lora"}, "method='lora'.*'lora_c'"),
+    ({"beta": 1.5}, r"beta=1\.5: must be between 0"),
+    ({"distilled_tokens": "late"}, "distilled_tokens='late'.*after_eviction"),
+    ({"window": "0"}, "window=0"),
+    ({"budget": 64}, "exactly one"),
+    ({"teacher_model_name_or_path": "big"}, "teacher_model_name_or_path='big'.*adapter off"),
+    ({"top_p": 0.9}, r"top_p=0\.9"),
+    ({"use_vllm": "true"}, "use_vllm"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(changes) for changes, _ in BAD])
+def test_a_bad_recipe_is_refused(changes, message):
+    argv = ["--config", "recipes/distill_tiny.yaml", *(str(x) for key in changes for x in (f"--{key}", changes[key]))]
+    with pytest.raises(ValueError, match=message):
+        parse((RecipeArguments, PteDistillConfig), argv)

@@ -1,0 +1,202 @@
+"""The recall task leaks nothing, its runs work end to end, and the report says what the result files say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pte_trl.evaluation.records import COMPLETE
+from pte_trl.schedule import Schedule
+from pte_trl.study import plan, report
+from pte_trl.study.collect import collect
+from pte_trl.study.evaluate import accuracy
+from pte_trl.study.recall import (
+    DIGIT,
+    DIGITS,
+    IDS,
+    PAIR,
+    WORDS,
+    build_model,
+    build_tokenizer,
+    countdown,
+    draw,
+    write_rows,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+PY = sys.executable
+HEAD = "PY := python\nREADY := /dev/null\nTINY_BASE := /dev/null\nTINY_DATA := /dev/null\n"  # the Makefile's own
+
+
+def run(folder: Path, *command: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/recipes"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_sequence_asks_for_what_it_told():
+    tokens, places = draw(50, 4, 9, torch.Generator().manual_seed(0))
+    for row in tokens.tolist():
+        words = [WORDS[token] for token in row]
+        assert words[0] == "~9" and words[-1] == "<end>" and words[5:14] == [f"~{n}" for n in range(9, 0, -1)]
+        told = {word[0]: word[1] for word in words[1:5]}
+        assert sorted(told) == list("abcd")
+        assert {words[place - 1]: words[place] for place in places} == told
+    digits = (tokens[:, 1:5] - PAIR) % DIGITS
+    assert len(digits.unique()) == DIGITS
+
+
+@pytest.mark.parametrize("window", [8, 12, 16])
+def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window):
+    """Under the window alone the logits of an answer do not depend on the digits at all; with a token less they do."""
+    torch.manual_seed(0)
+    model = build_model(0).double().eval()
+    model.set_attn_implementation("sdpa")
+    from pte_trl.replay import replay_inputs
+
+    def change(length: int) -> float:
+        tokens, places = draw(1, 4, length, torch.Generator().manual_seed(1))
+        other = tokens.clone()
+        other[:, 1:5] = PAIR + (tokens[:, 1:5] - PAIR) // DIGITS * DIGITS + (tokens[:, 1:5] - PAIR + 3) % DIGITS
+        logits = [
+            model(input_ids=x, **replay_inputs(model, torch.ones_like(x), 1, window)).logits[:, places[0] - 1]
+            for x in (tokens, other)
+        ]
+        return (logits[0] - logits[1]).abs().max().item()
+
+    length = countdown(Schedule(window), 4)
+    assert change(length) == 0
+    assert change(length - 1) > 1e-9
+
+
+def test_an_untrained_model_is_at_chance():
+    model = build_model(0).eval()
+    model.set_attn_implementation("sdpa")
+    assert accuracy(model, 4, 8, countdown(Schedule(8), 4), 500) < 0.2
+
+
+def test_the_tokenizer_survives_its_folder(tmp_path):
+    from transformers import AutoTokenizer
+
+    build_model(0).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "~16 a3 d7 ~2 ~1 a 3"
+    assert tokenizer(text)["input_ids"] == [IDS[word] for word in text.split()]
+
+
+def test_rows_end_in_every_question(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 8, 4, 9, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [len(row["thought"].split()) for row in rows] == [14, 16, 18, 20] * 2
+    for row in rows:
+        words = row["thought"].split()
+        assert words[-1] + row["answer"] in words[:4]
+
+
+def test_every_run_of_the_plan_works(tmp_path):
+    """One seed, few steps: base, the arms that differ in code, results, table and plot."""
+    recall = tmp_path / "outputs/study/recall"
+    short = ["--steps", "5", "--batch", "16", "--rows", "64"]
+    run(tmp_path, PY, "-m", "pte_trl.study.recall", "--output", "outputs/study/recall", *short)
+    distill = [PY, str(ROOT / "recipes/distill_pte.py"), "--config", str(ROOT / "recipes/study/recall_distill.yaml")]
+    few = ["--max_steps", "2", "--logging_steps", "1", "--dataset_limit", "64"]
+    run(tmp_path, *distill, *few, "--per_device_train_batch_size", "8", "--output_dir", f"{recall}/pte_distilled-0")
+    grpo = [PY, "-m", "pte_trl.study.grpo", "--config", str(ROOT / "recipes/study/recall_grpo.yaml"), *few]
+    grpo += ["--per_device_train_batch_size", "16"]
+    run(tmp_path, *grpo, "--adapter", f"{recall}/pte_distilled-0", "--output_dir", f"{recall}/pte_distilled_grpo-0")
+    run(tmp_path, *grpo, "--method", "lora", "--window", "full", "--output_dir", f"{recall}/lora-0")
+    state = json.loads((recall / "pte_distilled_grpo-0/trainer_state.json").read_text())
+    assert max(entry.get("mismatch/max", 0) for entry in state["log_history"]) < 1e-4
+    for arm in ("pte_distilled_grpo", "lora"):
+        evaluate = ["-m", "pte_trl.study.evaluate", "--base", f"{recall}/base", "--adapter", f"{recall}/{arm}-0"]
+        run(tmp_path, PY, *evaluate, "--samples", "64", "--output", f"{recall}/results/{arm}-0.json")
+    out = run(tmp_path, PY, "-m", "pte_trl.study.report", f"{recall}/results", "--output", str(recall))
+    assert "| lora | 1 |" in out and (recall / "table.md").read_text() == out
+    assert (recall / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_the_answer_is_rewarded_and_trained(tmp_path):
+    from datasets import Dataset
+
+    from pte_trl.config import PteGRPOConfig, RecipeArguments
+    from pte_trl.study.grpo import GivenThoughtTrainer, right_answer
+
+    tokens, places = draw(8, 4, 14, torch.Generator().manual_seed(0))
+    words = [[WORDS[token] for token in row[: places[n % 4] + 1]] for n, row in enumerate(tokens.tolist())]
+    rows = [{"prompt": w[0], "thought": " ".join(w[1:-1]), "answer": w[-1]} for w in words]
+    settings = {"window": 8, "per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 1, "use_cpu": True}
+    settings |= {"bf16": False, "report_to": "none", "save_strategy": "no", "output_dir": str(tmp_path)}
+    model = build_model(0)
+    model.set_attn_implementation("sdpa")
+    trainer = GivenThoughtTrainer(
+        model=model,
+        reward_funcs=right_answer,
+        args=PteGRPOConfig(**settings, max_completion_length=64),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=build_tokenizer(),
+        peft_config=RecipeArguments("unused", rank=4, num_global_tokens=4).adapter_config("pte"),
+    )
+    output = trainer._generate_and_score_completions([row for row in rows[:2] for _ in range(4)])
+    assert output["tool_mask"].sum(1).tolist() == [1] * 8
+    for ids, chosen, row in zip(
+        output["completion_ids"], output["tool_mask"], rows[:1] * 4 + rows[1:2] * 4, strict=True
+    ):
+        at = chosen.argmax().item()
+        assert [WORDS[token] for token in ids[:at]] == row["thought"].split()
+        assert WORDS[ids[at + 1]] == "<end>"
+    assert right_answer([[5, DIGIT + 3, 1]], ["3"]) == [1.0] and right_answer([[5, DIGIT + 4, 1]], ["3"]) == [0.0]
+
+
+def test_the_report_says_what_the_files_say(tmp_path):
+    for seed, (control, ours) in enumerate([(0.4, 0.1), (0.6, 0.3)]):
+        for arm, mean in (("lora_c_distilled", control), ("pte_distilled", ours)):
+            values = {"64": {"kl": {"mean": mean, "se": 0.01, "texts": 4}}}
+            (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps({"values": values}))
+    found = report.read(tmp_path)
+    assert found["kl"]["pte_distilled"]["64"].values == (0.1, 0.3)
+    assert "| pte_distilled | 2 | 0.200 ± 0.141 |" in report.table("kl", found["kl"])
+    assert report.gap_closed(found["kl"]) == ["W = 64: pte_distilled closes 60 % of what lora_c_distilled leaves"]
+    (tmp_path / "pte_distilled-2.json").write_text(json.dumps({"values": {"128": {"kl": {"mean": 1.0}}}}))
+    with pytest.raises(ValueError, match="different numbers of seeds"):
+        report.read(tmp_path)
+    with pytest.raises(ValueError, match="no results"):
+        report.read(tmp_path / "nowhere")
+
+
+def test_collecting_evaluations(tmp_path):
+    for window, verdicts in (("16", [True, False]), ("8", [False, False]), ("full", [True, True])):
+        folder = tmp_path / window / "sums"
+        folder.mkdir(parents=True)
+        rows = [
+            {"problem_id": str(n), "sample": 0, "correct": right, "contaminated": False, "completion": "", "tokens": 1}
+            | {"finish_reason": "stop", "evictions": 0, "gold_note": None}
+            for n, right in enumerate(verdicts)
+        ]
+        (folder / COMPLETE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(collect(tmp_path).items()) == [("8", 0.0), ("16", 0.5), ("full", 1.0)]
+    (tmp_path / "32").mkdir()
+    with pytest.raises(ValueError, match="32: 0 finished evaluations"):
+        collect(tmp_path)
+
+
+def test_the_plan_is_one_that_make_reads(tmp_path):
+    (tmp_path / "Makefile").write_text(HEAD + plan.makefile())
+    shown = subprocess.run(["make", "-n", "study"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    seeds, arms = len(plan.SEEDS), len(plan.ARMS)
+    assert sum("pte_trl.study.evaluate" in line for line in lines) == seeds * arms + 1
+    assert sum("pte_trl.study.kl" in line for line in lines) == seeds * len(plan.SMOLLM2_ARMS) + 1
+    place = {
+        run: n for n, line in enumerate(lines) for run in [line.split("--output_dir ")[-1]] if "output_dir" in line
+    }
+    for seed in plan.SEEDS:
+        for folder, arm in ((folder, arm) for folder in (plan.RECALL, plan.SUMS) for arm in plan.ARMS if arm.start):
+            # an arm that goes on from another comes behind it
+            assert place[f"{folder}/{arm.name}-{seed}"] > place[f"{folder}/{arm.start}-{seed}"]
