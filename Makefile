@@ -112,6 +112,15 @@ $(TINY_BASE): | $(READY)
 $(TINY_DATA): | $(READY)
 	$(PY) -m pte_trl.tiny.benchmarks --output $(@D)
 
+# Does it learn? study-recall, study-sums, study-smollm2 (python -m pte_trl.study.plan names the sizes that can be set).
+.PHONY: FORCE
+outputs/study/plan.mk: FORCE
+	@mkdir -p $(@D)
+	@$(PYTHON) pte_trl/study/plan.py > $@.tmp && { cmp -s $@.tmp $@ && rm $@.tmp || mv $@.tmp $@; }
+ifneq ($(filter study study-%,$(MAKECMDGOALS)),)
+include outputs/study/plan.mk
+endif
+
 report: | $(READY)  ## one HTML page of all finished tables and figures
 	$(PY) -m pte_trl.paper.page --scale $(SCALE) --output outputs/$(SCALE)/results
 

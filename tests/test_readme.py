@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pte_trl.paper.plan import makefile as plan
+from pte_trl.study.plan import makefile as study_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -106,7 +107,7 @@ def test_the_question_line(demo):
 
 
 def test_targets_and_files_that_are_named_exist():
-    makefile = (ROOT / "Makefile").read_text() + plan("paper")
+    makefile = (ROOT / "Makefile").read_text() + plan("paper") + study_plan()
     for target in re.findall(r"\bmake ([a-zA-Z][a-zA-Z0-9-]*)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(r"\b((?:recipes|docs|pte_trl|accelerate_configs)/[\w./-]+\.\w+)", README):
