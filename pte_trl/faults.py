@@ -138,19 +138,21 @@ class RankWatch(TrainerCallback):
     limit, interval = 40.0, 4.0  # s
 
     def __init__(self):
-        self._stop = threading.Event()
+        self._stop, self._thread = threading.Event(), None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1:
             # A connection of its own: the main thread's may be waiting inside NCCL.
             store = dist.PrefixStore("rank_watch", dist.distributed_c10d._get_default_store().clone())
             self._stop.clear()
-            threading.Thread(
-                target=self._watch, args=(store, args.process_index, args.world_size), daemon=True
-            ).start()
+            watch = (store, args.process_index, args.world_size)
+            self._thread = threading.Thread(target=self._watch, args=watch, daemon=True)
+            self._thread.start()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._stop.set()
+        if self._thread is not None:  # still at the store while Python shuts down, it would abort the process
+            self._thread.join(timeout=self.interval)
 
     def _watch(self, store: dist.Store, rank: int, ranks: int) -> None:
         counts: dict[int, int] = {}
