@@ -246,3 +246,11 @@ def drop_long(prompts: Dataset, lengths: list[int], limit: int) -> Dataset:
         raise ValueError(f"{count} and none is left: the shortest has {min(lengths)}")
     PartialState().print(f"{count} and are dropped; the longest has {max(lengths)}", flush=True)
     return prompts.select(kept)
+
+
+def tokens_of(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, template: dict | None = None) -> list[int]:
+    """As TRL tokenizes prompts (`_tokenize_prompts`, trl 1.16)."""
+    if isinstance(prompt, str):
+        return tokenizer(text=prompt)["input_ids"]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True} | (template or {})
+    return tokenizer.apply_chat_template(prompt, **options)["input_ids"]

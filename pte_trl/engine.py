@@ -142,11 +142,12 @@ class Engine:
 
     def _turn_over(self) -> bool:
         """Gives ended rows to those who wait, or moves the others together; False when all is done."""
-        alive = self.alive[: self.going].tolist()
-        ended = [row for row, on in enumerate(alive) if not on]
-        if self.waiting and ended:
-            self._fill(ended[: len(self.waiting)])
-            return self._turn_over()  # a first token may have ended a completion
+        while True:
+            alive = self.alive[: self.going].tolist()
+            ended = [row for row, on in enumerate(alive) if not on]
+            if not (self.waiting and ended):
+                break
+            self._fill(ended[: len(self.waiting)])  # whose first token may be the last
         if len(ended) == len(alive):
             return False
         left = len(alive) - len(ended)

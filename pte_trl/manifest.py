@@ -72,6 +72,20 @@ def write_manifest(folder: str | Path, device: str | torch.device, processes: in
     return write_json(Path(folder) / "manifest.json", manifest)
 
 
+def save_run(trainer, settings: dict) -> None:
+    """What a finished training leaves: the adapter, the course of its metrics, and last the manifest."""
+    folder = trainer.args.output_dir
+    trainer.save_model(folder)
+    if trainer.accelerator.is_main_process:
+        trainer.state.save_to_json(f"{folder}/trainer_state.json")
+        write_manifest(folder, trainer.accelerator.device, trainer.accelerator.num_processes, settings)
+
+
+def recipe_settings(script, args) -> dict:
+    """The settings of a run, as they stand in its manifest."""
+    return vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
+
+
 def write_json(path: Path, content) -> Path:
     """Written aside, then renamed."""
     aside = path.with_suffix(".tmp")

@@ -12,7 +12,6 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import is_async_callable
 
 from pte_trl.adapter.model import pte_layers
@@ -21,12 +20,12 @@ from pte_trl.checkpoints import WholeCheckpoints
 from pte_trl.config import PteGRPOConfig
 from pte_trl.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 from pte_trl.faults import Fault, FiniteReward, check_finite, samples_without_gradient, tail
+from pte_trl.generation import trainer_rollout
 from pte_trl.replay import adapters_disabled, replay_inputs
 from pte_trl.rewards import has_boxed
-from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.segments import segment_logps
-from pte_trl.sharding import call_inside, check_engine, prepare_engine, rollout_engine_must_go, whole_weights
+from pte_trl.sharding import call_inside, check_engine, prepare_engine
 
 logger = get_logger(__name__)
 
@@ -42,7 +41,7 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._kept_engine = KeptEngine()
+        self.kept_engine = KeptEngine()
         self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
         self._micro_batches: list[dict] = []  # those of the optimizer step that is under way
         self.reward_funcs = [
@@ -82,30 +81,7 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
                     prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
                 )
         window = resolve_window(self.args.window, self.args.budget, max(map(len, prompt_ids)))
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self.accelerator.autocast(),
-            whole_weights(model),
-        ):
-            result = rollout(
-                model,
-                prompt_ids,
-                window=window,
-                evict_ratio=self.args.evict_ratio,
-                max_new_tokens=self.max_completion_length,
-                temperature=self.temperature,
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self._tokenizer.pad_token_id,
-                batch_size=self.args.rollout_batch_size,
-                kept_engine=self._kept_engine,
-            )
-        if rollout_engine_must_go(self):
-            self._kept_engine.release()
+        result = trainer_rollout(self, prompt_ids, window)
         self._check_rollout(result.logprobs, prompt_ids)
         self._samples = {"windows": torch.full((len(prompt_ids),), window, device=self.accelerator.device)}
         self._record("rollout/window", window)

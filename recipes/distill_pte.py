@@ -19,7 +19,7 @@ from pte_trl.config import RecipeArguments
 from pte_trl.distill import PteDistillationTrainer, PteDistillConfig
 from pte_trl.distill.completions import read_completions, write_completions
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
-from pte_trl.manifest import write_manifest
+from pte_trl.manifest import recipe_settings, save_run
 from pte_trl.parsing import parse
 
 
@@ -37,18 +37,18 @@ def main(argv: list[str] | None = None) -> PteDistillationTrainer | None:
         if script.completions and (args.on_policy or script.sample_to):
             raise ValueError(f"completions={script.completions!r}: nothing is sampled then; leave it out")
         check_model(script, args)
-        tokenizer = load_tokenizer(script)
+        tokenizer = load_tokenizer(script, args.trust_remote_code)
         with args.main_process_first(desc="data"):
             read = read_completions(script.completions, tokenizer) if script.completions else None
             dataset = load_data(script, args, tokenizer) if read is None else read
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if script.sample_to:
-        write_completions(Path(script.sample_to), load_model(script), tokenizer, dataset, args)
+        write_completions(Path(script.sample_to), load_model(script, args.trust_remote_code), tokenizer, dataset, args)
         return None
 
     trainer = PteDistillationTrainer(
-        model=load_model(script),
+        model=load_model(script, args.trust_remote_code),
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -60,11 +60,7 @@ def main(argv: list[str] | None = None) -> PteDistillationTrainer | None:
     if resume == "auto":  # the newest checkpoint, or from the start where there is none
         resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(args.output_dir)
-    if trainer.accelerator.is_main_process:
-        trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")
-        settings = vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
-        write_manifest(args.output_dir, trainer.accelerator.device, trainer.accelerator.num_processes, settings)
+    save_run(trainer, recipe_settings(script, args))
     return trainer
 
 

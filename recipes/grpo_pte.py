@@ -18,7 +18,7 @@ from pte_trl.efficiency import EfficiencyCallback
 from pte_trl.faults import TERMINATED, Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
 from pte_trl.launch import check_launch
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
-from pte_trl.manifest import write_manifest
+from pte_trl.manifest import recipe_settings, save_run
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import AccuracyReward, Grader, check_golds, format_reward
 from pte_trl.startup import StartupGuard
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
     """Trains; returns the trainer, None where the run is finished already."""
     try:
         script, args = parse_recipe(argv)
-        settings = vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
+        settings = recipe_settings(script, args)
         if is_finished(args, settings):
             if args.process_index == 0:
                 print(f"{args.output_dir} holds this run, finished; resume=never trains it anew")
@@ -115,10 +115,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
     if stop.stopped:
         trainer.accelerator.print(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on")
         sys.exit(TERMINATED)
-    trainer.save_model(args.output_dir)
-    if trainer.accelerator.is_main_process:
-        trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")
-        write_manifest(args.output_dir, trainer.accelerator.device, trainer.accelerator.num_processes, settings)
+    save_run(trainer, settings)
     return trainer
 
 

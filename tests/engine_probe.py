@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 import grpo_pte
-import pte_trl.trainer
+import pte_trl.generation
 from pte_trl.adapter.model import pte_layers
 from pte_trl.rollout import Rollout, rollout
 
@@ -128,7 +128,7 @@ if __name__ == "__main__":
         allow_fsdp_on_a_cpu()
     torch.set_num_threads(1)
     probe, calibrate = Probe(Path(sys.argv[1])), grpo_pte.calibrate_encoders
-    pte_trl.trainer.rollout = probe.rollout
+    pte_trl.generation.rollout = probe.rollout
     grpo_pte.calibrate_encoders = probe.calibrate
     grpo_pte.AccuracyReward = lambda grader: reward
     probe.write(grpo_pte.main(sys.argv[2:]))

@@ -261,7 +261,7 @@ def test_accumulation_takes_the_same_step(tmp_path):
 def test_who_writes(tmp_path, monkeypatch):
     """The teacher: base, no eviction. The student: its adapter on, its own window."""
     asked = []
-    import pte_trl.distill.trainer as module
+    import pte_trl.generation as module
 
     original = module.rollout
 

@@ -60,6 +60,14 @@ def test_every_attention_implementation(implementation):
     assert_same(sampled(model, batch_size=4), sampled(model, plain=True), within=1e-4)
 
 
+def test_completions_of_one_token():
+    """Rows are refilled again and again without a step in between: more often than Python may recurse."""
+    model = tiny("llama", torch.float32)
+    found = sampled(model, [[5, 6]] * 1200, max_new_tokens=1, batch_size=1)
+    assert found.completion_ids == sampled(model, [[5, 6]] * 1200, max_new_tokens=1).completion_ids
+    assert {len(ids) for ids in found.completion_ids} == {1}
+
+
 def test_without_seeds_the_twin_draws_the_same_numbers():
     model = with_pte(tiny("llama", torch.float64))
     found, plain = (

@@ -84,6 +84,20 @@ def test_the_four_lines_of_python(demo, monkeypatch):
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
+def test_the_distillation_lines(demo):
+    """As they stand in the README, for two steps each; GRPO starts from what was distilled."""
+    folder, _ = demo
+    text = README.replace("\\\n", " ")
+    lines = re.findall(
+        r"accelerate launch (recipes/(?:distill_pte|grpo_pte)\.py --config recipes/\w*tiny\.yaml.*)", text
+    )
+    assert len(lines) == 2
+    for line in lines:
+        words = line.replace("recipes/", f"{ROOT}/recipes/").split()
+        run(folder, sys.executable, *words, *SHORT)
+    assert (folder / "outputs/tiny-pte-after/adapter_model.safetensors").exists()
+
+
 def test_the_evaluation_lines(demo):
     """As they stand in the README, with the demo's model, adapter and problems."""
     folder, _ = demo

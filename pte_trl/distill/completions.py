@@ -6,17 +6,9 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pte_trl.data import open_jsonl
+from pte_trl.data import open_jsonl, tokens_of
 from pte_trl.distill.config import PteDistillConfig
 from pte_trl.rollout import rollout
-
-
-def tokens_of(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, template: dict | None = None) -> list[int]:
-    """As TRL tokenizes prompts (`_tokenize_prompts`, trl 1.16)."""
-    if isinstance(prompt, str):
-        return tokenizer(text=prompt)["input_ids"]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True} | (template or {})
-    return tokenizer.apply_chat_template(prompt, **options)["input_ids"]
 
 
 def write_completions(

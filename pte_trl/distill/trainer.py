@@ -9,21 +9,18 @@ written answers; `GOLDTrainer` is for two tokenizers. Replaced are: who writes t
 TRL's wants a second model as the teacher and its student sees the full cache.
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 from trl import DistillationTrainer
-from trl.models import unwrap_model_for_generation
 
 from pte_trl.adapter.model import pte_layers
 from pte_trl.batching import KeptEngine
 from pte_trl.distill.config import PteDistillConfig
 from pte_trl.distill.divergence import divergence
 from pte_trl.distill.policies import evictions_seen, hidden_states
-from pte_trl.rollout import rollout
+from pte_trl.generation import trainer_rollout
 from pte_trl.schedule import resolve_window
-from pte_trl.sharding import prepare_engine, rollout_engine_must_go, whole_weights
+from pte_trl.sharding import prepare_engine
 
 
 class PteDistillationTrainer(DistillationTrainer):
@@ -39,7 +36,7 @@ class PteDistillationTrainer(DistillationTrainer):
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "disable_adapter"):
             raise ValueError("a distillation needs an adapter: give a peft_config, or a model that has one")
-        self._kept_engine = KeptEngine()
+        self.kept_engine = KeptEngine()
         self._given: list[list[int]] | None = None  # completions that the dataset brings
         self._window = 0
         self._sums: dict[str, Tensor] = {}
@@ -53,31 +50,9 @@ class PteDistillationTrainer(DistillationTrainer):
         self._window = resolve_window(self.args.window, self.args.budget, max(map(len, prompt_ids)))
         if self._given is not None:
             return [ids[: self.max_completion_length] for ids in self._given]
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self.accelerator.autocast(),
-            whole_weights(model),
-            nullcontext() if self.args.on_policy else model.disable_adapter(),
-        ):
-            result = rollout(
-                model,
-                prompt_ids,
-                window=self._window if self.args.on_policy else self.max_completion_length,
-                evict_ratio=self.args.evict_ratio,
-                max_new_tokens=self.max_completion_length,
-                temperature=self.temperature,
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self._tokenizer.pad_token_id,
-                batch_size=self.args.rollout_batch_size,
-                kept_engine=self._kept_engine,
-            )
-        if rollout_engine_must_go(self):
-            self._kept_engine.release()
+        on_policy = self.args.on_policy
+        window = self._window if on_policy else self.max_completion_length
+        result = trainer_rollout(self, prompt_ids, window, base=not on_policy)
         self._metrics[self._mode]["rollout/tokens_per_second"].append(result.tokens_per_second)
         return result.completion_ids
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pte_trl.batching import KeptEngine
-from pte_trl.data import build_prompts
+from pte_trl.data import build_prompts, tokens_of
 from pte_trl.evaluation.benchmarks import content_hash
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
@@ -90,7 +90,7 @@ class Evaluation:
         self.folder = Path(args.output_dir) / Path(name).stem
         self.parts = Parts(self.folder)
         prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
-        self.prompt_ids = [self._tokens(prompt) for prompt in prompts]
+        self.prompt_ids = [tokens_of(prompt, tokenizer, args.chat_template_kwargs) for prompt in prompts]
         self.texts = tokenizer.batch_decode(self.prompt_ids)
         self.settings = args.recorded() | {
             "benchmark": Path(name).stem,
@@ -100,14 +100,6 @@ class Evaluation:
         }
         if args.backend == "vllm":
             self.settings["vllm"] = model.version
-
-    def _tokens(self, prompt: str | list[dict]) -> list[int]:
-        """As GRPOTrainer tokenizes its prompts (`_tokenize_prompts`, trl 1.16)."""
-        if isinstance(prompt, str):
-            return self.tokenizer(text=prompt)["input_ids"]
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        options |= self.args.chat_template_kwargs or {}
-        return self.tokenizer.apply_chat_template(prompt, **options)["input_ids"]
 
     def run(self) -> list[dict]:
         """The records of the benchmark, all of them, on every process.

@@ -15,7 +15,7 @@ from trl.trainer.utils import pad
 from pte_trl.data import load_problems
 from pte_trl.engine import left_pad
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
-from pte_trl.manifest import write_manifest
+from pte_trl.manifest import recipe_settings, save_run
 from pte_trl.parsing import parse_recipe
 from pte_trl.replay import replay_inputs
 from pte_trl.rollout import eval_mode
@@ -91,10 +91,7 @@ def main(argv: list[str] | None = None) -> GivenThoughtTrainer:
     if script.adapter is None:
         calibrate_encoders(trainer)
     trainer.train()
-    trainer.save_model(args.output_dir)
-    trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")
-    settings = vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
-    write_manifest(args.output_dir, trainer.accelerator.device, trainer.accelerator.num_processes, settings)
+    save_run(trainer, recipe_settings(script, args))
     return trainer
 
 
