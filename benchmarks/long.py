@@ -1,28 +1,32 @@
 """Long generation: a step's time late in a completion over its time early, and the memory at both.
 
     python -m benchmarks.long
-    python -m benchmarks.long --shape qwen2.5-3b --batch 16 --window 512 --cycles 4 --device cuda
+    python -m benchmarks.long --shape qwen2.5-3b --batch 16 --window 512 --device cuda
 
-The rollout is left as it is: a hook on the embeddings notes the time of every step or, where a captured CUDA graph is
-replayed instead of calling the model, of every replay. Times are summed over whole eviction cycles around both tokens,
-so that each holds its share of evictions; the median over the cycles is compared. Memory: what torch has allocated on
-a GPU; on a CPU all tensors that Python holds, counted at both tokens.
+A machine's speed wanders by more than the few per cent in question while sixty thousand tokens are written. So two
+rollouts take turns, cycle of evictions by cycle of evictions: one that has come to the late token, and a fresh one at
+the early token. Each pair of cycles, a fraction of a second apart, gives one ratio; the figure is their median. When
+the fresh one has come to the end of its cycles the next one begins (`--turns`). The rollouts are what users run: each
+has a thread of its own, which waits between two steps. Memory at both tokens is that of the late rollout before the
+others begin: what torch has allocated on a GPU; on a CPU all tensors that Python holds.
 """
 
 import argparse
-import itertools
 import statistics
-from collections import defaultdict
+import threading
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from benchmarks.common import finish, options, parse
-from benchmarks.measure import CLOCKS, is_cuda, tensor_bytes
+from benchmarks.measure import is_cuda, seconds, tensor_bytes
 from benchmarks.models import random_model, with_adapter
 from pte_trl import Schedule
+from pte_trl.engine import Captured
 from pte_trl.rollout import rollout
+
+
+SPARE = 4  # steps behind the last cycle, so that none has the end of a rollout in it
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +36,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--early", type=int, default=1_000, help="a token whose step is timed")
     parser.add_argument("--late", type=int, default=60_000, help="the other one")
-    parser.add_argument("--cycles", type=int, default=8, help="eviction cycles around each")
+    parser.add_argument("--cycles", type=int, default=20, help="eviction cycles around each, in every turn")
+    parser.add_argument("--turns", type=int, default=5, help="fresh rollouts")
     args = parse(parser, argv)
     args.half = args.cycles * Schedule(args.window).evict // 2
     if not args.window + args.half <= args.early < args.late - 2 * args.half:
@@ -43,58 +48,68 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-class Marks:
-    """When each step began, and how much memory there was."""
+class Paced(threading.Thread):
+    """A job whose rollout goes as many steps as it is told, and then waits.
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.cuda = args, is_cuda(args.device)
-        self.times = defaultdict(list)  # by what was run: the model's code, or one of the graphs captured of it
-        self.bytes = defaultdict(dict)  # likewise: number of the step -> bytes
+    Usable inside `paced_steps`. A job that fails raises its error where it was told to go on.
+    """
 
-    def mark(self, source) -> None:
-        if self.cuda and torch.cuda.is_current_stream_capturing():
-            return
-        marks = self.times[id(source)]
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            marks.append(event)
-        else:
-            marks.append(CLOCKS[self.args.clock]())
-        if self.cuda and len(marks) % 64 == 0:
-            self.bytes[id(source)][len(marks)] = torch.cuda.memory_allocated(self.args.device)
-        elif not self.cuda and len(marks) in (self.args.early, self.args.late):  # it takes long to count
-            self.bytes[id(source)][len(marks)] = tensor_bytes()
+    def __init__(self, job):
+        super().__init__(daemon=True)
+        self.job, self.left, self.error, self.ended = job, 0, None, False
+        self.told, self.waits = threading.Semaphore(0), threading.Semaphore(0)
+        self.start()
 
-    @contextmanager
-    def taken(self, model: nn.Module):
-        embeddings = model.get_input_embeddings()  # every token goes through them once, whatever calls the layers
-        handle = embeddings.register_forward_pre_hook(lambda module, _: self.mark(module))
-        replay = torch.cuda.CUDAGraph.replay
-
-        def marked(graph) -> None:
-            self.mark(graph)
-            replay(graph)
-
-        torch.cuda.CUDAGraph.replay = marked
+    def run(self) -> None:
         try:
-            yield self
-        finally:
-            torch.cuda.CUDAGraph.replay = replay
-            handle.remove()
+            self.job()
+        except Exception as error:
+            self.error = error
+        self.ended = True
+        self.waits.release()
 
-    def at(self, token: int, count: int, cycle: int) -> tuple[float, int]:
-        """(seconds per token, bytes) there: the median over the cycles around it; `count` tokens were sampled."""
-        source = max(self.times, key=lambda source: len(self.times[source]))  # graphs of evictions are run less often
-        marks, held = self.times[source], self.bytes[source]
-        if len(marks) < 0.99 * count:
-            raise RuntimeError(f"{len(marks)} steps seen of {count} tokens: one call may feed several tokens")
-        # Counted from the end, whatever was run before the first token to warm up or to be captured.
-        step = len(marks) - count + token
-        edges = [marks[i] for i in range(step - self.args.half, step + self.args.half + 1, cycle)]
-        between = itertools.pairwise(edges)
-        spent = [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in between]
-        return statistics.median(spent) / cycle, held[min(held, key=lambda taken: abs(taken - step))]
+    def before_step(self) -> None:
+        if self.left == 0:
+            self.waits.release()
+            self.told.acquire()
+        self.left -= 1
+
+    def advance(self, steps: int) -> None:
+        """From just before one step to just before another; the first call also starts the rollout."""
+        self.waits.acquire()
+        if not self.ended:
+            self.left = steps
+            self.told.release()
+            self.waits.acquire()
+        self.waits.release()  # for the next call
+        if self.error:
+            raise self.error
+
+    def finish(self) -> None:
+        self.advance(SPARE + 1)
+        self.join()
+
+
+@contextmanager
+def paced_steps():
+    """Lets the engine ask before every step, captured or not, of a thread that is `Paced`."""
+    call = Captured.__call__
+
+    def asking(captured: Captured, *key) -> None:
+        thread = threading.current_thread()
+        if captured.function.__name__ == "_feed" and isinstance(thread, Paced):
+            thread.before_step()
+        call(captured, *key)
+
+    Captured.__call__ = asking
+    try:
+        yield
+    finally:
+        Captured.__call__ = call
+
+
+def held_bytes(device) -> int:
+    return torch.cuda.memory_allocated(device) if is_cuda(device) else tensor_bytes()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,25 +118,43 @@ def main(argv: list[str] | None = None) -> None:
     model, cycle = with_adapter(base, "pte").eval(), Schedule(args.window).evict
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1, 500, (args.batch, args.prompt), generator=generator).tolist()
-    count = args.late + args.half + 1
-    knobs = {"window": args.window, "eos_token_ids": [-1], "pad_token_id": 0}
-    rollout(model, prompts, max_new_tokens=args.window + 2 * cycle, **knobs)  # warms up, evictions included
-    with Marks(args).taken(model) as marks:
-        rollout(model, prompts, max_new_tokens=count, **knobs)
-        if marks.cuda:
-            torch.cuda.synchronize(args.device)
-    step, held = {}, {}
-    for token in (args.early, args.late):
-        step[token], held[token] = marks.at(token, count, cycle)
+
+    def begin(count: int) -> Paced:
+        options = {"window": args.window, "max_new_tokens": count, "eos_token_ids": [-1], "pad_token_id": 0}
+        return Paced(lambda: rollout(model, prompts, **options))
+
+    def cycle_of(paced: Paced) -> float:
+        return seconds(lambda: paced.advance(cycle), args.device, args.clock) / cycle
+
+    steps, ratios = {args.early: [], args.late: []}, []
+    with paced_steps():
+        late = begin(args.late + (2 * args.turns - 1) * args.half + SPARE)
+        late.advance(args.early)
+        held = {args.early: held_bytes(args.device)}
+        late.advance(args.late - args.half - args.early)
+        held[args.late] = held_bytes(args.device)
+        for _ in range(args.turns):
+            early = begin(args.early + args.half + SPARE)
+            early.advance(args.early - args.half)
+            for number in range(args.cycles):
+                pair = {}
+                for token in (args.early, args.late)[:: 1 if number % 2 else -1]:  # neither always follows the other
+                    pair[token] = cycle_of(early if token == args.early else late)
+                    steps[token].append(pair[token])
+                ratios.append(pair[args.late] / pair[args.early])
+            early.finish()
+        late.finish()
+    quarters = statistics.quantiles(ratios, n=4)
     rows = [
         {
             "token": token,
-            "step ms": 1e3 * step[token],
-            "over early": step[token] / step[args.early],
+            "step ms": 1e3 * statistics.median(steps[token]),
+            "over early": statistics.median(ratios) if token == args.late else 1.0,
+            "quartiles": f"{quarters[0]:.3f} to {quarters[2]:.3f}" if token == args.late else "-",
             "memory MB": held[token] / 1e6,
             "memory over early": held[token] / held[args.early],
         }
-        for token in step
+        for token in steps
     ]
     finish("long", args, rows)
 

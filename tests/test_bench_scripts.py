@@ -12,6 +12,9 @@ import torch
 from benchmarks import capacity, common
 from benchmarks.measure import Peak, peak_bytes
 from benchmarks.memory import saved_bytes
+from benchmarks.models import random_model, with_adapter
+from pte_trl.batching import KeptEngine
+from pte_trl.rollout import rollout
 
 ROOT = common.ROOT
 
@@ -87,19 +90,32 @@ def test_a_late_step_is_compared_with_an_early_one(bench):
         importlib.import_module("benchmarks.long").main(["--window", "16", "--early", "20", "--late", "30"])
 
 
-def test_steps_are_read_where_most_of_them_ran():
-    """As on a GPU: the first steps by another graph, evictions by one of their own, which is run less often."""
+def test_rollouts_that_take_turns_stand_where_they_are_told_to():
+    """Between two steps of the engine, one rollout at a time; and they end as without pauses."""
     module = importlib.import_module("benchmarks.long")
-    args = module.arguments(["--window", "8", "--early", "40", "--late", "1200", "--cycles", "4"])
-    count = args.late + args.half + 1
-    marks, lost = module.Marks(args), 8
-    marks.times |= {1: list(range(lost)), 2: list(range(lost, count)), 3: list(range(0, count, 2))}
-    marks.bytes |= {2: {64: 5, 1152: 7}, 3: {64: 0}}
-    assert len(marks.times[2]) < args.late  # so nothing may wait for the mark of that number
-    assert marks.at(args.early, count, cycle=2) == (1, 5)
-    assert marks.at(args.late, count, cycle=2) == (1, 7)
-    with pytest.raises(RuntimeError, match=r"1197 steps seen of 2000 tokens"):
-        marks.at(args.late, 2000, cycle=2)
+    model = with_adapter(random_model("tiny", seed=0), "pte").eval()
+    kept, found = {name: KeptEngine() for name in ("alone", "late", "early")}, {}
+    options = {"window": 16, "eos_token_ids": [-1], "pad_token_id": 0, "seeds": [3]}
+
+    def sampled(name: str, count: int) -> None:
+        found[name] = rollout(model, [[5, 6, 7]], max_new_tokens=count, kept_engine=kept[name], **options)
+
+    sampled("alone", 60)
+    with module.paced_steps():
+        late = module.Paced(lambda: sampled("late", 60))
+        late.advance(40)
+        assert kept["late"].engine.counts == [41]  # the first token is drawn from the prompt
+        early = module.Paced(lambda: sampled("early", 30))
+        early.advance(20)
+        late.advance(8)
+        assert kept["early"].engine.counts == [21] and kept["late"].engine.counts == [49]
+        assert late.is_alive()
+        late.advance(100)
+        early.advance(100)
+        late.join()
+    assert found["late"].completion_ids == found["alone"].completion_ids
+    with module.paced_steps(), pytest.raises(ZeroDivisionError):
+        module.Paced(lambda: 1 / 0).advance(1)
 
 
 def test_every_arm_is_made_once_and_keeps_what_it_has_made(monkeypatch):
