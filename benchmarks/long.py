@@ -25,7 +25,6 @@ from pte_trl import Schedule
 from pte_trl.engine import Captured
 from pte_trl.rollout import rollout
 
-
 SPARE = 4  # steps behind the last cycle, so that none has the end of a rollout in it
 
 

@@ -7,8 +7,10 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 # "cpu" counts the work of this process, all its threads together: other programs disturb it less than the wall's.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -63,9 +65,11 @@ class Peak(TorchDispatchMode):
         self.alive: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # A view of what was there before, of a weight for example, is nothing new.
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
                 self._count(tensor.untyped_storage())
         return out
 
@@ -80,6 +84,36 @@ class Peak(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self.alive.discard(key)
         self.now -= size
+
+
+PRODUCTS = {
+    *(packet for packet in flop_registry if str(packet).startswith("aten.")),
+    torch.ops.aten.addmm_,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+}
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+class NoProducts(TorchDispatchMode):
+    """Matrix products and attention give zeros of the right shape: a step's memory without most of its work.
+
+    Every tensor is made and let go as in the real step, so the bytes that are counted are the same; times and numbers
+    mean nothing.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._overloadpacket not in PRODUCTS:
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:  # into a tensor that is there
+            return kwargs.get("out", args[0])
+        like = func(*tree_map_only(Tensor, _on_meta, args), **tree_map_only(Tensor, _on_meta, kwargs))
+        device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        return tree_map_only(Tensor, lambda x: torch.zeros_like(x, device=device), like)
 
 
 def peak_bytes(job: Callable[[], object], device) -> int:

@@ -1,7 +1,7 @@
 """The training steps that step.py, memory.py and baselines.py measure. Nothing runs here.
 
-Every arm has gradient checkpointing (the segments run everything twice instead) and TRL's fused LM head, and adapts
-the same two modules at the same rank. All arms share one set of base weights.
+Every arm has gradient checkpointing and TRL's fused LM head, and adapts the same two modules at the same rank. All
+arms share one set of base weights.
 """
 
 import argparse

@@ -51,7 +51,7 @@ class Job:
         num_generations: completions of one prompt; a bounded rollout prefills it once.
         dtype: of the frozen weights and of activations.
         ranks, sharding: GPUs, and what they divide among themselves, one of SHARDINGS.
-        checkpointing: gradient checkpointing (segments never have it).
+        checkpointing: gradient checkpointing.
         replay, segment_length, offload: as in a recipe.
         state_rank: r and n_g of PTE, taken as equal.
         blockwise: replays by `pte_trl.attention`, not by SDPA over the whole mask.
@@ -205,10 +205,13 @@ def one_pass(job: Job) -> float:
 
 
 def segments(job: Job) -> float:
-    """Activations of b samples, segment by segment: those of the costliest segment, of all layers, and its head.
+    """Activations of b samples, segment by segment: those of the costliest segment with its head.
 
-    b L [ s (3 I e + 24 d) + (s + k)(2 d_q + 8 d_kv) e ] for a segment of s tokens that finds k in the cache, and keys
-    and values of the whole text, 2 b L T d_kv e, unless they are on the CPU.
+    For a segment of s tokens that finds k in the cache: keys and values before and after it, and the gradients of
+    both, b L (2 s + 4 k) 2 d_kv e; every layer's input, b L s d e; and the larger of the head and one layer's inside,
+    b [ s (6 I e + STREAM d) + (s + k)(2 d_q + 8 d_kv) e ]. Without checkpointing, instead of these, the head and every
+    layer's inside as it was saved, b L [ s (3 I e + 24 d) + (s + k)(2 d_q + 8 d_kv) e ]. Beside that, keys and values
+    of the whole text, 2 b L T d_kv e, unless they are on the CPU.
     """
     layers, d, inner, d_q, d_kv, _ = job.sizes
     width, longest = job.dtype.itemsize, job.segment_length or job.completion
@@ -218,8 +221,13 @@ def segments(job: Job) -> float:
         runs += [(min(longest, run.stop - at), held + at) for at in range(run.start, run.stop, longest)]
 
     def cost(tokens: int, found: int) -> float:
-        inside = tokens * (3 * inner * width + 24 * d) + (tokens + found) * (2 * d_q + 8 * d_kv) * width
-        return job.micro_batch * layers * inside + head(job, job.micro_batch * tokens)
+        attended = (tokens + found) * (2 * d_q + 8 * d_kv) * width
+        logits = head(job, job.micro_batch * tokens)
+        if not job.checkpointing:
+            return job.micro_batch * layers * (tokens * (3 * inner * width + 24 * d) + attended) + logits
+        inside = job.micro_batch * (tokens * (6 * inner * width + STREAM * d) + attended)
+        caches = (2 * tokens + 4 * found) * 2 * d_kv * width
+        return job.micro_batch * layers * (tokens * d * width + caches) + max(inside, logits)
 
     kept = 0 if job.offload else 2 * layers * (job.prompt + job.completion) * d_kv * width
     return job.micro_batch * kept + max(cost(*run) for run in runs)

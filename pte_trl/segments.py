@@ -6,14 +6,19 @@ backward, the segments are run again, last first. What a segment leaves to the n
 values, memory, queries), which is exactly what the next one took in, so the gradient that comes out of one segment's
 incoming cache goes into the outgoing cache of the one before. Gradients of the weights add up on the way.
 
-Memory: the activations of one segment, and keys and values of the whole text (on the CPU with `offload`).
+Memory: the activations of one segment, and keys and values of the whole text (on the CPU with `offload`). Where the
+model has gradient checkpointing, they are every layer's input and one layer's inside.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pte_trl.cache import BoundedCache
 from pte_trl.schedule import Schedule
@@ -123,11 +128,12 @@ class SegmentRun:
     def backward(self, grad: Tensor, parameters: list[Tensor]) -> list[Tensor]:
         """Gradients of the parameters for `grad`, (batch, completion), of the log-probs."""
         totals, leaving = [torch.zeros_like(p) for p in parameters], None
-        with plain_layers(self.model), torch.enable_grad():
+        with plain_layers(self.model) as checkpointed, torch.enable_grad():
             for index in reversed(range(len(self.spans))):
                 span = self.spans[index]
                 cache, taken = self._enter(index)
-                logps, _ = self._run(span, cache)
+                with run_again_in_backward(checkpointed):
+                    logps, _ = self._run(span, cache)
                 wanted = grad[:, max(0, span.start + 1) : span.stop + 1]
                 outputs, grads = [logps[:, -wanted.shape[1] :]], [wanted]
                 for tensor, gradient in zip(_held(cache), leaving or [], strict=leaving is not None):
@@ -212,12 +218,43 @@ def _held(cache: BoundedCache) -> Iterator[Tensor]:
 
 @contextmanager
 def plain_layers(model: nn.Module):
-    """Gradient checkpointing off: it would drop the cache, and every segment is run again anyway."""
+    """transformers' gradient checkpointing off, since it drops the cache; yields the layers that had it."""
     on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in on:
         module.gradient_checkpointing = False
     try:
-        yield
+        yield [module for module in on if isinstance(module, GradientCheckpointingLayer)]
     finally:
         for module in on:
             module.gradient_checkpointing = True
+
+
+@contextmanager
+def run_again_in_backward(layers: list[nn.Module]):
+    """Decoder layers, in order, that keep what enters them and run again in backward: checkpointing with a cache."""
+    for index, layer in enumerate(layers):
+        layer.forward = partial(_checkpointed, layer.forward, index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
+
+
+def _checkpointed(forward, index: int, hidden: Tensor, *args, past_key_values: BoundedCache, **kwargs):
+    # The second run must find what the first one found. And what is kept for it must not be the cache itself, whose
+    # tensors will hold on to what is kept for their backward: only the garbage collector would free that circle.
+    before, found = past_key_values.layer(index), copy.copy(past_key_values)
+    found.layers = list(past_key_values.layers)
+
+    def run(hidden: Tensor, *held: Tensor | None):
+        layer, cache = copy.copy(before), copy.copy(found)
+        for name, tensor in zip(HELD, held, strict=True):
+            setattr(layer, name, tensor)
+        cache.layers = [*found.layers[:index], layer, *found.layers[index + 1 :]]
+        return forward(hidden, *args, past_key_values=cache, **kwargs), layer
+
+    held = (getattr(before, name) for name in HELD)
+    out, after = checkpoint(run, hidden, *held, use_reentrant=False, preserve_rng_state=False)
+    past_key_values.layers[index] = after
+    return out

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import capacity, common
-from benchmarks.measure import Peak, peak_bytes
+from benchmarks.measure import NoProducts, Peak, peak_bytes
 from benchmarks.memory import saved_bytes
 from benchmarks.models import random_model, with_adapter
 from pte_trl.batching import KeptEngine
@@ -73,6 +73,24 @@ def test_a_step_of_segments_needs_the_least_memory(bench):
     rows = bench("step", SMALL["step"])
     longest = {row["arm"]: row for row in rows if row["completion"] == 64}
     assert longest["pte, segments"]["step memory over lora"] < 0.8 < longest["pte, one pass"]["step memory over lora"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_its_products_a_step_holds_the_same_bytes(bench, dtype, tmp_path):
+    whole = bench("step", f"{SMALL['step']} --dtype {dtype}")
+    (tmp_path / "step.json").unlink()
+    counted = bench("step", f"{SMALL['step']} --dtype {dtype} --no-products")
+    assert [row["step MB"] for row in counted] == [row["step MB"] for row in whole]
+    assert {row["seconds"] for row in counted} == {"-"}
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.step").arguments(["--no-products", "--device", "cuda"])
+
+
+def test_products_that_are_left_out_keep_their_shapes():
+    a, b, out = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 4)
+    with NoProducts():
+        assert torch.equal(a @ b, torch.zeros(2, 4)) and torch.equal(a + a, 2 * a)
+        assert torch.mm(a, b, out=out) is out and out.eq(1).all()
 
 
 def test_what_the_segments_hold_does_not_grow(bench):
@@ -156,6 +174,8 @@ def test_memory_is_counted_by_storage_and_while_it_lives():
     with Peak() as peak:
         kept = torch.ones(10) + torch.ones(10)
     assert peak.now == kept.nbytes and peak.most == 120
+    before = torch.ones(50)
+    assert peak_bytes(lambda: before.view(5, 10).t(), "cpu") == 0
     x = torch.ones(8, requires_grad=True)
     assert saved_bytes(lambda: (x * x).sum().backward()) == 64
 

@@ -4,8 +4,10 @@ import gc
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import add_fused_lm_head
 
+from pte_trl.schedule import Schedule
 from pte_trl.segments import segment_logps
 from tests.models import (
     TEMPERATURE,
@@ -52,6 +54,24 @@ def test_segments_equal_the_replay_and_the_decode(family, variant):
         expected, expected_gradients = both(model, lambda view=view: replayed(model, view=view))
         assert gap(found, expected) <= 1e-9
         assert_same(gradients, expected_gradients, 1e-8)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_run_again_in_backward_where_the_model_has_checkpointing(variant):
+    model = with_pte(tiny("llama", wide_norms=True), **VARIANTS[variant]).train()
+    expected, expected_gradients = both(model, lambda: segments(model))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    runs = []
+    handles = [layer.self_attn.register_forward_hook(lambda *_: runs.append(1)) for layer in layers]
+    found, gradients = both(model, lambda: segments(model))
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(found, expected)
+    assert_same(gradients, expected_gradients, 1e-12)
+    count = 1 + len(list(Schedule(WINDOW).chunks(IDS.shape[1] - PROMPT - 1)))
+    assert len(runs) == 3 * count * len(layers) > 0  # forward; again to have a graph; again inside each layer
+    assert all(layer.gradient_checkpointing and "forward" not in vars(layer) for layer in layers)
 
 
 @pytest.mark.parametrize("model", [lambda: with_lora(tiny("qwen2")), lambda: with_pte(tiny("qwen2")).train()])
