@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 # "cpu" counts the work of this process, all its threads together: other programs disturb it less than the wall's.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -86,34 +85,42 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-PRODUCTS = {
-    *(packet for packet in flop_registry if str(packet).startswith("aten.")),
-    torch.ops.aten.addmm_,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
-}
+# In place, but of a tensor's shape and not of its values.
+STRUCTURAL = {f"aten::{name}_" for name in ("set", "resize", "as_strided", "t", "transpose", "squeeze", "unsqueeze")}
+
+
+class Uncomputed(TorchDispatchMode):
+    """What has floating-point results makes them of the right shape and leaves them unwritten: memory without work.
+
+    Every tensor is made and let go as in the real step, so the bytes that are counted are the same. Integers, masks
+    and views are as ever; floating-point values, and times, mean nothing. Memory that nobody writes is not taken from
+    the machine either.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, schema = kwargs or {}, func._schema
+        target = kwargs.get("out", args[0] if args else None)
+        if schema.name in STRUCTURAL or all(
+            x.numel() < 2 for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        ):
+            return func(*args, **kwargs)  # an optimizer counts its steps in a tensor
+        if schema.is_mutable and isinstance(target, Tensor) and target.is_floating_point():
+            return target
+        shares = any(x.alias_info is not None for x in schema.returns) or schema.name == "aten::_unsafe_view"
+        if schema.is_mutable or shares:
+            return func(*args, **kwargs)
+        try:
+            like = func(*tree_map_only(Tensor, _on_meta, args), **tree_map_only(Tensor, _on_meta, kwargs))
+        except (NotImplementedError, RuntimeError):  # the shape depends on values
+            return func(*args, **kwargs)
+        made = tree_leaves(like)
+        if not all(isinstance(x, Tensor) and x.is_floating_point() for x in made):
+            return func(*args, **kwargs)
+        return tree_map_only(Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype), like)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
     return tensor.to("meta")
-
-
-class NoProducts(TorchDispatchMode):
-    """Matrix products and attention give zeros of the right shape: a step's memory without most of its work.
-
-    Every tensor is made and let go as in the real step, so the bytes that are counted are the same; times and numbers
-    mean nothing.
-    """
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func._overloadpacket not in PRODUCTS:
-            return func(*args, **kwargs)
-        if func._schema.is_mutable:  # into a tensor that is there
-            return kwargs.get("out", args[0])
-        like = func(*tree_map_only(Tensor, _on_meta, args), **tree_map_only(Tensor, _on_meta, kwargs))
-        device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        return tree_map_only(Tensor, lambda x: torch.zeros_like(x, device=device), like)
 
 
 def peak_bytes(job: Callable[[], object], device) -> int:

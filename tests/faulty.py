@@ -18,7 +18,9 @@ import signal
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import grpo_pte
 from pte_trl import checkpoints
@@ -84,11 +86,16 @@ def trainable(trainer) -> torch.Tensor:
 
 
 def in_backward(fault: Fault) -> None:
-    before(
-        PteGRPOTrainer,
-        "_compute_loss",
-        lambda trainer, *_: trainable(trainer).register_hook(fault.fire) if fault.now() else None,
-    )
+    def arm(trainer, *_):
+        if not fault.now():
+            return
+        if isinstance(trainable(trainer), DTensor):  # FSDP2 writes gradients of its own into shards: no hook runs
+            layer = next(m for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer))
+            layer.register_forward_hook(lambda *of: of[-1].register_hook(fault.fire) if of[-1].requires_grad else None)
+        else:
+            trainable(trainer).register_hook(fault.fire)
+
+    before(PteGRPOTrainer, "_compute_loss", arm)
 
 
 def after_optimizer(fault: Fault) -> None:
@@ -248,6 +255,10 @@ def main(argv: list[str] | None = None) -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled, for minutes
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        from tests.engine_probe import allow_fsdp_on_a_cpu
+
+        allow_fsdp_on_a_cpu()
     grpo_pte.main(argv)
 
 

@@ -29,11 +29,21 @@ def deepspeed(stage: int) -> dict[str, str]:
     return {f"ACCELERATE_{key}": value for key, value in keys.items()}
 
 
+def fsdp2() -> dict[str, str]:
+    """The same for accelerate_configs/fsdp2.yaml."""
+    keys = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "RESHARD_AFTER_FORWARD": "true"}
+    keys |= {"CPU_RAM_EFFICIENT_LOADING": "true", "SYNC_MODULE_STATES": "true", "STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    return {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "no"} | {
+        f"FSDP_{key}": value for key, value in keys.items()
+    }
+
+
 ENGINES = {
     "one": {"processes": 1},
     "ddp": {"processes": 2},
     "zero2": {"processes": 2, "environment": deepspeed(2)},
     "zero3": {"processes": 2, "environment": deepspeed(3)},
+    "fsdp2": {"processes": 2, "environment": fsdp2()},
 }
 # What tells the time, and not what was computed.
 TIMES = ("step_time", "tokens_per_second", "runtime", "per_second")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import capacity, common
-from benchmarks.measure import NoProducts, Peak, peak_bytes
+from benchmarks.measure import Peak, Uncomputed, peak_bytes
 from benchmarks.memory import saved_bytes
 from benchmarks.models import random_model, with_adapter
 from pte_trl.batching import KeptEngine
@@ -76,21 +76,23 @@ def test_a_step_of_segments_needs_the_least_memory(bench):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_without_its_products_a_step_holds_the_same_bytes(bench, dtype, tmp_path):
+def test_a_step_that_is_not_computed_holds_the_same_bytes(bench, dtype, tmp_path):
     whole = bench("step", f"{SMALL['step']} --dtype {dtype}")
     (tmp_path / "step.json").unlink()
-    counted = bench("step", f"{SMALL['step']} --dtype {dtype} --no-products")
-    assert [row["step MB"] for row in counted] == [row["step MB"] for row in whole]
+    counted = bench("step", f"{SMALL['step']} --dtype {dtype} --uncomputed")
+    for key in ("step MB", "peak MB"):
+        assert [row[key] for row in counted] == [row[key] for row in whole]
     assert {row["seconds"] for row in counted} == {"-"}
     with pytest.raises(SystemExit):
-        importlib.import_module("benchmarks.step").arguments(["--no-products", "--device", "cuda"])
+        importlib.import_module("benchmarks.step").arguments(["--uncomputed", "--device", "cuda"])
 
 
-def test_products_that_are_left_out_keep_their_shapes():
+def test_what_is_not_computed_keeps_its_shape_and_leaves_integers_alone():
     a, b, out = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 4)
-    with NoProducts():
-        assert torch.equal(a @ b, torch.zeros(2, 4)) and torch.equal(a + a, 2 * a)
-        assert torch.mm(a, b, out=out) is out and out.eq(1).all()
+    with Uncomputed():
+        assert (a @ b).shape == (2, 4) and (a[:, :1] + a.double()).dtype == torch.float64
+        assert torch.mm(a, b, out=out) is out and a.mul_(3).eq(1).all()
+        assert torch.arange(3).cumsum(0).tolist() == [0, 1, 3] and a.argmax(1).tolist() == [0, 0]
 
 
 def test_what_the_segments_hold_does_not_grow(bench):

@@ -21,7 +21,8 @@ DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "200")
 GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
 SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
 SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
-SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "40")
+SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "60")
+SMOLLM2_RATES = {"lora_c": "1e-3", "pte": "3e-4"}  # each the best of 1e-4, 3e-4 and 1e-3 (docs/log.md)
 SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "80")  # to distil on
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
 SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256")
@@ -136,6 +137,7 @@ def smollm2_rules() -> tuple[list[str], list[str]]:
         for arm in SMOLLM2_ARMS:
             run = f"{SMOLLM2}/{arm.name}-{seed}"
             command = f"$(PY) recipes/distill_pte.py {config} --method {arm.method} --completions {train}"
+            command += f" --learning_rate {SMOLLM2_RATES[arm.method]}"
             command += f" --seed {seed} --max_steps {SMOLLM2_STEPS} --output_dir {run}"
             rules.append(rule(f"{run}/manifest.json", [model, train], command))
             results.append(f"{SMOLLM2}/results/{arm.name}-{seed}.json")
