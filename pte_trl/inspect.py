@@ -1,8 +1,9 @@
 """What a trained adapter does with what it evicts: one completion, its states, and how far it is from the full cache.
 
+    python -m pte_trl.inspect ADAPTER
     python -m pte_trl.inspect ADAPTER --model outputs/smollm2-135m --window 64 --prompt "..." --output outputs/inspect
 
-Writes inspect.json, states.png, tokens.png and distance.png.
+Writes inspect.json, states.png, tokens.png and distance.png, into ADAPTER/inspect if nothing else is said.
 S' of an eviction is a sum over its tokens of one outer product each, so a token's contribution is exact, and so is its
 share, its length along S' over |S'|: the shares of an eviction add up to 1, and one that works against it is
 negative. Times |S'| / |S| it is how far the token moved S.
@@ -16,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pte_trl.adapter import PteConfig
 from pte_trl.adapter.layer import PteAttention
 from pte_trl.adapter.model import pte_layers
 from pte_trl.distill.completions import ends_of, read_completions, tokens_of
@@ -25,6 +27,8 @@ from pte_trl.manifest import environment, write_json
 from pte_trl.replay import ReplayPlan, replay_inputs
 from pte_trl.rollout import rollout
 from pte_trl.study.kl import kl_per_token, load
+
+QUESTION = "Explain step by step how to add 347 and 586, then check the result another way."
 
 
 class Watch:
@@ -144,8 +148,8 @@ def movers(found: dict, words: list[str], count: int = 20) -> list[dict]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="folder of a PTE adapter")
-    parser.add_argument("--model", required=True, help="folder of its base model")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", help="its base model; where it was trained, if not given")
+    parser.add_argument("--output", type=Path, help="ADAPTER/inspect if not given")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--evict_ratio", type=float, default=0.25)
     parser.add_argument("--prompt", help="what the model answers, under the window")
@@ -155,8 +159,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if (args.prompt is None) == (args.completions is None):
-        parser.error("give exactly one of --prompt and --completions")
+    if args.prompt and args.completions:
+        parser.error("--prompt and --completions: one of them at most")
+    args.prompt = args.prompt or (None if args.completions else QUESTION)
+    args.output = args.output or Path(args.adapter) / "inspect"
+    args.model = args.model or PteConfig.from_pretrained(args.adapter).base_model_name_or_path
     return args
 
 
@@ -182,7 +189,10 @@ def text_of(args: argparse.Namespace, model: PeftModel, tokenizer) -> tuple[list
 
 
 def main() -> None:
-    args = parse()
+    try:
+        args = parse()
+    except (ValueError, OSError) as error:  # no adapter there, or one of another kind
+        raise SystemExit(f"error: {error}") from error
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), load(args.model, args.adapter)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     try:

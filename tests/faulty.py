@@ -86,12 +86,16 @@ def trainable(trainer) -> torch.Tensor:
 
 
 def in_backward(fault: Fault) -> None:
+    def watch(layer, args, out):
+        if out.requires_grad:
+            out.register_hook(fault.fire)
+
     def arm(trainer, *_):
         if not fault.now():
             return
         if isinstance(trainable(trainer), DTensor):  # FSDP2 writes gradients of its own into shards: no hook runs
             layer = next(m for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer))
-            layer.register_forward_hook(lambda *of: of[-1].register_hook(fault.fire) if of[-1].requires_grad else None)
+            layer.register_forward_hook(watch)
         else:
             trainable(trainer).register_hook(fault.fire)
 

@@ -85,13 +85,21 @@ def test_the_command(tmp_path):
     model, tokenizer = build(0)
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    with_pte(model).save_pretrained(str(tmp_path / "adapter"))
-    command = [sys.executable, "-m", "pte_trl.inspect", "adapter", "--model", "base", "--window", "8"]
-    command += ["--max_new_tokens", "30", "--prompt", "a1b2. Find A.", "--output", "out"]
+    adapted = with_pte(model)
+    adapted.peft_config["default"].base_model_name_or_path = "base"
+    adapted.save_pretrained(str(tmp_path / "adapter"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pte_trl.inspect", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+
+    done = run("adapter", "--window", "8", "--max_new_tokens", "30", "--prompt", "a1b2. Find A.")
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "out/inspect.json").read_text())
+    out = tmp_path / "adapter/inspect"
+    found = json.loads((out / "inspect.json").read_text())
     assert found["evictions"] >= 5 and len(found["kl"]) == 30 and found["movers"]
+    assert found["settings"]["model"] == "base"  # where the adapter was trained
     for name in ("states", "tokens", "distance"):
-        assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "error" in run("nowhere").stderr

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 
 SEEDS = os.environ.get("SEEDS", "0 1 2").split()
-RECALL = "outputs/study/recall"
+RECALL, CHOICES_FOLDER = "outputs/study/recall", "outputs/study/choices"
 SUMS = "outputs/study/sums"
 SMOLLM2 = "outputs/study/smollm2"
 BASE = "outputs/smollm2-135m"
@@ -19,6 +19,7 @@ NAMES = os.environ.get("NAMES", "4")  # digits to remember in the recall task
 # Steps of every method alike; and of SmolLM2, whose texts are sampled once for all runs.
 DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "200")
 GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
+CHOICES_STEPS = os.environ.get("CHOICES_STEPS", "100")  # fewer, so that not everything is learnt
 SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
 SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
 SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "60")
@@ -47,6 +48,18 @@ ARMS = (
     Arm("lora_c_distilled_grpo", "lora_c", "grpo", "lora_c_distilled"),
     Arm("pte_distilled_grpo", "pte", "grpo", "pte_distilled"),
 )
+# One change each to recipes/study/recall_distill.yaml.
+CHOICES = {
+    "default": "",
+    "sum": "--state_update sum",
+    "column": "--read column",
+    "row_norm": "--normalisation row",
+    "qkvo": "--target_modules q_proj k_proj v_proj o_proj",
+    "update_0.05": "--init_ratio 0.05",
+    "update_1": "--init_ratio 1.0",
+    "rate_2e-3": "--learning_rate 2e-3",
+    "rate_2e-2": "--learning_rate 2e-2",
+}
 SMOLLM2_ARMS = (Arm("lora_c_distilled", "lora_c", "distill"), Arm("pte_distilled", "pte", "distill"))
 
 
@@ -78,6 +91,23 @@ def recall_rules() -> tuple[list[str], list[str]]:
             rules.append(rule(results[-1], [f"{run}/manifest.json"], f"{measure} --adapter {run} --output $@"))
     results.append(f"{RECALL}/results/base-0.json")
     rules.append(rule(results[-1], [base], f"{measure} --output $@"))
+    return rules, results
+
+
+def choices_rules() -> tuple[list[str], list[str]]:
+    """The encoder's choices, one at a time, by distillation of the recall task; needs the base of `recall_rules`."""
+    base, rules, results = f"{RECALL}/base", [], []
+    recipe = f"recipes/distill_pte.py --config recipes/study/recall_distill.yaml --max_steps {CHOICES_STEPS}"
+    for seed in SEEDS:
+        for name, change in CHOICES.items():
+            run = f"{CHOICES_FOLDER}/{name}-{seed}"
+            needs = [f"{base}/config.json"]
+            rules.append(
+                rule(f"{run}/manifest.json", needs, f"$(PY) {recipe} {change} --seed {seed} --output_dir {run}")
+            )
+            results.append(f"{CHOICES_FOLDER}/results/{name}-{seed}.json")
+            measure = f"$(PY) -m pte_trl.study.evaluate --base {base} --names {NAMES} --adapter {run} --output $@"
+            rules.append(rule(results[-1], [f"{run}/manifest.json"], measure))
     return rules, results
 
 
@@ -149,7 +179,7 @@ def smollm2_rules() -> tuple[list[str], list[str]]:
 
 def makefile() -> str:
     parts = ["# Made by pte_trl/study/plan.py"]
-    studies = {"recall": recall_rules(), "sums": sums_rules(), "smollm2": smollm2_rules()}
+    studies = {"recall": recall_rules(), "choices": choices_rules(), "sums": sums_rules(), "smollm2": smollm2_rules()}
     for name, (rules, results) in studies.items():
         report = f"outputs/study/{name}/table.md"
         draw = f"$(PY) -m pte_trl.study.report outputs/study/{name}/results --output outputs/study/{name}"

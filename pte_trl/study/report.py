@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 # The order of the rows; an arm that is not named comes last.
 ORDER = (
-    *("base", "lora", "lora_c", "pte"),
+    *("default", "base", "lora", "lora_c", "pte"),
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
 )
 
