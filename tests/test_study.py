@@ -11,7 +11,7 @@ import torch
 
 from pte_trl.evaluation.records import COMPLETE
 from pte_trl.schedule import Schedule
-from pte_trl.study import plan, report
+from pte_trl.study import curves, plan, report
 from pte_trl.study.collect import collect
 from pte_trl.study.evaluate import accuracy
 from pte_trl.study.recall import (
@@ -169,6 +169,21 @@ def test_the_report_says_what_the_files_say(tmp_path):
         report.read(tmp_path / "nowhere")
 
 
+def test_courses_are_read_by_arm_and_seed(tmp_path):
+    for name, values in {"pte-0": [0.1, 0.3], "pte-1": [0.2, 0.5], "pte_distilled-0": [0.9, 0.4]}.items():
+        metric = "loss" if "distilled" in name else "reward"
+        history = [{"step": 10 * n, metric: value, "grad_norm": 1.0} for n, value in enumerate(values, 1)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": [*history, {"step": 20}]}))
+    found = curves.courses(tmp_path)
+    assert found["reward"] == {"pte": [[(10, 0.1), (20, 0.3)], [(10, 0.2), (20, 0.5)]]}
+    assert found["loss"] == {"pte_distilled": [[(10, 0.9), (20, 0.4)]]}
+    curves.plot(found, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no finished trainings"):
+        curves.courses(tmp_path / "pte-0")
+
+
 def test_collecting_evaluations(tmp_path):
     for window, verdicts in (("16", [True, False]), ("8", [False, False]), ("full", [True, True])):
         folder = tmp_path / window / "sums"
@@ -191,7 +206,7 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     seeds, arms = len(plan.SEEDS), len(plan.ARMS)
-    assert sum("pte_trl.study.evaluate" in line for line in lines) == seeds * arms + 1
+    assert sum("pte_trl.study.evaluate" in line for line in lines) == seeds * (arms + len(plan.CHOICES)) + 1
     assert sum("pte_trl.study.kl" in line for line in lines) == seeds * len(plan.SMOLLM2_ARMS) + 1
     place = {
         run: n for n, line in enumerate(lines) for run in [line.split("--output_dir ")[-1]] if "output_dir" in line
