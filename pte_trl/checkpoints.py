@@ -38,6 +38,8 @@ torch.serialization.register_package(100, lambda _: None, lambda data, place: da
 
 def batch_steps(args) -> int:
     """Optimizer steps after which a generation batch is used up, so that a checkpoint splits none."""
+    if not hasattr(args, "num_iterations"):  # a distillation's is used once
+        return 1
     micro_batches = args.steps_per_generation * args.num_iterations
     return micro_batches // math.gcd(micro_batches, args.gradient_accumulation_steps)
 

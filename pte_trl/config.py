@@ -108,12 +108,17 @@ class PteGRPOConfig(GRPOConfig):
             self.window = None  # so that a flag can take back the window of a recipe
         check_cache_policy(self)
         super().__post_init__()
-        if self.resume_from_checkpoint is not None:
-            raise ValueError(
-                f"resume_from_checkpoint={self.resume_from_checkpoint!r}: not used; resume is auto, never or a PATH"
-            )
-        check_save_steps(self)
+        check_resume(self)
         check_trackers(self.report_to)
+
+
+def check_resume(args) -> None:
+    """Refuses TRL's own key, and checkpoints from which nobody could go on."""
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: not used; resume is auto, never or a PATH"
+        )
+    check_save_steps(args)
 
 
 def read_numbers(args) -> None:

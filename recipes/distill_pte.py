@@ -12,14 +12,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
-from grpo_pte import load_data
+from grpo_pte import find_start, load_data, train_and_save
+from pte_trl.checkpoints import batch_steps, is_finished
 from pte_trl.config import RecipeArguments
 from pte_trl.distill import PteDistillationTrainer, PteDistillConfig
 from pte_trl.distill.completions import read_completions, write_completions
+from pte_trl.faults import RankWatch, StopOnTerm, tolerate_trackers
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
-from pte_trl.manifest import recipe_settings, save_run
+from pte_trl.manifest import recipe_settings
 from pte_trl.parsing import parse
 
 
@@ -32,36 +32,42 @@ class DistillArguments(RecipeArguments):
 
 
 def main(argv: list[str] | None = None) -> PteDistillationTrainer | None:
+    """Distils; returns the trainer, None where nothing is trained or the run is finished already."""
     try:
         script, args = parse((DistillArguments, PteDistillConfig), argv)
         if script.completions and (args.on_policy or script.sample_to):
             raise ValueError(f"completions={script.completions!r}: nothing is sampled then; leave it out")
+        settings = recipe_settings(script, args)
+        if not script.sample_to and is_finished(args, settings):
+            if args.process_index == 0:
+                print(f"{args.output_dir} holds this run, finished; resume=never trains it anew")
+            return None
         check_model(script, args)
         tokenizer = load_tokenizer(script, args.trust_remote_code)
         with args.main_process_first(desc="data"):
             read = read_completions(script.completions, tokenizer) if script.completions else None
             dataset = load_data(script, args, tokenizer) if read is None else read
+        start = None if script.sample_to else find_start(args, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if script.sample_to:
         write_completions(Path(script.sample_to), load_model(script, args.trust_remote_code), tokenizer, dataset, args)
         return None
 
+    stop = StopOnTerm(batch_steps(args))
     trainer = PteDistillationTrainer(
         model=load_model(script, args.trust_remote_code),
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=None if script.adapter else script.adapter_config(args.method),
+        callbacks=[stop, RankWatch()],
     )
+    trainer.settings = settings
+    tolerate_trackers(trainer)
     if script.adapter is None:
         calibrate_encoders(trainer)
-    resume = args.resume_from_checkpoint
-    if resume == "auto":  # the newest checkpoint, or from the start where there is none
-        resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=resume)
-    save_run(trainer, recipe_settings(script, args))
-    return trainer
+    return train_and_save(trainer, start, settings, stop)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,30 @@ def find_start(args, settings: dict) -> str | None:
     return None if found[0] is None else str(found[0])
 
 
+def train_and_save(trainer, start: str | None, settings: dict, stop: StopOnTerm):
+    """Trains from `start` on and leaves the whole run; what ends it too early is said in a sentence.
+
+    Raises:
+        SystemExit: with that sentence, or after SIGTERM.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=start)
+    except Fault as fault:
+        sys.exit(f"error: {fault}")
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        sys.exit(
+            f"error: rank {trainer.args.process_index}: another rank is gone, so this one ends as well; the same "
+            f"command goes on from the last complete checkpoint ({error})"
+        )
+    if stop.stopped:
+        trainer.accelerator.print(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on")
+        sys.exit(TERMINATED)
+    save_run(trainer, settings)
+    return trainer
+
+
 def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
     """Trains; returns the trainer, None where the run is finished already."""
     try:
@@ -101,22 +125,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
     trainer.add_callback(StartupGuard(trainer, script.max_prompt_tokens))
     if script.adapter is None:
         calibrate_encoders(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=start)
-    except Fault as fault:
-        sys.exit(f"error: {fault}")
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        sys.exit(
-            f"error: rank {args.process_index}: another rank is gone, so this one ends as well; the same command goes "
-            f"on from the last complete checkpoint ({error})"
-        )
-    if stop.stopped:
-        trainer.accelerator.print(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on")
-        sys.exit(TERMINATED)
-    save_run(trainer, settings)
-    return trainer
+    return train_and_save(trainer, start, settings, stop)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Cache distillation: an exact divergence with an exact gradient, in little memory, on the right completions."""
 
 import json
+import shutil
 
+import distill_pte
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from pte_trl.config import RecipeArguments
@@ -15,7 +18,8 @@ from pte_trl.distill.divergence import divergence
 from pte_trl.distill.policies import evictions_seen, hidden_states, tokens_since_eviction
 from pte_trl.parsing import parse
 from pte_trl.schedule import Schedule
-from pte_trl.tiny.model import build_tokenizer
+from pte_trl.tiny.model import build, build_tokenizer
+from pte_trl.tiny.task import DIFFICULTIES, rows
 from tests.models import ALL_SEVEN, TEMPERATURE, decode_logps, left_padded_batch, log_probs, tiny, with_lora, with_pte
 from tests.test_trainer import PROBLEMS, logged, model_of, trainer_for
 
@@ -292,7 +296,37 @@ def test_completions_that_were_sampled_once(tmp_path):
         read_completions(str(path), tokenizer)
 
 
+def test_a_distillation_that_ended_early_goes_on(tmp_path, capsys):
+    """From its newest complete checkpoint, to the same weights; the half-written one is skipped."""
+    model, tokenizer = build(0)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows("train", 16, 2, DIFFICULTIES["easy"]))))
+    flags = {"model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "train.jsonl", "window": 8}
+    flags |= {"per_device_train_batch_size": 4, "max_completion_length": 24, "lr_scheduler_type": "constant"}
+    flags |= {"save_strategy": "steps", "save_steps": 2, "rank": 8, "num_global_tokens": 8, "disable_tqdm": "true"}
+
+    def launch(output: str, steps: int):
+        settings = flags | {"output_dir": tmp_path / output, "max_steps": steps}
+        argv = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        return distill_pte.main(["--config", "recipes/distill_tiny.yaml", *argv])
+
+    launch("whole", 4)
+    launch("ended", 2)
+    (tmp_path / "ended/manifest.json").unlink()
+    shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "ended/checkpoint-4")
+    next((tmp_path / "ended/checkpoint-4").glob("*.safetensors")).unlink()
+    capsys.readouterr()
+    launch("ended", 4)
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is skipped: " in said and "goes on from" in said and "checkpoint-2" in said
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "ended"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert launch("ended", 4) is None and "finished" in capsys.readouterr().out
+
+
 BAD = [
+    ({"resume_from_checkpoint": "auto"}, "resume_from_checkpoint='auto': not used; resume is"),
     ({"method": "lora"}, "method='lora'.*'lora_c'"),
     ({"beta": 1.5}, r"beta=1\.5: must be between 0"),
     ({"distilled_tokens": "late"}, "distilled_tokens='late'.*after_eviction"),

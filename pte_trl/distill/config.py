@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import DistillationConfig
 
 from pte_trl.adapter.config import one_of
-from pte_trl.config import check_sampling, read_numbers
+from pte_trl.config import check_resume, check_sampling, read_numbers
 
 STUDENTS = ("pte", "lora_c")
 TOKENS = ("all", "after_eviction")
@@ -27,11 +27,15 @@ class PteDistillConfig(DistillationConfig):
     beta: float = field(
         default=0.0, metadata={"help": "0: forward KL(teacher || student); 1: reverse; between: generalised JSD."}
     )
+    resume: str = field(
+        default="auto", metadata={"help": "auto: from the newest complete checkpoint; never; or a checkpoint's PATH."}
+    )
 
     def __post_init__(self):
         read_numbers(self)
         check_distillation(self)
         super().__post_init__()
+        check_resume(self)
 
 
 def check_distillation(args: PteDistillConfig) -> None:

@@ -15,6 +15,7 @@ from trl import DistillationTrainer
 
 from pte_trl.adapter.model import pte_layers
 from pte_trl.batching import KeptEngine
+from pte_trl.checkpoints import WholeCheckpoints
 from pte_trl.distill.config import PteDistillConfig
 from pte_trl.distill.divergence import divergence
 from pte_trl.distill.policies import evictions_seen, hidden_states
@@ -23,7 +24,7 @@ from pte_trl.schedule import resolve_window
 from pte_trl.sharding import prepare_engine
 
 
-class PteDistillationTrainer(DistillationTrainer):
+class PteDistillationTrainer(WholeCheckpoints, DistillationTrainer):
     """Takes what `DistillationTrainer` takes but a teacher, with a `PteDistillConfig`; the model must have an adapter.
 
     A dataset with a column `completion_ids` (token ids, end included) is distilled on these: a teacher's completions
