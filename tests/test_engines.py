@@ -142,7 +142,7 @@ def assert_same_run(reports: list[dict], folder: Path, expected: dict, expected_
     ("config", "options"),
     [
         ("ddp", ""),
-        ("ddp", SEGMENTS),
+        ("ddp", f"{SEGMENTS} {CHECKPOINTED}"),
         ("zero1", SEGMENTS),
         ("zero2", CHECKPOINTED),
         ("zero3", ""),
