@@ -248,7 +248,7 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def is_finished(args, settings: dict) -> bool:
-    """Whether the output folder holds the finished run that these arguments describe.
+    """Whether the output folder holds the finished run that these arguments describe; the main process says so.
 
     Raises:
         ValueError: it holds a finished run with other settings.
@@ -259,8 +259,12 @@ def is_finished(args, settings: dict) -> bool:
     before = json.loads((folder / "manifest.json").read_text())["settings"]
     refuse_differences(f"{folder} holds a finished run", differences(before, settings))
     if args.max_steps > 0:
-        return json.loads((folder / "trainer_state.json").read_text())["global_step"] >= args.max_steps
-    return before.get("num_train_epochs") == settings["num_train_epochs"]
+        finished = json.loads((folder / "trainer_state.json").read_text())["global_step"] >= args.max_steps
+    else:
+        finished = before.get("num_train_epochs") == settings["num_train_epochs"]
+    if finished and args.process_index == 0:
+        print(f"{folder} holds this run, finished; resume=never trains it anew")
+    return finished
 
 
 def refuse_differences(what: str, found: list[str]) -> None:

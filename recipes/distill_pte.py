@@ -39,8 +39,6 @@ def main(argv: list[str] | None = None) -> PteDistillationTrainer | None:
             raise ValueError(f"completions={script.completions!r}: nothing is sampled then; leave it out")
         settings = recipe_settings(script, args)
         if not script.sample_to and is_finished(args, settings):
-            if args.process_index == 0:
-                print(f"{args.output_dir} holds this run, finished; resume=never trains it anew")
             return None
         check_model(script, args)
         tokenizer = load_tokenizer(script, args.trust_remote_code)

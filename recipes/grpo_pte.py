@@ -92,8 +92,6 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
         script, args = parse_recipe(argv)
         settings = recipe_settings(script, args)
         if is_finished(args, settings):
-            if args.process_index == 0:
-                print(f"{args.output_dir} holds this run, finished; resume=never trains it anew")
             return None
         check_launch(args)
         check_model(script, args)

@@ -183,10 +183,9 @@ def makefile() -> str:
     for name, (rules, results) in studies.items():
         report = f"outputs/study/{name}/table.md"
         draw = f"$(PY) -m pte_trl.study.report outputs/study/{name}/results --output outputs/study/{name}"
-        curves = f"$(PY) -m pte_trl.study.curves outputs/study/{name} --output outputs/study/{name}"
         parts += [
             *rules,
-            rule(report, results, draw, curves),
+            rule(report, results, draw),
             f".PHONY: study-{name}\n{rule(f'study-{name}', [report])}",
         ]
     return "\n".join([*parts, ".PHONY: study\nstudy: " + " ".join(f"study-{name}" for name in studies) + "\n"])

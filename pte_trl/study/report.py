@@ -2,7 +2,8 @@
 
     python -m pte_trl.study.report outputs/study/recall/results --output outputs/study/recall
 
-Writes table.md and plot.png. A result file is ARM-SEED.json; its "values" have, by window, a share or {"kl": ...}.
+Writes table.md and plot.png, and curves.png where the folder around the results holds trainings. A result file is
+ARM-SEED.json; its "values" have, by window, a share or {"kl": ...}.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+
+from pte_trl.study import curves
 
 # The order of the rows; an arm that is not named comes last.
 ORDER = (
@@ -128,6 +131,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text(text)
     plot(found, args.output / "plot.png")
+    if courses := curves.courses(args.results.parent):
+        curves.plot(courses, args.output / "curves.png")
     print(text, end="")
 
 
