@@ -21,7 +21,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.common import print_environment, print_table, record
 from benchmarks.recall import PROMPT, Recall, recall, train
 from pte_trl import PteConfig, Schedule
-from pte_trl.adapter.model import calibrate, pte_layers
+from pte_trl.adapter.calibration import calibrate
+from pte_trl.adapter.model import pte_layers
 from pte_trl.manifest import environment
 
 

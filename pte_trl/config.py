@@ -49,6 +49,7 @@ class RecipeArguments:
     use_global_tokens: bool = field(default=True, metadata={"help": "False: the ablation global-0 (PTE)."})
     encode_evicted: bool = field(default=True, metadata={"help": "False: the ablation global-only (PTE)."})
     init_ratio: float = field(default=0.25, metadata={"help": "|S'| / |S| at the start, on real prompts (PTE)."})
+    whiten: bool = field(default=False, metadata={"help": "Learn W^a on whitened keys and values (PTE)."})
 
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of a reward for a boxed answer."})
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
@@ -59,7 +60,7 @@ class RecipeArguments:
         if method == "pte":
             names = (
                 "rank num_global_tokens alpha target_modules state_update read normalisation "
-                "use_global_tokens encode_evicted init_ratio"
+                "use_global_tokens encode_evicted init_ratio whiten"
             )
             return PteConfig(dropout=self.adapter_dropout, **{name: getattr(self, name) for name in names.split()})
         from peft import LoraConfig

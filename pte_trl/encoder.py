@@ -40,12 +40,13 @@ class Encoder(nn.Module):
         query_size: d_q, all query heads together.
         kv_size: d_kv, all key heads together.
         config: the `PteConfig`.
+        head_size: head_dim, the width of a key head; one head if it is not given.
 
     Everything runs in float32 (or wider where the inputs are), whatever autocast says: rounding S would
     come on top of the base model's own rounding.
     """
 
-    def __init__(self, hidden_size: int, query_size: int, kv_size: int, config):
+    def __init__(self, hidden_size: int, query_size: int, kv_size: int, config, head_size: int | None = None):
         super().__init__()
         self.state_update = config.state_update
         self.normalisation = config.normalisation
@@ -54,6 +55,11 @@ class Encoder(nn.Module):
         self.query_map = nn.Linear(query_size, config.rank, bias=False)
         self.key_map = nn.Linear(kv_size, config.rank, bias=False)
         self.value_map = nn.Linear(kv_size, config.rank, bias=False)
+        # P of W^a = M P, (kv heads, head_dim, head_dim): saved with the adapter, never trained.
+        head_size = head_size or kv_size
+        for name in ("key_whitener", "value_whitener"):
+            eye = torch.eye(head_size).repeat(kv_size // head_size, 1, 1) if config.whiten else None
+            self.register_buffer(name, eye)
         self.reset_parameters(config)
 
     @torch.no_grad()
@@ -72,9 +78,19 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def scale_update_(self, factor: float) -> None:
-        """Multiplies S' (and S_0 before its norm) by `factor`, shared evenly by the key and the value map."""
-        self.key_map.weight.mul_(factor**0.5)
-        self.value_map.weight.mul_(factor**0.5)
+        """Multiplies S' (and S_0 before its norm) by `factor`, shared evenly by the key and the value map.
+
+        Of whitened maps P takes it: M keeps a scale at which the optimizer's steps are small beside it.
+        """
+        maps = (self.key_map.weight, self.value_map.weight)
+        for weight in maps if self.key_whitener is None else (self.key_whitener, self.value_whitener):
+            weight.mul_(factor**0.5)
+
+    @torch.no_grad()
+    def set_whiteners_(self, keys: Tensor, values: Tensor) -> None:
+        """P of the keys and of the values, both (kv heads, head_dim, head_dim)."""
+        self.key_whitener.copy_(keys)
+        self.value_whitener.copy_(values)
 
     @staticmethod
     def _wide(x: Tensor) -> Tensor:
@@ -88,7 +104,14 @@ class Encoder(nn.Module):
     def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """(…, d_kv) keys and values as they lie in the cache -> their (…, r) latents, W_K^a K and W_V^a V."""
         with without_autocast(keys.device):
+            keys, values = self._whiten(keys, self.key_whitener), self._whiten(values, self.value_whitener)
             return self._project(self.key_map, keys), self._project(self.value_map, values)
+
+    def _whiten(self, x: Tensor, whitener: Tensor | None) -> Tensor:
+        if whitener is None:
+            return x
+        heads = self._wide(x).unflatten(-1, whitener.shape[:2])
+        return torch.einsum("...hi,hij->...hj", heads, whitener.to(heads.dtype)).flatten(-2)
 
     def queries(self, global_queries: Tensor) -> Tensor:
         """(n_g, d_q) -> (n_g, r), W_Q^a q_g."""

@@ -9,13 +9,15 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.config import one_of
-from pte_trl.adapter.model import check_supported, pte_layers, rescale_updates, update_ratios
+from pte_trl.adapter.model import check_supported, pte_layers
 from pte_trl.config import PteGRPOConfig, RecipeArguments
 from pte_trl.engine import left_pad
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.launch import named_launch
 from pte_trl.replay import MASKED_ATTENTION
+from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.sharding import check_engine
 
@@ -102,24 +104,47 @@ def load_for_evaluation(args: ModelSource, device: torch.device) -> PreTrainedMo
     return model.to(device).eval()
 
 
-def calibrate_encoders(trainer, prompts: int = 8) -> None:
-    """Sets |S'| / |S| of a fresh PTE adapter to `init_ratio` on the first prompts of the training set, aloud.
+def calibrate_encoders(trainer, texts: int = 8) -> None:
+    """Fits the encoders of a fresh PTE adapter to the base model's keys and values, aloud.
 
-    The main process measures, every process rescales: the others may hold no weights yet.
+    The first prompts of the training set serve; a whitening has more to find out, and gets twice as many with what the
+    base writes to them, since it is thoughts that are evicted. The main process measures, every process fits: the
+    others may hold no weights yet.
     """
-    if not pte_layers(trainer.model):
+    layers, args, model = pte_layers(trainer.model), trainer.args, trainer.model
+    if not layers:
         return
-    rows = [trainer.train_dataset[i]["prompt"] for i in range(min(prompts, len(trainer.train_dataset)))]
+    whiten = layers[0].config[layers[0]._adapter()].whiten
+    texts = min(2 * texts if whiten else texts, len(trainer.train_dataset))
     found = [None]
-    with trainer._dist.gather_params(list(trainer.model.parameters())):
+    with trainer._dist.gather_params(list(model.parameters())):
         if trainer.accelerator.is_main_process:
-            ids, _, _ = trainer._tokenize_prompts(rows)
-            inputs = left_pad(ids, trainer._tokenizer.pad_token_id, trainer.model.device)
-            window = resolve_window(trainer.args.window, trainer.args.budget, max(map(len, ids)))
-            found = [update_ratios(trainer.model, *inputs, evict=Schedule(window, trainer.args.evict_ratio).evict)]
-    (ratios,) = broadcast_object_list(found)
-    rescale_updates(trainer.model, ratios)
+            ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset[i]["prompt"] for i in range(texts)])
+            evict = Schedule(resolve_window(args.window, args.budget, max(map(len, ids))), args.evict_ratio).evict
+            if whiten:
+                ids = with_thoughts(trainer, ids)
+            inputs = left_pad(ids, trainer._tokenizer.pad_token_id, model.device)
+            found = [measure(model, *inputs, evict, reach=trainer.max_completion_length if whiten else 0)]
+    (found,) = broadcast_object_list(found)
+    fit(model, found)
+    ratios = [each.ratio for each in found]
     trainer.accelerator.print(
-        f"encoders calibrated on {len(rows)} prompts: |S'|/|S| was {min(ratios):.3g} to {max(ratios):.3g} over "
+        f"encoders calibrated on {texts} prompts: |S'|/|S| was {min(ratios):.3g} to {max(ratios):.3g} over "
         f"{len(ratios)} layers"
     )
+
+
+def with_thoughts(trainer, prompt_ids: list[list[int]], tokens: int = 128) -> list[list[int]]:
+    """The prompts, each with the first `tokens` that the model of a fresh adapter, that is, the base, writes to it."""
+    tokens = min(tokens, trainer.max_completion_length)
+    written = rollout(
+        trainer.model,
+        prompt_ids,
+        window=tokens,
+        max_new_tokens=tokens,
+        temperature=trainer.temperature,
+        eos_token_ids=trainer.eos_token_ids,
+        pad_token_id=trainer._tokenizer.pad_token_id,
+        seeds=list(range(len(prompt_ids))),
+    )
+    return [prompt + thought for prompt, thought in zip(prompt_ids, written.completion_ids, strict=True)]

@@ -69,7 +69,7 @@ def tiny(family: str = "qwen2", dtype: torch.dtype = torch.float64, wide_norms: 
 
 
 def with_pte(model: PreTrainedModel, seed: int = 1, adapter_name: str = "default", **config) -> PeftModel:
-    """The model with a PTE adapter that does something: `pte_up` is random instead of zero."""
+    """The model with a PTE adapter that does something: `pte_up` and the whiteners are random."""
     torch.manual_seed(seed)
     config = PteConfig(**{"rank": 5, "num_global_tokens": 6, "alpha": 5.0, **config})
     model = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False).eval()
@@ -79,9 +79,11 @@ def with_pte(model: PreTrainedModel, seed: int = 1, adapter_name: str = "default
 
 @torch.no_grad()
 def randomise_up(model: nn.Module, adapter_name: str = "default") -> None:
-    for name, parameter in model.named_parameters():
+    for name, tensor in model.state_dict().items():
         if f"pte_up.{adapter_name}" in name:
-            parameter.normal_(std=0.1)
+            tensor.normal_(std=0.1)
+        elif "whitener" in name:
+            tensor.add_(torch.randn_like(tensor), alpha=0.3 * tensor.abs().max().item())
 
 
 def with_lora(model: PreTrainedModel, seed: int = 1) -> PeftModel:

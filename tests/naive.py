@@ -10,14 +10,16 @@ import torch
 
 
 class Naive:
-    def __init__(self, model, read="row", state_update="recursive", normalisation="rms", encode_evicted=True):
+    def __init__(
+        self, model, read="row", state_update="recursive", normalisation="rms", encode_evicted=True, whiten=False
+    ):
         self.weights = {
             name.removeprefix("base_model.model.").replace("base_layer.", "").replace(".default", ""): tensor
             for name, tensor in model.state_dict().items()
         }
         self.config = model.config
         self.read, self.state_update, self.normalisation = read, state_update, normalisation
-        self.encode_evicted = encode_evicted
+        self.encode_evicted, self.whiten = encode_evicted, whiten
         self.use_global_tokens = True
 
     def linear(self, name, x, state=None):
@@ -63,6 +65,9 @@ class Naive:
         attention = f"model.layers.{layer}.self_attn"
         q_g = torch.stack([self.linear(f"{attention}.q_proj", h) for h in w[f"{enc}.global_tokens"]])
         queries = q_g @ w[f"{enc}.query_map.weight"].T
+        if self.whiten:
+            keys = keys @ torch.block_diag(*w[f"{enc}.key_whitener"])
+            values = values @ torch.block_diag(*w[f"{enc}.value_whitener"])
         return queries @ (keys @ w[f"{enc}.key_map.weight"].T).T @ (values @ w[f"{enc}.value_map.weight"].T)
 
     def first_memory(self, layer):

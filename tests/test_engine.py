@@ -18,6 +18,7 @@ MODELS = {
     "pte": with_pte,
     "pte, sum, all seven": lambda m: with_pte(m, state_update="sum", target_modules=ALL_SEVEN),
     "pte, nothing encoded": lambda m: with_pte(m, encode_evicted=False),
+    "pte, whitened": lambda m: with_pte(m, whiten=True),
     "pte, column, row norm": lambda m: with_pte(m, read="column", normalisation="row"),
 }
 ENDS = list(range(40, 46))

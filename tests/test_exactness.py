@@ -29,7 +29,7 @@ TARGETS = {"qo": ["q_proj", "o_proj"], "qkvo": ATTENTION, "seven": ALL_SEVEN}
 CHOICES = [
     {"state_update": update, "read": read, "normalisation": norm}
     for update, read, norm in itertools.product(("recursive", "sum"), ("row", "column"), ("rms", "row"))
-]
+] + [{"whiten": True}]
 ABLATIONS = [{"use_global_tokens": False}, {"encode_evicted": False}]
 
 

@@ -24,6 +24,7 @@ VARIANTS = {
     "seven": {"target_modules": ALL_SEVEN},
     "qo-sum": {"target_modules": QO, "state_update": "sum"},
     "seven-sum-column": {"target_modules": ALL_SEVEN, "state_update": "sum", "read": "column"},
+    "qo-whitened": {"target_modules": QO, "whiten": True},
     "qo-column-row": {"target_modules": QO, "read": "column", "normalisation": "row"},
 }
 

@@ -6,7 +6,8 @@ from peft import get_peft_model
 from torch.nn.functional import kl_div
 
 from pte_trl import BoundedCache, PteConfig
-from pte_trl.adapter.model import calibrate, pte_layers
+from pte_trl.adapter.calibration import calibrate, keys_and_values
+from pte_trl.adapter.model import pte_layers
 from tests.models import (
     ALL_SEVEN,
     ATTENTION,
@@ -190,6 +191,27 @@ def test_calibrate_gives_the_asked_ratio(family, init_ratio):
     again = calibrate(model, ids, mask, evict=4)
     assert again == pytest.approx([init_ratio] * 3, rel=1e-6)
     assert any(abs(ratio - init_ratio) > 0.05 for ratio in found)
+
+
+@torch.no_grad()
+def test_whitening_spreads_keys_that_lie_on_one_line():
+    """Key biases as large as real models have; the share of the largest direction of a head of eight."""
+    model = with_pte(tiny("qwen2"), whiten=True)
+    for layer in pte_layers(model):
+        layer.base_layer.k_proj.bias.mul_(200)
+    ids, mask, _ = left_padded_batch([40] * 8, 0)
+    calibrate(model, ids, mask, evict=10)
+    for layer, *cached in keys_and_values(model, ids, mask):
+        encoder = layer.pte_encoder["default"]
+        cached = [x.transpose(1, 2).flatten(2) for x in cached]
+        update = encoder.update(layer._start("default")[0], *(x[:, -10:] for x in encoder.latents(*cached)))
+        assert update.norm(dim=(1, 2)).mean().item() == pytest.approx(0.25 * 30**0.5, rel=1e-3)
+        shares = [
+            torch.linalg.svdvals(keys[:, 1:].flatten(0, 1).unflatten(1, (2, 8)).transpose(0, 1)).square()
+            for keys in (cached[0], encoder._whiten(cached[0], encoder.key_whitener))
+        ]
+        before, after = ((s[:, 0] / s.sum(1)).tolist() for s in shares)
+        assert all(b > 1.5 * a for b, a in zip(before, after, strict=True)), (before, after)
 
 
 @torch.no_grad()

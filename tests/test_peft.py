@@ -30,7 +30,9 @@ def logps(model, batch):
     return replay_logps(model, *batch, WINDOW)
 
 
-@pytest.mark.parametrize("config", [{}, {"target_modules": ALL_SEVEN, "read": "column", "state_update": "sum"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"target_modules": ALL_SEVEN, "read": "column", "state_update": "sum"}, {"whiten": True}]
+)
 def test_save_and_load(tmp_path, batch, config):
     model = with_pte(base(), **config)
     model.save_pretrained(tmp_path)

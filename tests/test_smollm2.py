@@ -6,7 +6,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pte_trl import PteConfig, replay_inputs
-from pte_trl.adapter.model import calibrate
+from pte_trl.adapter.calibration import calibrate
 from pte_trl.engine import left_pad
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule

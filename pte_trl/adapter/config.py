@@ -30,6 +30,7 @@ class PteConfig(PeftConfig):
         use_global_tokens: False is the paper's ablation global-0: S_0 = 0.
         encode_evicted: False is the ablation global-only: evictions leave S as it is.
         init_ratio: |S'| of one eviction over |S| at initialisation.
+        whiten: learn the maps W^a on keys and values of unit second moments (pte_trl/adapter/calibration.py).
         geometry: shape of the model the adapter was made for; filled in, and compared on loading.
     """
 
@@ -44,6 +45,7 @@ class PteConfig(PeftConfig):
     use_global_tokens: bool = True
     encode_evicted: bool = True
     init_ratio: float = 0.25
+    whiten: bool = False
     geometry: dict | None = None
 
     def __post_init__(self):

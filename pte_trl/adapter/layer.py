@@ -117,7 +117,8 @@ class PteAttention(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: PteConfig, inference_mode: bool = False) -> None:
         query, key = frozen(self.base_layer.q_proj), frozen(self.base_layer.k_proj)
-        self.pte_encoder[adapter_name] = Encoder(query.in_features, query.out_features, key.out_features, config)
+        sizes = (query.in_features, query.out_features, key.out_features)
+        self.pte_encoder[adapter_name] = Encoder(*sizes, config, self.base_layer.head_dim)
         self.config[adapter_name] = config
         if self.pte_encoder[adapter_name].global_tokens.device.type != "meta":
             self.pte_encoder[adapter_name].to(device=query.weight.device, dtype=query.weight.dtype)

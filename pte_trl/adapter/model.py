@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pte_trl.adapter.config import ATTENTION_LINEARS, PteConfig
 from pte_trl.adapter.layer import PteAttention, PteLinear, StateInUse
@@ -138,52 +138,3 @@ def evicted_encoders(model: nn.Module) -> list[Callable[..., torch.Tensor]]:
     return [
         partial(layer.encode, name) for layer, name in layers if name is not None and layer.config[name].encode_evicted
     ]
-
-
-def calibrate(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, evict: int) -> list[float]:
-    """Rescales the encoders of a fresh adapter so that |S'| / |S| is `init_ratio` on real keys and values.
-
-    Keys of real models are far from unit variance (docs/log.md has the ratios found), which the data-free
-    initialisation cannot know. S_0 is normalised, hence unchanged up to rounding.
-
-    Args and returns as `update_ratios`, whose result is of before the rescaling.
-    """
-    found = update_ratios(model, input_ids, attention_mask, evict)
-    rescale_updates(model, found)
-    return found
-
-
-@torch.no_grad()
-def update_ratios(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, evict: int) -> list[float]:
-    """|S'| / |S| in each PTE layer for one eviction.
-
-    Args:
-        input_ids, attention_mask: (batch, length) some prompts, padded on the left.
-        evict: E, tokens of one eviction; the last E tokens of every prompt stand in for them.
-    """
-    cache, found = _plain_cache(model, input_ids, attention_mask), []
-    for index, layer in enumerate(pte_layers(model)):
-        name = layer._adapter()
-        encoder = layer.pte_encoder[name]
-        take = min(evict, input_ids.shape[1])
-        keys, values = (
-            x[:, :, -take:].transpose(1, 2).flatten(2) for x in (cache.layers[index].keys, cache.layers[index].values)
-        )
-        queries, memory = layer._start(name)
-        update = encoder.update(queries, *encoder.latents(keys, values)) * (evict / take)
-        found.append(update.norm(dim=(-2, -1)).mean().item() / memory.numel() ** 0.5)
-    return found
-
-
-def rescale_updates(model: nn.Module, ratios: list[float]) -> None:
-    """Scales S' of each PTE layer so that |S'| / |S|, now `ratios`, becomes the adapter's `init_ratio`."""
-    for layer, ratio in zip(pte_layers(model), ratios, strict=True):
-        name = layer._adapter()
-        layer.pte_encoder[name].scale_update_(layer.config[name].init_ratio / max(ratio, 1e-12))
-
-
-def _plain_cache(model, input_ids, attention_mask):
-    cache = DynamicCache(config=model.config)
-    with model.disable_adapter():
-        model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-    return cache

@@ -32,6 +32,12 @@ TRAIN = (
         "a library at night",
     ),
 )
+# Said after a prompt once every form of every subject has been used, for long trainings.
+MANNERS = (
+    *("Give every person a name.", "Use numbers and dates.", "Write as an old sailor would.", "Be funny."),
+    *("Write for a curious child.", "Be serious and precise.", "Set it in the future.", "Ask questions as you go."),
+    *("Set it a hundred years ago.", "Make the ending a surprise.", "Say the main idea again in other words."),
+)
 HELDOUT = (
     *("a broken bridge", "how glass is made", "a concert in the rain", "the life of a whale", "moving to a new city"),
     *("how volcanoes erupt", "a forgotten photograph", "learning a language"),
@@ -39,10 +45,13 @@ HELDOUT = (
 
 
 def rows(subjects: tuple[str, ...], seed: int) -> list[dict]:
-    """Every form of every subject, in random order."""
-    found = [{"problem": form.format(subject), "answer": "0"} for subject in subjects for form in FORMS]
-    random.Random(seed).shuffle(found)
-    return found
+    """Every form of every subject, in random order; then all of them in every manner, in random order."""
+    shuffle = random.Random(seed).shuffle
+    plain = [form.format(subject) for subject in subjects for form in FORMS]
+    shuffle(plain)
+    more = [f"{prompt} {manner}" for prompt in plain for manner in MANNERS]
+    shuffle(more)
+    return [{"problem": prompt, "answer": "0"} for prompt in plain + more]
 
 
 def main() -> None:

@@ -1,0 +1,110 @@
+"""A fresh adapter's encoders, fitted to the keys and values that the base model really has.
+
+Two things of a real model no data-free initialisation can know. Its keys are far from unit variance, so |S'| would be
+far from `init_ratio`. And they lie almost on one line (docs/log.md has their effective rank), so that random maps
+W_K^a see little else: S is of rank one, and the optimizer moves the maps along that line until |S'| is a hundred times
+|S|. With `whiten`, the maps are therefore learned as W^a = M P: P, fixed and of every kv head, takes the base model's
+keys (and another one its values) to unit second moments; only M is trained. Eq. 4 is unchanged.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from pte_trl.adapter.layer import PteAttention
+from pte_trl.adapter.model import pte_layers
+
+RIDGE = 0.01  # of the mean eigenvalue: directions that the text at hand hardly shows are not blown up
+
+
+@dataclass
+class Found:
+    """What one layer's encoder needs to know of the base model.
+
+    Attributes:
+        ratio: |S'| / |S| of one eviction, after whitening where the adapter whitens.
+        whiteners: (kv heads, head_dim, head_dim) of keys and of values; None where it does not.
+    """
+
+    ratio: float
+    whiteners: tuple[Tensor, Tensor] | None = None
+
+
+def calibrate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: int) -> list[float]:
+    """Fits the encoders of a fresh adapter, so that |S'| / |S| is `init_ratio` on real keys and values.
+
+    S_0 is normalised, hence unchanged up to rounding where nothing is whitened.
+
+    Args:
+        input_ids, attention_mask: (batch, length) some texts, padded on the left.
+        evict: E, tokens of one eviction; the last E tokens of every text stand in for them.
+
+    Returns:
+        |S'| / |S| of every layer before the rescaling.
+    """
+    found = measure(model, input_ids, attention_mask, evict)
+    fit(model, found)
+    return [each.ratio for each in found]
+
+
+@torch.no_grad()
+def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: int, reach: int = 0) -> list[Found]:
+    """What `fit` needs, layer by layer; args as `calibrate`.
+
+    Args:
+        reach: the texts are spread over so many positions: keys are taken after rotary, and their mean turns with it.
+    """
+    found = []
+    for layer, keys, values in keys_and_values(model, input_ids, attention_mask, reach):
+        name, whiteners = layer._adapter(), None
+        encoder = layer.pte_encoder[name]
+        if layer.config[name].whiten:
+            # Not the first token of a text: its keys and values are outliers, and as a prompt's they never leave.
+            real = attention_mask.bool() & (attention_mask.cumsum(1) > 1)
+            whiteners = tuple(inverse_root(x.transpose(1, 2)[real]) for x in (keys, values))
+            encoder.set_whiteners_(*whiteners)
+        take = min(evict, input_ids.shape[1])
+        last = (x[:, :, -take:].transpose(1, 2).flatten(2) for x in (keys, values))
+        queries, memory = layer._start(name)
+        update = encoder.update(queries, *encoder.latents(*last)) * (evict / take)
+        found.append(Found(update.norm(dim=(-2, -1)).mean().item() / memory.numel() ** 0.5, whiteners))
+    return found
+
+
+@torch.no_grad()
+def fit(model: nn.Module, found: list[Found]) -> None:
+    """Sets the whiteners and scales S' of each PTE layer so that |S'| / |S| becomes the adapter's `init_ratio`."""
+    for layer, each in zip(pte_layers(model), found, strict=True):
+        name = layer._adapter()
+        encoder = layer.pte_encoder[name]
+        if each.whiteners is not None:
+            encoder.set_whiteners_(*each.whiteners)
+        encoder.scale_update_(layer.config[name].init_ratio / max(each.ratio, 1e-12))
+
+
+def inverse_root(x: Tensor) -> Tensor:
+    """(tokens, heads, head_dim) -> (heads, head_dim, head_dim) symmetric P such that x P has unit second moments."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    values, vectors = torch.linalg.eigh(torch.einsum("nhi,nhj->hij", x, x) / len(x))
+    values = values + RIDGE * values.mean(-1, keepdim=True)
+    return vectors @ torch.diag_embed(values**-0.5) @ vectors.mT
+
+
+def keys_and_values(model, input_ids, attention_mask, reach=0) -> Iterator[tuple[PteAttention, Tensor, Tensor]]:
+    """Every layer, and the base model's keys and values in it, (batch, kv heads, length, head_dim), full attention."""
+    cache = DynamicCache(config=model.config)
+    shift = torch.linspace(0, max(0, reach - input_ids.shape[1]), len(input_ids), device=input_ids.device).long()
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + shift.unsqueeze(1)
+    with model.disable_adapter():
+        model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    for layer, held in zip(pte_layers(model), cache.layers, strict=True):
+        yield layer, held.keys, held.values
