@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+WHITENERS = ("key_whitener", "value_whitener")
 REFERENCE_EVICT = 32  # evicted tokens that the data-free initialisation reckons with
 
 
@@ -57,7 +58,7 @@ class Encoder(nn.Module):
         self.value_map = nn.Linear(kv_size, config.rank, bias=False)
         # P of W^a = M P, (kv heads, head_dim, head_dim): saved with the adapter, never trained.
         head_size = head_size or kv_size
-        for name in ("key_whitener", "value_whitener"):
+        for name in WHITENERS:
             eye = torch.eye(head_size).repeat(kv_size // head_size, 1, 1) if config.whiten else None
             self.register_buffer(name, eye)
         self.reset_parameters(config)
@@ -85,6 +86,12 @@ class Encoder(nn.Module):
         maps = (self.key_map.weight, self.value_map.weight)
         for weight in maps if self.key_whitener is None else (self.key_whitener, self.value_whitener):
             weight.mul_(factor**0.5)
+
+    def whiteners_as_parameters(self) -> None:
+        """Frozen parameters instead of buffers, for an engine that cannot load buffers."""
+        for name in WHITENERS:
+            if (whitener := self._buffers.pop(name, None)) is not None:
+                self.register_parameter(name, nn.Parameter(whitener, requires_grad=False))
 
     @torch.no_grad()
     def set_whiteners_(self, keys: Tensor, values: Tensor) -> None:

@@ -113,7 +113,8 @@ def inspect(
     for layer, latents in zip(layers, watch.latents, strict=True):
         by_token, memories = contributions(layer, latents, plan)
         found.append(describe(by_token, memories, layer.pte_encoder[layer._adapter()]))
-    kl, agrees, since = kl_per_token(model, prompt_ids, completion_ids, window, ratio, pad)
+    measured = kl_per_token(model, prompt_ids, completion_ids, window, ratio, pad)
+    kl, agrees, since = (measured[name] for name in ("kl", "agrees", "since"))
     return {
         "window": window,
         "evict": plan.evicted.shape[2],

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from pte_trl.adapter.layer import PteAttention
+from pte_trl.adapter.model import pte_layers
 
 
 def check_engine(args, engine: str | None) -> None:
@@ -49,6 +50,11 @@ def prepare_engine(trainer) -> None:
     """Tells the engine that is about to be made what it has to know; nothing to do for DDP and ZeRO-1/2."""
     if trainer._dist.is_zero3:
         gather_by_layer(trainer.model)
+    if trainer._dist.is_fsdp:
+        # accelerate hands every entry of the state dict to the ranks as a sharded tensor, which a buffer is not.
+        for layer in pte_layers(trainer.model):
+            for encoder in layer.pte_encoder.values():
+                encoder.whiteners_as_parameters()
     policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if trainer._dist.is_fsdp else None
     if policy is not None:
         # It would round what the model returns to bfloat16, and log-probs by up to 0.016 with it.

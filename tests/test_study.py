@@ -126,7 +126,7 @@ def test_only_the_answer_is_rewarded_and_trained(tmp_path):
     from datasets import Dataset
 
     from pte_trl.config import PteGRPOConfig, RecipeArguments
-    from pte_trl.study.grpo import GivenThoughtTrainer, right_answer
+    from pte_trl.study.grpo import GivenThoughtTrainer, RightAnswer
 
     tokens, places = draw(8, 4, 14, torch.Generator().manual_seed(0))
     words = [[WORDS[token] for token in row[: places[n % 4] + 1]] for n, row in enumerate(tokens.tolist())]
@@ -137,7 +137,7 @@ def test_only_the_answer_is_rewarded_and_trained(tmp_path):
     model.set_attn_implementation("sdpa")
     trainer = GivenThoughtTrainer(
         model=model,
-        reward_funcs=right_answer,
+        reward_funcs=RightAnswer(build_tokenizer()),
         args=PteGRPOConfig(**settings, max_completion_length=64),
         train_dataset=Dataset.from_list(rows),
         processing_class=build_tokenizer(),
@@ -151,7 +151,7 @@ def test_only_the_answer_is_rewarded_and_trained(tmp_path):
         at = chosen.argmax().item()
         assert [WORDS[token] for token in ids[:at]] == row["thought"].split()
         assert WORDS[ids[at + 1]] == "<end>"
-    assert right_answer([[5, DIGIT + 3, 1]], ["3"]) == [1.0] and right_answer([[5, DIGIT + 4, 1]], ["3"]) == [0.0]
+    assert RightAnswer(build_tokenizer())([[5, DIGIT + 3, 1], [5, DIGIT + 4, 1]], ["3", "3"]) == [1.0, 0.0]
 
 
 def test_the_report_says_what_the_files_say(tmp_path):
@@ -162,6 +162,7 @@ def test_the_report_says_what_the_files_say(tmp_path):
     found = report.read(tmp_path)
     assert found["kl"]["pte_distilled"]["64"].values == (0.1, 0.3)
     assert "| pte_distilled | 2 | 0.200 ± 0.141 |" in report.table("kl", found["kl"])
+    assert report.gaps_closed(found) == ["kl, W = 64: pte_distilled closes 60 % of what lora_c_distilled leaves"]
     assert report.gap_closed(found["kl"]) == ["W = 64: pte_distilled closes 60 % of what lora_c_distilled leaves"]
     (tmp_path / "pte_distilled-2.json").write_text(json.dumps({"values": {"128": {"kl": {"mean": 1.0}}}}))
     with pytest.raises(ValueError, match="different numbers of seeds"):
@@ -207,7 +208,7 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     lines = shown.stdout.splitlines()
     seeds, arms = len(plan.SEEDS), len(plan.ARMS)
     assert sum("pte_trl.study.evaluate" in line for line in lines) == seeds * (arms + len(plan.CHOICES)) + 1
-    assert sum("pte_trl.study.kl" in line for line in lines) == seeds * len(plan.SMOLLM2_ARMS) + 1
+    assert sum("pte_trl.study.kl" in line for line in lines) == seeds * (len(plan.SMOLLM2_ARMS) + 4) + 2
     place = {
         run: n for n, line in enumerate(lines) for run in [line.split("--output_dir ")[-1]] if "output_dir" in line
     }

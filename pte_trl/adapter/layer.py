@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pte_trl.adapter.config import PteConfig
 from pte_trl.cache import BoundedCache, BoundedLayer
-from pte_trl.encoder import Encoder, without_autocast
+from pte_trl.encoder import WHITENERS, Encoder, without_autocast
 from pte_trl.replay import ReplayPlan
 
 
@@ -123,6 +123,21 @@ class PteAttention(nn.Module, BaseTunerLayer):
         if self.pte_encoder[adapter_name].global_tokens.device.type != "meta":
             self.pte_encoder[adapter_name].to(device=query.weight.device, dtype=query.weight.dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, *args, **kwargs) -> None:
+        super().set_adapter(*args, **kwargs)
+        self._freeze_whiteners()
+
+    def set_requires_grad(self, *args, **kwargs) -> None:
+        super().set_requires_grad(*args, **kwargs)
+        self._freeze_whiteners()
+
+    def _freeze_whiteners(self) -> None:
+        """PEFT makes every parameter of an adapter trainable, one by one; as buffers they are safe from that."""
+        for encoder in self.pte_encoder.values():
+            for name, parameter in encoder.named_parameters():
+                if name in WHITENERS and parameter.is_leaf:
+                    parameter.requires_grad_(False)
 
     def unload_and_optionally_merge_module(self, merge: bool, **kwargs) -> nn.Module:
         for name, child in list(self.base_layer.named_children()):

@@ -1,10 +1,11 @@
-"""GRPO on the recall task: the thought up to the question is given, the policy writes the answer.
+"""GRPO on a task of memory: the thought up to the question is given, the policy writes the answer, one token.
 
     python -m pte_trl.study.grpo --config recipes/study/recall_grpo.yaml --method pte --seed 0 --output_dir OUT
+    python -m pte_trl.study.grpo --config recipes/study/names_grpo.yaml --adapter ADAPTER --output_dir OUT
 
-If the policy wrote the digits that it is asked for later, always writing the same one would be rewarded. So they come
-from the data, as the base model would have drawn them; the loss is on the answer alone. The log-probs of all
-completions are taken from one replay, which is what a decode gives (tests/test_exactness.py).
+If the policy wrote what it is asked for later, always writing the same would be rewarded. So the thought comes from
+the data, as the base model would have drawn it; the loss is on the answer alone. The log-probs of all completions are
+taken from one replay, which is what a decode gives (tests/test_exactness.py).
 """
 
 import sys
@@ -64,11 +65,17 @@ class GivenThoughtTrainer(PteGRPOTrainer):
         return completions, sampled
 
 
-def right_answer(completion_ids, answer, **kwargs) -> list[float]:
-    """1 for the digit that was told. Digits are words of their own, so their ids follow one another."""
-    from pte_trl.study.recall import IDS
+class RightAnswer:
+    """1 for the answer's own token, 0 for any other."""
 
-    return [float(ids[-2] == IDS[gold]) for ids, gold in zip(completion_ids, answer, strict=True)]
+    __name__ = "right_answer"
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __call__(self, completion_ids, answer, **kwargs) -> list[float]:
+        gold = [self._tokenizer(word)["input_ids"][0] for word in answer]
+        return [float(ids[-2] == token) for ids, token in zip(completion_ids, gold, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> GivenThoughtTrainer:
@@ -80,12 +87,13 @@ def main(argv: list[str] | None = None) -> GivenThoughtTrainer:
             raise ValueError(f"dataset_name={script.dataset_name!r}: has no column thought; see pte_trl.study.recall")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    tokenizer = load_tokenizer(script)
     trainer = GivenThoughtTrainer(
         model=load_model(script),
-        reward_funcs=right_answer,
+        reward_funcs=RightAnswer(tokenizer),
         args=args,
         train_dataset=data,
-        processing_class=load_tokenizer(script),
+        processing_class=tokenizer,
         peft_config=None if script.adapter else script.adapter_config(args.method),
     )
     if script.adapter is None:

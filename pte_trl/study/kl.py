@@ -5,10 +5,12 @@
 
 The file is one that `recipes/distill_pte.py --sample_to` writes. Without an adapter it is the base under the window.
 Every text is one sample: its mean over the tokens after the first eviction, then the mean and its standard error over
-the texts.
+the texts. Where rows have `asked` (pte_trl.study.names), two more: the KL at these places, and the share of them at
+which the text's own token is the most likely one.
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pte_trl.attention  # noqa: F401 (registers the attention)
 from pte_trl.adapter import PteConfig  # noqa: F401 (registers the method with PEFT)
+from pte_trl.data import open_jsonl
 from pte_trl.distill.completions import read_completions, tokens_of
 from pte_trl.distill.divergence import divergence
 from pte_trl.distill.policies import hidden_states, tokens_since_eviction
@@ -39,13 +42,20 @@ def load(base: str, adapter: str | None, dtype: str = "float32") -> PeftModel:
 @torch.no_grad()
 def kl_per_token(
     model: PeftModel, prompt_ids: list[int], completion_ids: list[int], window: int, ratio: float, pad: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(completion,) KL in nats, 1 where the most likely token is the same, and tokens since the last eviction."""
+) -> dict[str, Tensor]:
+    """All of shape (completion,): `kl` in nats, `agrees` where both have the same most likely token, `right` where the
+    student's is the text's own, and tokens `since` the last eviction."""
     ids, mask = left_pad([[*prompt_ids, *completion_ids]], pad, model.device)
     student, teacher = hidden_states(model, ids, mask, len(prompt_ids), window, ratio)
-    found = divergence(student[0], teacher[0], model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    found = divergence(student[0], teacher[0], head)
     windows = torch.tensor([window], device=ids.device)
-    return found.kl, found.agrees, tokens_since_eviction(len(completion_ids), windows, ratio)[0]
+    return {
+        "kl": found.kl,
+        "agrees": found.agrees,
+        "right": (head(student[0]).argmax(-1) == ids[0, len(prompt_ids) :]).float(),
+        "since": tokens_since_eviction(len(completion_ids), windows, ratio)[0],
+    }
 
 
 def summary(values: list[float]) -> dict:
@@ -66,22 +76,27 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = list(read_completions(args.completions, tokenizer))[: args.limit]
+    asked = [row.get("asked", []) for row in open_jsonl(Path(args.completions)).rows]
     model, values = load(args.model, args.adapter), {}
     for window in args.windows:
-        kl, agrees = [], []
-        for row in texts:
+        means = defaultdict(list)
+        for row, places in zip(texts, asked, strict=False):
             prompt = tokens_of(row["prompt"], tokenizer)
             found = kl_per_token(
                 model, prompt, row["completion_ids"], window, args.evict_ratio, tokenizer.pad_token_id or 0
             )
-            late = found[2] >= 0
+            late = found["since"] >= 0
             if late.any():  # shorter texts are never evicted from
-                kl.append(found[0][late].mean().item())
-                agrees.append(found[1][late].mean().item())
-        if not kl:
+                means["kl"].append(found["kl"][late].mean().item())
+                means["top1_agreement"].append(found["agrees"][late].mean().item())
+            if places:
+                means["kl_asked"].append(found["kl"][places].mean().item())
+                means["right_asked"].append(found["right"][places].mean().item())
+        if not means:
             raise SystemExit(f"error: no completion is longer than window={window}")
-        values[str(window)] = {"kl": summary(kl), "top1_agreement": summary(agrees)}
-        print(f"window {window}: KL {values[str(window)]['kl']['mean']:.4f} on {len(kl)} texts", flush=True)
+        values[str(window)] = {name: summary(numbers) for name, numbers in means.items()}
+        shown = ", ".join(f"{name} {found['mean']:.4f}" for name, found in values[str(window)].items())
+        print(f"window {window}, {len(texts)} texts: {shown}", flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     write_json(args.output, {"environment": environment(), "settings": settings, "values": values})

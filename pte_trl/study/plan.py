@@ -22,9 +22,12 @@ GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
 CHOICES_STEPS = os.environ.get("CHOICES_STEPS", "100")  # fewer, so that not everything is learnt
 SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
 SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
-SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "60")
-SMOLLM2_RATES = {"lora_c": "1e-3", "pte": "3e-4"}  # each the best of 1e-4, 3e-4 and 1e-3 (docs/log.md)
-SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "80")  # to distil on
+SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "240")
+SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "720")  # to distil on
+LORA_C = " --alpha 32"  # LoRA's own scale; the recipe's is PTE's
+NAMES_STEPS = os.environ.get("NAMES_STEPS", "100")
+NAMES_GRPO_STEPS = os.environ.get("NAMES_GRPO_STEPS", "20")
+NAMES_WINDOWS = "32 64 96"  # trained at 64; "told again" lies at tokens 100 to 110
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
 SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256")
 
@@ -59,6 +62,10 @@ CHOICES = {
     "update_1": "--init_ratio 1.0",
     "rate_2e-3": "--learning_rate 2e-3",
     "rate_2e-2": "--learning_rate 2e-2",
+    "whiten": "--whiten true",
+    "whiten_rate_2e-2": "--whiten true --learning_rate 2e-2",
+    "alpha_4": "--alpha 4",  # rank over the root of num_global_tokens: what S adds is then of LoRA's size
+    "whiten_alpha_4": "--whiten true --alpha 4",
 }
 SMOLLM2_ARMS = (Arm("lora_c_distilled", "lora_c", "distill"), Arm("pte_distilled", "pte", "distill"))
 
@@ -167,7 +174,7 @@ def smollm2_rules() -> tuple[list[str], list[str]]:
         for arm in SMOLLM2_ARMS:
             run = f"{SMOLLM2}/{arm.name}-{seed}"
             command = f"$(PY) recipes/distill_pte.py {config} --method {arm.method} --completions {train}"
-            command += f" --learning_rate {SMOLLM2_RATES[arm.method]}"
+            command += LORA_C if arm.method == "lora_c" else ""
             command += f" --seed {seed} --max_steps {SMOLLM2_STEPS} --output_dir {run}"
             rules.append(rule(f"{run}/manifest.json", [model, train], command))
             results.append(f"{SMOLLM2}/results/{arm.name}-{seed}.json")
@@ -177,9 +184,36 @@ def smollm2_rules() -> tuple[list[str], list[str]]:
     return rules, results
 
 
+def names_rules() -> tuple[list[str], list[str]]:
+    """Rules and results of text on SmolLM2 whose end needs its beginning; the model is `smollm2_rules`'."""
+    folder, model = "outputs/study/names", f"{BASE}/config.json"
+    train, heldout = f"{folder}/train.jsonl", f"{folder}/heldout.jsonl"
+    rules = [rule(train, [model], f"$(PY) -m pte_trl.study.names --model {BASE} --output {folder}")]
+    rules.append(rule(heldout, [train]))
+    measure = f"$(PY) -m pte_trl.study.kl --model {BASE} --completions {heldout} --windows {NAMES_WINDOWS}"
+    results = [f"{folder}/results/base-0.json"]
+    rules.append(rule(results[0], [heldout], f"{measure} --output $@"))
+    distill = f"recipes/distill_pte.py --config recipes/distill_smollm2.yaml --completions {train}"
+    distill += f" --per_device_train_batch_size 6 --learning_rate 2e-3 --max_steps {NAMES_STEPS}"
+    reward = f"-m pte_trl.study.grpo --config recipes/study/names_grpo.yaml --max_steps {NAMES_GRPO_STEPS}"
+    for seed in SEEDS:
+        for arm in ARMS[-4:]:  # a reward alone has nothing to start from: the base guesses, one of thirty
+            run, needs = f"{folder}/{arm.name}-{seed}", [train]
+            command = f"$(PY) {distill if arm.stage == 'distill' else reward} --method {arm.method}"
+            command += LORA_C if arm.method == "lora_c" else ""
+            if arm.start:
+                needs.append(f"{folder}/{arm.start}-{seed}/manifest.json")
+                command += f" --adapter {folder}/{arm.start}-{seed}"
+            rules.append(rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --output_dir {run}"))
+            results.append(f"{folder}/results/{arm.name}-{seed}.json")
+            rules.append(rule(results[-1], [f"{run}/manifest.json"], f"{measure} --adapter {run} --output $@"))
+    return rules, results
+
+
 def makefile() -> str:
     parts = ["# Made by pte_trl/study/plan.py"]
-    studies = {"recall": recall_rules(), "choices": choices_rules(), "sums": sums_rules(), "smollm2": smollm2_rules()}
+    studies = {"recall": recall_rules(), "choices": choices_rules(), "sums": sums_rules()}
+    studies |= {"names": names_rules(), "smollm2": smollm2_rules()}
     for name, (rules, results) in studies.items():
         report = f"outputs/study/{name}/table.md"
         draw = f"$(PY) -m pte_trl.study.report outputs/study/{name}/results --output outputs/study/{name}"

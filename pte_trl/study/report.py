@@ -90,6 +90,11 @@ def gap_closed(arms: dict[str, dict[str, Spread]], ours: str = "pte_distilled", 
     return [f"W = {w}: {ours} closes {100 * share:.0f} % of what {control} leaves" for w, share in shares.items()]
 
 
+def gaps_closed(found: dict[str, dict[str, dict[str, Spread]]]) -> list[str]:
+    """`gap_closed` of every KL that was measured."""
+    return [f"{metric}, {line}" for metric in found if metric.startswith("kl") for line in gap_closed(found[metric])]
+
+
 def plot(found: dict[str, dict[str, dict[str, Spread]]], path: Path) -> None:
     """A panel per metric: bars by window, a bar per arm, the seeds as dots."""
     import matplotlib
@@ -127,7 +132,7 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     text = "\n\n".join(table(metric, arms) for metric, arms in found.items())
-    text = "\n\n".join([text, *gap_closed(found.get("kl", {}))]) + "\n"
+    text = "\n\n".join([text, *gaps_closed(found)]) + "\n"
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text(text)
     plot(found, args.output / "plot.png")
