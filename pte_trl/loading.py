@@ -132,6 +132,10 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
         f"encoders calibrated on {texts} prompts: |S'|/|S| was {min(ratios):.3g} to {max(ratios):.3g} over "
         f"{len(ratios)} layers"
     )
+    if whiten:
+        widths = [each.dimensions for each in found]
+        size = found[0].whiteners[0].shape[-1]
+        trainer.accelerator.print(f"keys filled {min(widths):.1f} to {max(widths):.1f} of a head's {size} dimensions")
 
 
 def with_thoughts(trainer, prompt_ids: list[list[int]], tokens: int = 128) -> list[list[int]]:

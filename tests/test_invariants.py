@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch.nn.functional import kl_div
 
 from pte_trl import BoundedCache, PteConfig
-from pte_trl.adapter.calibration import calibrate, keys_and_values
+from pte_trl.adapter.calibration import calibrate, filled, inverse_root, keys_and_values, second_moments
 from pte_trl.adapter.model import pte_layers
 from tests.models import (
     ALL_SEVEN,
@@ -212,6 +212,14 @@ def test_whitening_spreads_keys_that_lie_on_one_line():
         ]
         before, after = ((s[:, 0] / s.sum(1)).tolist() for s in shares)
         assert all(b > 1.5 * a for b, a in zip(before, after, strict=True)), (before, after)
+
+
+def test_dimensions_filled():
+    torch.manual_seed(0)
+    line, cloud = torch.randn(4000, 1, 1) * torch.randn(2, 8), torch.randn(4000, 2, 8) * torch.arange(1, 9)
+    assert filled(second_moments(line)).tolist() == pytest.approx([1, 1], abs=1e-3)
+    white = torch.einsum("nhi,hij->nhj", cloud, inverse_root(second_moments(cloud)))
+    assert (filled(second_moments(cloud)) < 5).all() and (filled(second_moments(white)) > 7.5).all()
 
 
 @torch.no_grad()

@@ -27,10 +27,12 @@ class Found:
     Attributes:
         ratio: |S'| / |S| of one eviction, after whitening where the adapter whitens.
         whiteners: (kv heads, head_dim, head_dim) of keys and of values; None where it does not.
+        dimensions: how many of its dimensions a head's keys fill (`filled`), mean over heads; None likewise.
     """
 
     ratio: float
     whiteners: tuple[Tensor, Tensor] | None = None
+    dimensions: float | None = None
 
 
 def calibrate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: int) -> list[float]:
@@ -59,18 +61,19 @@ def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: 
     """
     found = []
     for layer, keys, values in keys_and_values(model, input_ids, attention_mask, reach):
-        name, whiteners = layer._adapter(), None
+        name, whiteners, dimensions = layer._adapter(), None, None
         encoder = layer.pte_encoder[name]
         if layer.config[name].whiten:
             # Not the first token of a text: its keys and values are outliers, and as a prompt's they never leave.
             real = attention_mask.bool() & (attention_mask.cumsum(1) > 1)
-            whiteners = tuple(inverse_root(x.transpose(1, 2)[real]) for x in (keys, values))
+            moments = [second_moments(x.transpose(1, 2)[real]) for x in (keys, values)]
+            whiteners, dimensions = tuple(map(inverse_root, moments)), filled(moments[0]).mean().item()
             encoder.set_whiteners_(*whiteners)
         take = min(evict, input_ids.shape[1])
         last = (x[:, :, -take:].transpose(1, 2).flatten(2) for x in (keys, values))
         queries, memory = layer._start(name)
         update = encoder.update(queries, *encoder.latents(*last)) * (evict / take)
-        found.append(Found(update.norm(dim=(-2, -1)).mean().item() / memory.numel() ** 0.5, whiteners))
+        found.append(Found(update.norm(dim=(-2, -1)).mean().item() / memory.numel() ** 0.5, whiteners, dimensions))
     return found
 
 
@@ -85,12 +88,22 @@ def fit(model: nn.Module, found: list[Found]) -> None:
         encoder.scale_update_(layer.config[name].init_ratio / max(each.ratio, 1e-12))
 
 
-def inverse_root(x: Tensor) -> Tensor:
-    """(tokens, heads, head_dim) -> (heads, head_dim, head_dim) symmetric P such that x P has unit second moments."""
+def second_moments(x: Tensor) -> Tensor:
+    """(tokens, heads, head_dim) -> (heads, head_dim, head_dim) mean of x x^T, at least in float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    values, vectors = torch.linalg.eigh(torch.einsum("nhi,nhj->hij", x, x) / len(x))
+    return torch.einsum("nhi,nhj->hij", x, x) / len(x)
+
+
+def inverse_root(moments: Tensor) -> Tensor:
+    """(heads, n, n) -> the same, symmetric P such that x P has unit second moments."""
+    values, vectors = torch.linalg.eigh(moments)
     values = values + RIDGE * values.mean(-1, keepdim=True)
     return vectors @ torch.diag_embed(values**-0.5) @ vectors.mT
+
+
+def filled(moments: Tensor) -> Tensor:
+    """(heads, n, n) -> (heads,) (sum of eigenvalues)^2 / sum of their squares: 1 on a line, n where all are alike."""
+    return moments.diagonal(dim1=-2, dim2=-1).sum(-1).square() / moments.square().sum((-2, -1))
 
 
 def keys_and_values(model, input_ids, attention_mask, reach=0) -> Iterator[tuple[PteAttention, Tensor, Tensor]]:
