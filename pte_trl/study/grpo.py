@@ -66,7 +66,7 @@ class GivenThoughtTrainer(PteGRPOTrainer):
 
 
 class RightAnswer:
-    """1 for the answer's own token, 0 for any other."""
+    """1 where the token before the end is the answer, with or without a space before it; 0 for any other."""
 
     __name__ = "right_answer"
 
@@ -74,8 +74,8 @@ class RightAnswer:
         self._tokenizer = tokenizer
 
     def __call__(self, completion_ids, answer, **kwargs) -> list[float]:
-        gold = [self._tokenizer(word)["input_ids"][0] for word in answer]
-        return [float(ids[-2] == token) for ids, token in zip(completion_ids, gold, strict=True)]
+        written = (self._tokenizer.decode(ids[-2]).strip() for ids in completion_ids)
+        return [float(word == gold.strip()) for word, gold in zip(written, answer, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> GivenThoughtTrainer:

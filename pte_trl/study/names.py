@@ -49,7 +49,11 @@ def question(tokenizer: PreTrainedTokenizerBase, row: dict, which: int) -> dict:
     """A row's thought up to one of the things told again, and that thing; the prompt with its chat template."""
     ids, at = row["completion_ids"], row["asked"][which]
     problem = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-    return {"problem": problem, "thought": tokenizer.decode(ids[:at]), "answer": tokenizer.decode(ids[at : at + 1])}
+    return {
+        "problem": problem,
+        "thought": tokenizer.decode(ids[:at]),
+        "answer": tokenizer.decode(ids[at : at + 1]).strip(),
+    }
 
 
 def main() -> None:
