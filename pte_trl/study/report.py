@@ -96,14 +96,18 @@ def gaps_closed(found: dict[str, dict[str, dict[str, Spread]]]) -> list[str]:
 
 
 def plot(found: dict[str, dict[str, dict[str, Spread]]], path: Path) -> None:
-    """A panel per metric: bars by window, a bar per arm, the seeds as dots."""
+    """A panel per metric, two in a row: bars by window, a bar per arm, the seeds as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(8 * len(found), 4.2), layout="constrained", squeeze=False)
-    for axis, (metric, arms) in zip(axes[0], found.items(), strict=True):
+    columns = min(2, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(8 * columns, 4 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
+    for axis, (metric, arms) in zip(axes.flat, found.items(), strict=False):
         names = ordered(arms)
         windows = list(dict.fromkeys(window for row in arms.values() for window in row))
         width = 0.8 / len(names)
@@ -118,7 +122,8 @@ def plot(found: dict[str, dict[str, dict[str, Spread]]], path: Path) -> None:
         if metric == "accuracy":
             axis.axhline(0.1, color="0.4", linestyle="--", linewidth=1)
             axis.text(-0.45, 0.115, "chance", color="0.4", fontsize=8)
-    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.08), ncols=4)
+    bars = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*bars, frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
 
 
