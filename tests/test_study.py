@@ -208,7 +208,10 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     lines = shown.stdout.splitlines()
     seeds, arms = len(plan.SEEDS), len(plan.ARMS)
     assert sum("pte_trl.study.evaluate" in line for line in lines) == seeds * (arms + len(plan.CHOICES)) + 1
-    assert sum("pte_trl.study.kl" in line for line in lines) == seeds * (len(plan.SMOLLM2_ARMS) + 4) + 2
+    assert (
+        sum("pte_trl.study.kl" in line for line in lines)
+        == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS)) + 2
+    )
     place = {
         run: n for n, line in enumerate(lines) for run in [line.split("--output_dir ")[-1]] if "output_dir" in line
     }

@@ -22,7 +22,7 @@ GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
 CHOICES_STEPS = os.environ.get("CHOICES_STEPS", "100")  # fewer, so that not everything is learnt
 SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
 SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
-SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "200")
+SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "150")
 SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "720")  # to distil on
 LORA_C = " --alpha 32"  # LoRA's own scale; the recipe's is PTE's
 NAMES_STEPS = os.environ.get("NAMES_STEPS", "100")
@@ -67,6 +67,8 @@ CHOICES = {
     "alpha_4": "--alpha 4",  # rank over the root of num_global_tokens: what S adds is then of LoRA's size
     "whiten_alpha_4": "--whiten true --alpha 4",
 }
+# A reward alone has nothing to start from there: the base guesses, one of thirty.
+NAMES_ARMS = (*ARMS[-4:], Arm("pte_unwhitened", "pte", "distill"))
 SMOLLM2_ARMS = (Arm("lora_c_distilled", "lora_c", "distill"), Arm("pte_distilled", "pte", "distill"))
 
 
@@ -197,10 +199,11 @@ def names_rules() -> tuple[list[str], list[str]]:
     distill += f" --per_device_train_batch_size 6 --max_steps {NAMES_STEPS}"
     reward = f"-m pte_trl.study.grpo --config recipes/study/names_grpo.yaml --max_steps {NAMES_GRPO_STEPS}"
     for seed in SEEDS:
-        for arm in ARMS[-4:]:  # a reward alone has nothing to start from: the base guesses, one of thirty
+        for arm in NAMES_ARMS:
             run, needs = f"{folder}/{arm.name}-{seed}", [train]
             command = f"$(PY) {distill if arm.stage == 'distill' else reward} --method {arm.method}"
             command += LORA_C if arm.method == "lora_c" else ""
+            command += " --whiten false" if arm.name == "pte_unwhitened" else ""
             if arm.start:
                 needs.append(f"{folder}/{arm.start}-{seed}/manifest.json")
                 command += f" --adapter {folder}/{arm.start}-{seed}"
