@@ -87,6 +87,12 @@ class Encoder(nn.Module):
         for weight in maps if self.key_whitener is None else (self.key_whitener, self.value_whitener):
             weight.mul_(factor**0.5)
 
+    def widen_whiteners(self) -> None:
+        """At least float32 again, of which PEFT takes care for parameters only."""
+        for name in WHITENERS:
+            if (whitener := getattr(self, name)) is not None:
+                setattr(self, name, self._wide(whitener))
+
     def whiteners_as_parameters(self) -> None:
         """Frozen parameters instead of buffers, for an engine that cannot load buffers."""
         for name in WHITENERS:

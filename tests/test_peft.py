@@ -44,6 +44,21 @@ def test_save_and_load(tmp_path, batch, config):
     assert found == expected
 
 
+def test_whiteners_are_wide_and_not_trained(tmp_path):
+    """Of a model in bfloat16, also when PEFT switches adapters, and in the file."""
+    torch.manual_seed(0)
+    model = get_peft_model(base(dtype=torch.bfloat16), PteConfig(**SMALL, whiten=True))
+    with model.disable_adapter():
+        pass
+    model.set_adapter("default")
+    found = {name: tensor for name, tensor in model.state_dict().items() if "whitener" in name}
+    assert len(found) == 2 * 3 and all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert not any("whitener" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum("whitener" in name for name in saved) == len(found)
+
+
 def test_saved_file_holds_the_adapter_and_nothing_else(tmp_path):
     model = with_pte(base())
     model.save_pretrained(tmp_path)

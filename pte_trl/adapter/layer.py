@@ -122,6 +122,7 @@ class PteAttention(nn.Module, BaseTunerLayer):
         self.config[adapter_name] = config
         if self.pte_encoder[adapter_name].global_tokens.device.type != "meta":
             self.pte_encoder[adapter_name].to(device=query.weight.device, dtype=query.weight.dtype)
+            self.pte_encoder[adapter_name].widen_whiteners()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, *args, **kwargs) -> None:
