@@ -124,6 +124,7 @@ def persistent(job: Job) -> dict[str, float]:
 
     weights: e per parameter; under ZeRO-3 and FSDP2 over N.
     adapter: 4 X, in float32; DeepSpeed takes the model's dtype, and keeps the float32 original with the optimizer.
+        The matrices of `whiten: true`, 8 kv_heads head_dim^2 bytes a layer, are left out: 34 MB of llama-8b.
     gradients: as the adapter; DDP has them a second time, in its buckets. Over N from ZeRO-2 on.
     optimizer: Adam's 8 X, and with DeepSpeed the original, 4 X; over N under every sharding.
     """

@@ -1,10 +1,10 @@
 """A fresh adapter's encoders, fitted to the keys and values that the base model really has.
 
 Two things of a real model no data-free initialisation can know. Its keys are far from unit variance, so |S'| would be
-far from `init_ratio`. And they lie almost on one line (docs/log.md has their effective rank), so that random maps
-W_K^a see little else: S is of rank one, and the optimizer moves the maps along that line until |S'| is a hundred times
-|S|. With `whiten`, the maps are therefore learned as W^a = M P: P, fixed and of every kv head, takes the base model's
-keys (and another one its values) to unit second moments; only M is trained. Eq. 4 is unchanged.
+far from `init_ratio`. And they lie almost on one line (docs/log.md): random maps W_K^a see little else, S' starts with
+hardly more than one dimension, and the optimizer moves the maps along that line. With `whiten`, the maps are therefore
+learned as W^a = M P: P, fixed and of every kv head, takes the base model's keys (and another one its values) to unit
+second moments; only M is trained. Eq. 4 is unchanged. What it is worth: docs/results.md, "Choices".
 """
 
 from collections.abc import Iterator
