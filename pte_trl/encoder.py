@@ -112,7 +112,11 @@ class Encoder(nn.Module):
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
         # The map's weights may be bfloat16 (a whole model cast for ZeRO-3): their product is then taken wide.
         weight = linear.weight
-        return linear(self._wide(x).to(weight.dtype)) if weight.dtype.itemsize >= 4 else self._wide(linear(x))
+        return (
+            linear(self._wide(x).to(weight.dtype))
+            if weight.dtype.itemsize >= 4
+            else self._wide(linear(x.to(weight.dtype)))
+        )
 
     def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """(…, d_kv) keys and values as they lie in the cache -> their (…, r) latents, W_K^a K and W_V^a V."""

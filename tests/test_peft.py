@@ -57,6 +57,8 @@ def test_whiteners_are_wide_and_not_trained(tmp_path):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum("whitener" in name for name in saved) == len(found)
+    narrow = model.to(torch.bfloat16)  # as DeepSpeed casts a model, adapter and all
+    assert replay_logps(narrow, *left_padded_batch([6, 3], 24), WINDOW).isfinite().all()
 
 
 def test_saved_file_holds_the_adapter_and_nothing_else(tmp_path):

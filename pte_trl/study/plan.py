@@ -22,8 +22,8 @@ GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
 CHOICES_STEPS = os.environ.get("CHOICES_STEPS", "100")  # fewer, so that not everything is learnt
 SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
 SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
-SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "150")
-SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "720")  # to distil on
+SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "100")
+SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "256")  # to distil on
 LORA_C = " --alpha 32"  # LoRA's own scale; the recipe's is PTE's
 NAMES_STEPS = os.environ.get("NAMES_STEPS", "100")
 NAMES_GRPO_STEPS = os.environ.get("NAMES_GRPO_STEPS", "20")
@@ -196,7 +196,7 @@ def names_rules() -> tuple[list[str], list[str]]:
     results = [f"{folder}/results/base-0.json"]
     rules.append(rule(results[0], [heldout], f"{measure} --output $@"))
     distill = f"recipes/distill_pte.py --config recipes/distill_smollm2.yaml --completions {train}"
-    distill += f" --per_device_train_batch_size 6 --max_steps {NAMES_STEPS}"
+    distill += f" --per_device_train_batch_size 6 --learning_rate 2e-3 --max_steps {NAMES_STEPS}"
     reward = f"-m pte_trl.study.grpo --config recipes/study/names_grpo.yaml --max_steps {NAMES_GRPO_STEPS}"
     for seed in SEEDS:
         for arm in NAMES_ARMS:
