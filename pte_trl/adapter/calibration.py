@@ -1,8 +1,8 @@
 """A fresh adapter's encoders, fitted to the keys and values that the base model really has.
 
 Two things of a real model no data-free initialisation can know. Its keys are far from unit variance, so |S'| would be
-far from `init_ratio`. And they lie almost on one line (docs/log.md): random maps W_K^a see little else, S' starts with
-hardly more than one dimension, and the optimizer moves the maps along that line. With `whiten`, the maps are therefore
+far from `init_ratio`. And they lie almost on one line (SmolLM2's, docs/log.md): with random maps S' starts with hardly
+more than one dimension, and a training at 1e-3 made it a hundred times as large. With `whiten`, the maps are therefore
 learned as W^a = M P: P, fixed and of every kv head, takes the base model's keys (and another one its values) to unit
 second moments; only M is trained. Eq. 4 is unchanged. What it is worth: docs/results.md, "Choices".
 """

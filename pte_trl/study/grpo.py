@@ -75,7 +75,7 @@ class RightAnswer:
 
     def __call__(self, completion_ids, answer, **kwargs) -> list[float]:
         written = (self._tokenizer.decode(ids[-2]).strip() for ids in completion_ids)
-        return [float(word == gold.strip()) for word, gold in zip(written, answer, strict=True)]
+        return [float(word == gold) for word, gold in zip(written, answer, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> GivenThoughtTrainer:

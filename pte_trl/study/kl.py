@@ -11,6 +11,7 @@ which the text's own token is the most likely one.
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -41,19 +42,25 @@ def load(base: str, adapter: str | None, dtype: str = "float32") -> PeftModel:
 
 @torch.no_grad()
 def kl_per_token(
-    model: PeftModel, prompt_ids: list[int], completion_ids: list[int], window: int, ratio: float, pad: int
+    model: PeftModel,
+    prompt_ids: list[int],
+    completion_ids: list[int],
+    window: int,
+    ratio: float,
+    pad: int,
+    asked: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """All of shape (completion,): `kl` in nats, `agrees` where both have the same most likely token, `right` where the
-    student's is the text's own, and tokens `since` the last eviction."""
+    """All of shape (completion,): `kl` in nats, `agrees` where both have the same most likely token, tokens `since`
+    the last eviction; and of shape (asked,) `right`, where the student's most likely token is the text's own."""
     ids, mask = left_pad([[*prompt_ids, *completion_ids]], pad, model.device)
     student, teacher = hidden_states(model, ids, mask, len(prompt_ids), window, ratio)
-    head = model.get_output_embeddings()
+    head, places = model.get_output_embeddings(), torch.tensor(asked, dtype=torch.long, device=ids.device)
     found = divergence(student[0], teacher[0], head)
     windows = torch.tensor([window], device=ids.device)
     return {
         "kl": found.kl,
         "agrees": found.agrees,
-        "right": (head(student[0]).argmax(-1) == ids[0, len(prompt_ids) :]).float(),
+        "right": (head(student[0, places]).argmax(-1) == ids[0, len(prompt_ids) + places]).float(),
         "since": tokens_since_eviction(len(completion_ids), windows, ratio)[0],
     }
 
@@ -83,7 +90,7 @@ def main() -> None:
         for row, places in zip(texts, asked, strict=False):
             prompt = tokens_of(row["prompt"], tokenizer)
             found = kl_per_token(
-                model, prompt, row["completion_ids"], window, args.evict_ratio, tokenizer.pad_token_id or 0
+                model, prompt, row["completion_ids"], window, args.evict_ratio, tokenizer.pad_token_id or 0, places
             )
             late = found["since"] >= 0
             if late.any():  # shorter texts are never evicted from
@@ -91,7 +98,7 @@ def main() -> None:
                 means["top1_agreement"].append(found["agrees"][late].mean().item())
             if places:
                 means["kl_asked"].append(found["kl"][places].mean().item())
-                means["right_asked"].append(found["right"][places].mean().item())
+                means["right_asked"].append(found["right"].mean().item())
         if not means:
             raise SystemExit(f"error: no completion is longer than window={window}")
         values[str(window)] = {name: summary(numbers) for name, numbers in means.items()}

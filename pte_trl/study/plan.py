@@ -68,7 +68,7 @@ CHOICES = {
     "whiten_alpha_4": "--whiten true --alpha 4",
 }
 # A reward alone has nothing to start from there: the base guesses, one of thirty.
-NAMES_ARMS = (*ARMS[-4:], Arm("pte_unwhitened", "pte", "distill"))
+NAMES_ARMS = (*(arm for arm in ARMS if "distilled" in arm.name), Arm("pte_unwhitened", "pte", "distill"))
 SMOLLM2_ARMS = (Arm("lora_c_distilled", "lora_c", "distill"), Arm("pte_distilled", "pte", "distill"))
 
 
