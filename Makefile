@@ -112,7 +112,7 @@ $(TINY_BASE): | $(READY)
 $(TINY_DATA): | $(READY)
 	$(PY) -m pte_trl.tiny.benchmarks --output $(@D)
 
-# Does it learn? study-recall, -choices, -sums, -names, -smollm2 (python -m pte_trl.study.plan names the sizes that can be set).
+# Does it learn? study-recall, -choices, -sums, -names, -arithmetic, -smollm2 (pte_trl/study/plan.py has the sizes that can be set).
 .PHONY: FORCE
 outputs/study/plan.mk: FORCE
 	@mkdir -p $(@D)

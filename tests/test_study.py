@@ -12,7 +12,7 @@ import torch
 from pte_trl.evaluation.records import COMPLETE
 from pte_trl.schedule import Schedule
 from pte_trl.study import curves, plan, report
-from pte_trl.study.collect import collect
+from pte_trl.study.collect import beside, collect
 from pte_trl.study.evaluate import accuracy
 from pte_trl.study.recall import (
     DIGIT,
@@ -195,7 +195,11 @@ def test_collecting_evaluations(tmp_path):
             for n, right in enumerate(verdicts)
         ]
         (folder / COMPLETE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(collect(tmp_path).items()) == [("8", 0.0), ("16", 0.5), ("full", 1.0)]
+    accuracies = collect(tmp_path)
+    assert list(accuracies.items()) == [("8", 0.0), ("16", 0.5), ("full", 1.0)]
+    both = beside(accuracies, {"16": {"kl": {"mean": 0.2}}})
+    assert both["16"] == {"accuracy": {"mean": 0.5}, "kl": {"mean": 0.2}}
+    assert both["full"] == {"accuracy": {"mean": 1.0}}
     (tmp_path / "32").mkdir()
     with pytest.raises(ValueError, match="32: 0 finished evaluations"):
         collect(tmp_path)
@@ -210,12 +214,14 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     assert sum("pte_trl.study.evaluate" in line for line in lines) == seeds * (arms + len(plan.CHOICES)) + 1
     assert (
         sum("pte_trl.study.kl" in line for line in lines)
-        == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS)) + 2
+        == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS) + len(plan.ARITHMETIC_ARMS)) + 3
     )
     place = {
         run: n for n, line in enumerate(lines) for run in [line.split("--output_dir ")[-1]] if "output_dir" in line
     }
     for seed in plan.SEEDS:
-        for folder, arm in ((folder, arm) for folder in (plan.RECALL, plan.SUMS) for arm in plan.ARMS if arm.start):
+        for folder, arm in (
+            (folder, arm) for folder in (plan.RECALL, plan.SUMS, plan.ARITHMETIC) for arm in plan.ARMS if arm.start
+        ):
             # an arm that goes on from another comes behind it
             assert place[f"{folder}/{arm.name}-{seed}"] > place[f"{folder}/{arm.start}-{seed}"]

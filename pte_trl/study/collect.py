@@ -2,10 +2,12 @@
 
     python -m pte_trl.study.collect outputs/study/sums/evaluate/pte-0 --output outputs/study/sums/results/pte-0.json
 
-The folder holds one folder per window (or "full"), each written by recipes/evaluate.py with one benchmark.
+The folder holds one folder per window (or "full"), each written by recipes/evaluate.py with one benchmark. With --kl
+a file of pte_trl.study.kl, what it measured stands beside the accuracy.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from pte_trl.evaluation.metrics import summarise
@@ -30,19 +32,26 @@ def collect(folder: Path) -> dict[str, float]:
     return found
 
 
+def beside(accuracies: dict[str, float], measured: dict[str, dict]) -> dict[str, dict]:
+    """Window -> metric -> {"mean": ...}: the accuracy, and what was measured at the same window."""
+    return {window: {"accuracy": {"mean": share}} | measured.get(window, {}) for window, share in accuracies.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--kl", type=Path, help="result of pte_trl.study.kl")
     args = parser.parse_args()
     try:
-        values = collect(args.folder)
+        accuracies = collect(args.folder)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"evaluations": str(args.folder)}
+    values = beside(accuracies, json.loads(args.kl.read_text())["values"]) if args.kl else accuracies
+    settings = {"evaluations": str(args.folder), "kl": str(args.kl) if args.kl else None}
     write_json(args.output, {"environment": environment(), "settings": settings, "values": values})
-    print(", ".join(f"{window}: {share:.3f}" for window, share in values.items()))
+    print(", ".join(f"{window}: {share:.3f}" for window, share in accuracies.items()))
 
 
 if __name__ == "__main__":

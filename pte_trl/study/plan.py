@@ -28,6 +28,10 @@ LORA_C = " --alpha 32"  # LoRA's own scale; the recipe's is PTE's
 NAMES_STEPS = os.environ.get("NAMES_STEPS", "100")
 NAMES_GRPO_STEPS = os.environ.get("NAMES_GRPO_STEPS", "20")
 NAMES_WINDOWS = "32 64 96 128"  # trained at 64; a text has some 110 tokens, so 128 forgets nothing
+ARITHMETIC = "outputs/study/arithmetic"
+ARITHMETIC_STEPS = os.environ.get("ARITHMETIC_STEPS", "100")
+ARITHMETIC_GRPO_STEPS = os.environ.get("ARITHMETIC_GRPO_STEPS", "20")
+ARITHMETIC_WINDOWS = ("32", "64", "full")  # trained at 32; a solution has some 100 tokens
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
 SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256")
 
@@ -69,6 +73,7 @@ CHOICES = {
 }
 # A reward alone has nothing to start from there: the base guesses, one of thirty.
 NAMES_ARMS = (*(arm for arm in ARMS if "distilled" in arm.name), Arm("pte_unwhitened", "pte", "distill"))
+ARITHMETIC_ARMS = tuple(arm for arm in ARMS if "distilled" in arm.name)
 SMOLLM2_ARMS = (Arm("lora_c_distilled", "lora_c", "distill"), Arm("pte_distilled", "pte", "distill"))
 
 
@@ -124,7 +129,10 @@ def sums_rules() -> tuple[list[str], list[str]]:
     """Rules and results of the running sums, which can be added up again from the prompt: the milder task."""
     base, data = "$(TINY_BASE)", "$(TINY_DATA)"
     rules, results = [], [f"{SUMS}/results/base-0.json"]
-    rules += evaluate_rules(f"{SUMS}/evaluate/base-0", results[0], None)
+    evaluation = "--recipe recipes/tiny.yaml --data_dir outputs/tiny/data --benchmarks tiny_math500 --samples 2"
+    evaluation += " --max_new_tokens 128 --batch_size 128"
+    settings = (evaluation, SUMS_WINDOWS, ["|", base, data])
+    rules.append(evaluate_rule(f"{SUMS}/evaluate/base-0", results[0], None, *settings))
     for seed in SEEDS:
         for arm in ARMS:
             run = f"{SUMS}/{arm.name}-{seed}"
@@ -138,22 +146,28 @@ def sums_rules() -> tuple[list[str], list[str]]:
             command += f" --seed {seed} --max_steps {SUMS_STEPS} --output_dir {run}"
             rules.append(rule(f"{run}/manifest.json", [*needs, "|", base, data], command))
             results.append(f"{SUMS}/results/{arm.name}-{seed}.json")
-            rules += evaluate_rules(f"{SUMS}/evaluate/{arm.name}-{seed}", results[-1], run)
+            rules.append(evaluate_rule(f"{SUMS}/evaluate/{arm.name}-{seed}", results[-1], run, *settings))
     return rules, results
 
 
-def evaluate_rules(folder: str, result: str, run: str | None) -> list[str]:
-    """An evaluation per window with the project's own script, and their collection into one result."""
+def evaluate_rule(
+    folder: str,
+    result: str,
+    run: str | None,
+    evaluation: str,
+    windows: tuple[str, ...],
+    needs: list[str],
+    kl: str | None = None,
+) -> str:
+    """An evaluation per window with the project's own script, and their collection, with the KL, into one result."""
     commands = []
-    for window in SUMS_WINDOWS:
-        command = "$(PY) recipes/evaluate.py --recipe recipes/tiny.yaml --data_dir outputs/tiny/data"
-        command += " --benchmarks tiny_math500 --samples 2 --max_new_tokens 128 --temperature 1.0 --top_p 1.0"
-        command += " --batch_size 128 --use_cpu true"
+    for window in windows:
+        command = f"$(PY) recipes/evaluate.py {evaluation} --temperature 1.0 --top_p 1.0 --use_cpu true"
         command += "" if window == "full" else f" --window {window}"
         command += f" --adapter {run}" if run else ""
         commands.append(f"{command} --output_dir {folder}/{window}")
-    commands.append(f"$(PY) -m pte_trl.study.collect {folder} --output $@")
-    return [rule(result, ([f"{run}/manifest.json"] if run else []) + ["|", "$(TINY_BASE)", "$(TINY_DATA)"], *commands)]
+    commands.append(f"$(PY) -m pte_trl.study.collect {folder}{f' --kl {kl}' if kl else ''} --output $@")
+    return rule(result, [*([kl] if kl else []), *([f"{run}/manifest.json"] if run else []), *needs], *commands)
 
 
 def smollm2_rules() -> tuple[list[str], list[str]]:
@@ -213,13 +227,52 @@ def names_rules() -> tuple[list[str], list[str]]:
     return rules, results
 
 
+def arithmetic_rules() -> tuple[list[str], list[str]]:
+    """Rules and results of word problems in long hand on SmolLM2, which has been shown some solutions."""
+    folder, base = ARITHMETIC, f"{ARITHMETIC}/base/config.json"
+    train, heldout = f"{folder}/train_completions.jsonl", f"{folder}/heldout_completions.jsonl"
+    show = f"$(PY) -m pte_trl.study.arithmetic --model {BASE} --output {folder}"
+    rules, results = [rule(base, ["|", f"{BASE}/config.json"], show)], [f"{folder}/results/base-0.json"]
+    distill = f"$(PY) recipes/distill_pte.py --config recipes/distill_smollm2.yaml --model_name_or_path {folder}/base"
+    for name, count, target in (("train", 640, train), ("heldout", 32, heldout)):
+        command = f"{distill} --dataset_name {folder}/{name}.jsonl --dataset_limit {count} --max_completion_length 128"
+        rules.append(rule(target, [base], f"{command} --sample_to $@"))
+    distill += f" --window 32 --completions {train} --per_device_train_batch_size 6 --learning_rate 2e-3"
+    distill += f" --max_steps {ARITHMETIC_STEPS}"
+    reward = "$(PY) recipes/grpo_pte.py --config recipes/study/arithmetic_grpo.yaml"
+    reward += f" --max_steps {ARITHMETIC_GRPO_STEPS}"
+    measure = f"$(PY) -m pte_trl.study.kl --model {folder}/base --completions {heldout} --windows 32 64"
+    evaluation = f"--recipe recipes/study/arithmetic_grpo.yaml --benchmarks {folder}/heldout.jsonl"
+    evaluation += " --max_new_tokens 128 --batch_size 100"
+    for name, run in [("base-0", None)] + [
+        (f"{arm.name}-{seed}", f"{folder}/{arm.name}-{seed}") for seed in SEEDS for arm in ARITHMETIC_ARMS
+    ]:
+        kl, needs = f"{folder}/kl/{name}.json", [base, heldout]
+        command = f"{measure} --adapter {run}" if run else measure
+        rules.append(rule(kl, needs + ([f"{run}/manifest.json"] if run else []), f"{command} --output $@"))
+        settings = (evaluation, ARITHMETIC_WINDOWS, [base], kl)
+        rules.append(evaluate_rule(f"{folder}/evaluate/{name}", f"{folder}/results/{name}.json", run, *settings))
+    for seed in SEEDS:
+        for arm in ARITHMETIC_ARMS:
+            run, needs = f"{folder}/{arm.name}-{seed}", [train]
+            command = f"{distill if arm.stage == 'distill' else reward} --method {arm.method}"
+            command += LORA_C if arm.method == "lora_c" else ""
+            if arm.start:
+                needs.append(f"{folder}/{arm.start}-{seed}/manifest.json")
+                command += f" --adapter {folder}/{arm.start}-{seed}"
+            rules.append(rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --output_dir {run}"))
+            results.append(f"{folder}/results/{arm.name}-{seed}.json")
+    return rules, results
+
+
 def makefile() -> str:
     parts = ["# Made by pte_trl/study/plan.py"]
     studies = {"recall": recall_rules(), "choices": choices_rules(), "sums": sums_rules()}
-    studies |= {"names": names_rules(), "smollm2": smollm2_rules()}
+    studies |= {"names": names_rules(), "arithmetic": arithmetic_rules(), "smollm2": smollm2_rules()}
     for name, (rules, results) in studies.items():
         report = f"outputs/study/{name}/table.md"
         draw = f"$(PY) -m pte_trl.study.report outputs/study/{name}/results --output outputs/study/{name}"
+        draw += " --chance 0.1" if name in ("recall", "choices", "sums") else ""  # one digit is asked for
         parts += [
             *rules,
             rule(report, results, draw),

@@ -95,8 +95,8 @@ def gaps_closed(found: dict[str, dict[str, dict[str, Spread]]]) -> list[str]:
     return [f"{metric}, {line}" for metric in found if metric.startswith("kl") for line in gap_closed(found[metric])]
 
 
-def plot(found: dict[str, dict[str, dict[str, Spread]]], path: Path) -> None:
-    """A panel per metric, two in a row: bars by window, a bar per arm, the seeds as dots."""
+def plot(found: dict[str, dict[str, dict[str, Spread]]], path: Path, chance: float | None = None) -> None:
+    """A panel per metric, two in a row: bars by window, a bar per arm, the seeds as dots; an accuracy's `chance`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,9 +119,9 @@ def plot(found: dict[str, dict[str, dict[str, Spread]]], path: Path) -> None:
                 axis.plot([x] * len(spread.values), spread.values, ".", color="black", markersize=3)
         axis.set_xticks(range(len(windows)), [f"W = {w}" if w.isdigit() else f"{w} cache" for w in windows])
         axis.set(ylabel=metric, title=f"{metric.replace('_', ' ')}; dots are seeds")
-        if metric == "accuracy":
-            axis.axhline(0.1, color="0.4", linestyle="--", linewidth=1)
-            axis.text(-0.45, 0.115, "chance", color="0.4", fontsize=8)
+        if metric == "accuracy" and chance is not None:
+            axis.axhline(chance, color="0.4", linestyle="--", linewidth=1)
+            axis.text(-0.45, chance + 0.015, "chance", color="0.4", fontsize=8)
     bars = axes.flat[0].get_legend_handles_labels()
     figure.legend(*bars, frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
@@ -131,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--chance", type=float, help="accuracy of a guess, for the plot")
     args = parser.parse_args()
     try:
         found = read(args.results)
@@ -140,7 +141,7 @@ def main() -> None:
     text = "\n\n".join([text, *gaps_closed(found)]) + "\n"
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text(text)
-    plot(found, args.output / "plot.png")
+    plot(found, args.output / "plot.png", args.chance)
     if courses := curves.courses(args.results.parent):
         curves.plot(courses, args.output / "curves.png")
     print(text, end="")
