@@ -31,7 +31,7 @@ NAMES_WINDOWS = "32 64 96 128"  # trained at 64; a text has some 110 tokens, so 
 ARITHMETIC = "outputs/study/arithmetic"
 ARITHMETIC_STEPS = os.environ.get("ARITHMETIC_STEPS", "100")
 ARITHMETIC_GRPO_STEPS = os.environ.get("ARITHMETIC_GRPO_STEPS", "20")
-ARITHMETIC_WINDOWS = ("32", "64", "full")  # trained at 32; a solution has some 100 tokens
+ARITHMETIC_WINDOWS = ("64", "full")  # trained at 64; a solution has some 100 tokens
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
 SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256")
 
@@ -131,8 +131,8 @@ def sums_rules() -> tuple[list[str], list[str]]:
     rules, results = [], [f"{SUMS}/results/base-0.json"]
     evaluation = "--recipe recipes/tiny.yaml --data_dir outputs/tiny/data --benchmarks tiny_math500 --samples 2"
     evaluation += " --max_new_tokens 128 --batch_size 128"
-    settings = (evaluation, SUMS_WINDOWS, ["|", base, data])
-    rules.append(evaluate_rule(f"{SUMS}/evaluate/base-0", results[0], None, *settings))
+    there = ["|", base, data]
+    rules.append(evaluate_rule(f"{SUMS}/evaluate/base-0", results[0], None, evaluation, SUMS_WINDOWS, there))
     for seed in SEEDS:
         for arm in ARMS:
             run = f"{SUMS}/{arm.name}-{seed}"
@@ -146,6 +146,7 @@ def sums_rules() -> tuple[list[str], list[str]]:
             command += f" --seed {seed} --max_steps {SUMS_STEPS} --output_dir {run}"
             rules.append(rule(f"{run}/manifest.json", [*needs, "|", base, data], command))
             results.append(f"{SUMS}/results/{arm.name}-{seed}.json")
+            settings = (evaluation, SUMS_WINDOWS, [f"{run}/manifest.json", *there])
             rules.append(evaluate_rule(f"{SUMS}/evaluate/{arm.name}-{seed}", results[-1], run, *settings))
     return rules, results
 
@@ -167,7 +168,7 @@ def evaluate_rule(
         command += f" --adapter {run}" if run else ""
         commands.append(f"{command} --output_dir {folder}/{window}")
     commands.append(f"$(PY) -m pte_trl.study.collect {folder}{f' --kl {kl}' if kl else ''} --output $@")
-    return rule(result, [*([kl] if kl else []), *([f"{run}/manifest.json"] if run else []), *needs], *commands)
+    return rule(result, [*([kl] if kl else []), *needs], *commands)
 
 
 def smollm2_rules() -> tuple[list[str], list[str]]:
@@ -232,37 +233,44 @@ def arithmetic_rules() -> tuple[list[str], list[str]]:
     folder, base = ARITHMETIC, f"{ARITHMETIC}/base/config.json"
     train, heldout = f"{folder}/train_completions.jsonl", f"{folder}/heldout_completions.jsonl"
     show = f"$(PY) -m pte_trl.study.arithmetic --model {BASE} --output {folder}"
-    rules, results = [rule(base, ["|", f"{BASE}/config.json"], show)], [f"{folder}/results/base-0.json"]
     distill = f"$(PY) recipes/distill_pte.py --config recipes/distill_smollm2.yaml --model_name_or_path {folder}/base"
+    rules, results = [rule(base, ["|", f"{BASE}/config.json"], show)], [f"{folder}/results/base-0.json"]
     for name, count, target in (("train", 640, train), ("heldout", 32, heldout)):
         command = f"{distill} --dataset_name {folder}/{name}.jsonl --dataset_limit {count} --max_completion_length 128"
         rules.append(rule(target, [base], f"{command} --sample_to $@"))
-    distill += f" --window 32 --completions {train} --per_device_train_batch_size 6 --learning_rate 2e-3"
-    distill += f" --max_steps {ARITHMETIC_STEPS}"
+    rules += arithmetic_measures("base-0", None)
+    distill += f" --completions {train} --per_device_train_batch_size 6 --max_steps {ARITHMETIC_STEPS}"
     reward = "$(PY) recipes/grpo_pte.py --config recipes/study/arithmetic_grpo.yaml"
     reward += f" --max_steps {ARITHMETIC_GRPO_STEPS}"
-    measure = f"$(PY) -m pte_trl.study.kl --model {folder}/base --completions {heldout} --windows 32 64"
-    evaluation = f"--recipe recipes/study/arithmetic_grpo.yaml --benchmarks {folder}/heldout.jsonl"
-    evaluation += " --max_new_tokens 128 --batch_size 100"
-    for name, run in [("base-0", None)] + [
-        (f"{arm.name}-{seed}", f"{folder}/{arm.name}-{seed}") for seed in SEEDS for arm in ARITHMETIC_ARMS
-    ]:
-        kl, needs = f"{folder}/kl/{name}.json", [base, heldout]
-        command = f"{measure} --adapter {run}" if run else measure
-        rules.append(rule(kl, needs + ([f"{run}/manifest.json"] if run else []), f"{command} --output $@"))
-        settings = (evaluation, ARITHMETIC_WINDOWS, [base], kl)
-        rules.append(evaluate_rule(f"{folder}/evaluate/{name}", f"{folder}/results/{name}.json", run, *settings))
     for seed in SEEDS:
         for arm in ARITHMETIC_ARMS:
             run, needs = f"{folder}/{arm.name}-{seed}", [train]
             command = f"{distill if arm.stage == 'distill' else reward} --method {arm.method}"
             command += LORA_C if arm.method == "lora_c" else ""
+            # at 2e-3 PTE's loss leaps here
+            command += " --learning_rate 2e-3" if arm.name == "lora_c_distilled" else ""
             if arm.start:
                 needs.append(f"{folder}/{arm.start}-{seed}/manifest.json")
                 command += f" --adapter {folder}/{arm.start}-{seed}"
             rules.append(rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --output_dir {run}"))
+            rules += arithmetic_measures(f"{arm.name}-{seed}", run)
             results.append(f"{folder}/results/{arm.name}-{seed}.json")
     return rules, results
+
+
+def arithmetic_measures(name: str, run: str | None) -> list[str]:
+    """The KL on held-out completions, and the accuracy with it."""
+    folder, texts = ARITHMETIC, f"{ARITHMETIC}/heldout_completions.jsonl"
+    kl, needs = f"{folder}/kl/{name}.json", [f"{run}/manifest.json"] if run else []
+    measure = f"$(PY) -m pte_trl.study.kl --model {folder}/base --completions {texts} --windows 64"
+    measure += f" --adapter {run}" if run else ""
+    evaluation = f"--recipe recipes/study/arithmetic_grpo.yaml --benchmarks {folder}/heldout.jsonl"
+    evaluation += " --samples 2 --max_new_tokens 128 --batch_size 100"
+    settings = (evaluation, ARITHMETIC_WINDOWS, needs, kl)
+    return [
+        rule(kl, [texts, *needs], f"{measure} --output $@"),
+        evaluate_rule(f"{folder}/evaluate/{name}", f"{folder}/results/{name}.json", run, *settings),
+    ]
 
 
 def makefile() -> str:
