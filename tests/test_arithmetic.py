@@ -76,6 +76,8 @@ def test_the_shown_model_is_a_folder_that_has_learnt(tmp_path, monkeypatch, sets
         sys, "argv", [*argv, "--steps", "40", "--learning_rate", "1e-2", "--train", "20", "--heldout", "5"]
     )
     arithmetic.main()
+    with pytest.raises(SystemExit, match="base is there already"):
+        arithmetic.main()
     assert len((tmp_path / "out/train.jsonl").read_text().splitlines()) == 20
     held_out = json.loads((tmp_path / "out/heldout.jsonl").read_text().splitlines()[0])
 

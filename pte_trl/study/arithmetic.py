@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if (args.output / "base").exists():
+        raise SystemExit(f"error: {args.output / 'base'} is there already; take another output, or remove it")
     sets = rows({"heldout": args.heldout, "train": args.train, "shown": 8 * args.steps}, args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in ("heldout", "train"):
