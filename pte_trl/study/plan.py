@@ -201,6 +201,16 @@ def smollm2_rules() -> tuple[list[str], list[str]]:
     return rules, results
 
 
+def training(folder: str, arm: Arm, seed: str, data: str, command: str) -> str:
+    """The rule of an arm of SmolLM2 that needs `data`, and the adapter it goes on from."""
+    run, needs = f"{folder}/{arm.name}-{seed}", [data]
+    command += f" --method {arm.method}{LORA_C if arm.method == 'lora_c' else ''}"
+    if arm.start:
+        needs.append(f"{folder}/{arm.start}-{seed}/manifest.json")
+        command += f" --adapter {folder}/{arm.start}-{seed}"
+    return rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --output_dir {run}")
+
+
 def names_rules() -> tuple[list[str], list[str]]:
     """Rules and results of text on SmolLM2 whose end needs its beginning; the model is `smollm2_rules`'."""
     folder, model = "outputs/study/names", f"{BASE}/config.json"
@@ -215,14 +225,10 @@ def names_rules() -> tuple[list[str], list[str]]:
     reward = f"-m pte_trl.study.grpo --config recipes/study/names_grpo.yaml --max_steps {NAMES_GRPO_STEPS}"
     for seed in SEEDS:
         for arm in NAMES_ARMS:
-            run, needs = f"{folder}/{arm.name}-{seed}", [train]
-            command = f"$(PY) {distill if arm.stage == 'distill' else reward} --method {arm.method}"
-            command += LORA_C if arm.method == "lora_c" else ""
+            run = f"{folder}/{arm.name}-{seed}"
+            command = f"$(PY) {distill if arm.stage == 'distill' else reward}"
             command += " --whiten false" if arm.name == "pte_unwhitened" else ""
-            if arm.start:
-                needs.append(f"{folder}/{arm.start}-{seed}/manifest.json")
-                command += f" --adapter {folder}/{arm.start}-{seed}"
-            rules.append(rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --output_dir {run}"))
+            rules.append(training(folder, arm, seed, train, command))
             results.append(f"{folder}/results/{arm.name}-{seed}.json")
             rules.append(rule(results[-1], [f"{run}/manifest.json"], f"{measure} --adapter {run} --output $@"))
     return rules, results
@@ -244,16 +250,11 @@ def arithmetic_rules() -> tuple[list[str], list[str]]:
     reward += f" --max_steps {ARITHMETIC_GRPO_STEPS}"
     for seed in SEEDS:
         for arm in ARITHMETIC_ARMS:
-            run, needs = f"{folder}/{arm.name}-{seed}", [train]
-            command = f"{distill if arm.stage == 'distill' else reward} --method {arm.method}"
-            command += LORA_C if arm.method == "lora_c" else ""
+            command = distill if arm.stage == "distill" else reward
             # at 2e-3 PTE's loss leaps here
             command += " --learning_rate 2e-3" if arm.name == "lora_c_distilled" else ""
-            if arm.start:
-                needs.append(f"{folder}/{arm.start}-{seed}/manifest.json")
-                command += f" --adapter {folder}/{arm.start}-{seed}"
-            rules.append(rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --output_dir {run}"))
-            rules += arithmetic_measures(f"{arm.name}-{seed}", run)
+            rules.append(training(folder, arm, seed, train, command))
+            rules += arithmetic_measures(f"{arm.name}-{seed}", f"{folder}/{arm.name}-{seed}")
             results.append(f"{folder}/results/{arm.name}-{seed}.json")
     return rules, results
 
