@@ -64,7 +64,9 @@ class KeptEngine:
         self, model: nn.Module, rows: int, window: int, evict_ratio: float, prompt: int, sampling: Sampling
     ) -> Engine:
         adapters = [layer._adapter() for layer in pte_layers(model)]
-        kind = (id(model), model.device, model.dtype, adapters, rows, window, evict_ratio, sampling)
+        device = model.device.type  # autocast decides the dtype of the buffers, too
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, window, evict_ratio, sampling)
         if kind != self.kind or not self._roomy(prompt):
             self.release()  # before the new one's buffers are made
             self.kind, self.engine = kind, Engine(model, rows, window, evict_ratio, prompt, sampling)

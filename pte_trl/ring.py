@@ -41,9 +41,12 @@ class RingLayer(BoundedLayer):
     def begin(self, source: BoundedLayer, rows: int, places: int) -> None:
         """Takes the encoder's side from `source`, a batch's first prompt; makes the buffers if there are none."""
         if self.buffers is None:
-            _, heads, _, width = source.keys.shape
             # Zeros: a place that is not seen yet must not hold a NaN, which a masked softmax would still multiply.
-            self.buffers = tuple(source.keys.new_zeros(rows, heads, places, width) for _ in range(2))
+            # Each in its own dtype: autocast leaves keys in float32 (after rotary) and values in bfloat16.
+            self.buffers = tuple(
+                states.new_zeros(rows, states.shape[1], places, states.shape[3])
+                for states in (source.keys, source.values)
+            )
             self.lazy_initialization(*self.buffers)
             if source.memory is not None:
                 self.memories = source.memory.new_zeros(rows, *source.memory.shape)

@@ -40,6 +40,8 @@ def segment_logps(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the completion tokens under the bounded cache, and the entropies they were drawn at.
 
+    Both carry gradients, as in one pass.
+
     Args:
         model: bare, with LoRA or with PTE; without dropout.
         input_ids, attention_mask: (batch, prompt + completion), prompts padded left, completions right.
@@ -50,10 +52,10 @@ def segment_logps(
             E). The prompt is always one.
         offload: keep keys and values of past segments on the CPU.
         temperature: None for TRL's fused LM head, which has its own and works in float32; a number computes the
-            logits, in the model's precision, for models without that head.
+            logits whole, in float32 at least, for models without that head.
 
     Returns:
-        (batch, completion) each; only the log-probs carry a gradient. Log-probs of padded places are 0.
+        (batch, completion) each. Log-probs of padded places are 0.
     """
     windows = torch.as_tensor(windows, device=input_ids.device).expand(len(input_ids))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -78,14 +80,13 @@ class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: "SegmentRun", *parameters: Tensor):
         ctx.run, ctx.parameters = run, parameters
-        logps, entropies = run.forward()
-        ctx.mark_non_differentiable(entropies)
-        return logps, entropies
+        ctx.set_materialize_grads(False)  # no gradient of the entropies where the loss has none of them
+        return run.forward()
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):
+    def backward(ctx, *grads: Tensor | None):
         needed = [p for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[1:], strict=True) if wanted]
-        found = dict(zip(map(id, needed), ctx.run.backward(grad, needed), strict=True))
+        found = dict(zip(map(id, needed), ctx.run.backward(grads, needed), strict=True))
         return None, *(found.get(id(p)) for p in ctx.parameters)
 
 
@@ -125,17 +126,21 @@ class SegmentRun:
                 self._keep(span, cache)
         return torch.cat(logps, 1)[:, self.prompt - 1 :], torch.cat(entropies, 1)[:, self.prompt - 1 :]
 
-    def backward(self, grad: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-        """Gradients of the parameters for `grad`, (batch, completion), of the log-probs."""
+    def backward(self, given: tuple[Tensor | None, Tensor | None], parameters: list[Tensor]) -> list[Tensor]:
+        """Gradients of the parameters for those of log-probs and entropies, (batch, completion) each."""
         totals, leaving = [torch.zeros_like(p) for p in parameters], None
         with plain_layers(self.model) as checkpointed, torch.enable_grad():
             for index in reversed(range(len(self.spans))):
                 span = self.spans[index]
                 cache, taken = self._enter(index)
                 with run_again_in_backward(checkpointed):
-                    logps, _ = self._run(span, cache)
-                wanted = grad[:, max(0, span.start + 1) : span.stop + 1]
-                outputs, grads = [logps[:, -wanted.shape[1] :]], [wanted]
+                    results = self._run(span, cache)
+                tokens = slice(max(0, span.start + 1), span.stop + 1)  # those that this segment predicts
+                outputs, grads = [], []
+                for result, grad in zip(results, given, strict=True):
+                    if grad is not None:
+                        outputs.append(result[:, -grad[:, tokens].shape[1] :])
+                        grads.append(grad[:, tokens])
                 for tensor, gradient in zip(_held(cache), leaving or [], strict=leaving is not None):
                     if gradient is not None and tensor.requires_grad:
                         outputs.append(tensor)
@@ -170,8 +175,9 @@ class SegmentRun:
                 out = self.model(**inputs, past_key_values=cache, shift_labels=labels, fused_lm_head=True)
                 return out.log_probs, out.entropy
             logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logps = (logits / self.temperature).log_softmax(-1)
-        entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
+        entropy = -(logps.exp() * logps).sum(-1)
         return logps.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2) * (labels != -100), entropy
 
     def _keep(self, span: range, cache: BoundedCache) -> None:

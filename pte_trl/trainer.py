@@ -252,10 +252,15 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._metrics[self._mode][name].append(value.nanmean().item())
 
     def _record_max(self, name: str, value: float | Tensor) -> None:
-        """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number."""
-        value = torch.as_tensor(float(value), device=self.accelerator.device)
+        """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number.
+
+        NaN is no number here, either.
+        """
+        found = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device)).flatten()
         kept = self._metrics[self._mode][name]
-        kept[:] = [max([self.accelerator.gather(value).max().item(), *kept])]
+        numbers = [*found[~found.isnan()].tolist(), *kept]
+        if numbers:
+            kept[:] = [max(numbers)]
 
     @torch.no_grad()
     def _record_mismatch(self, replayed: Tensor, samples: dict[str, Tensor]) -> None:
@@ -264,9 +269,10 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         The KL is the non-negative estimate exp(d) - d - 1 with d = replay - rollout, as TRL's.
         """
         d = (replayed - samples["sampling_per_token_logps"])[samples["completion_mask"].bool()].double()
+        # Of no token, where `mask_truncated_completions` leaves none, the mean is NaN: this process has no number.
         self._record("mismatch/mean", d.abs().mean())
         self._record("mismatch/kl", (d.exp() - d - 1).mean())
-        self._record_max("mismatch/max", d.abs().max())
+        self._record_max("mismatch/max", d.abs().max() if d.numel() else math.nan)
 
     def _record_attention(self, prompt_mask: Tensor, completion_mask: Tensor) -> None:
         """TFLOPs of attention that the costliest sample's forward needs."""
