@@ -8,14 +8,10 @@ from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
 from pte_trl.adapter import PteConfig
-from pte_trl.adapter.config import one_of
 from pte_trl.checkpoints import check_save_steps
-from pte_trl.evaluation.vllm import WHY
 from pte_trl.faults import check_trackers
-from pte_trl.schedule import Schedule
-
-METHODS = ("pte", "lora", "lora_c")
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+from pte_trl.limits import check_values
+from pte_trl.unsupported import check_settings
 
 
 @dataclass
@@ -54,6 +50,9 @@ class RecipeArguments:
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of a reward for a boxed answer."})
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
     grader_time_limit: float = field(default=5.0, metadata={"help": "Seconds one answer may take."})
+
+    def __post_init__(self):
+        check_values(self)
 
     def adapter_config(self, method: str):
         """The PEFT config of a method."""
@@ -105,6 +104,7 @@ class PteGRPOConfig(GRPOConfig):
         if self.run_name is None and self.output_dir:
             self.run_name = Path(self.output_dir).name  # a resumed run goes on in its own curves
         read_numbers(self)
+        check_values(self)
         if self.window == "full" and self.method == "lora":
             self.window = None  # so that a flag can take back the window of a recipe
         check_cache_policy(self)
@@ -124,10 +124,10 @@ def check_resume(args) -> None:
 
 def read_numbers(args) -> None:
     """window and rollout_batch_size, which may also be words, as numbers where they are."""
-    if isinstance(args.window, str) and args.window.lstrip("-").isdigit():
-        args.window = int(args.window)
-    if isinstance(args.rollout_batch_size, str) and args.rollout_batch_size.isdigit():
-        args.rollout_batch_size = int(args.rollout_batch_size)
+    for key in ("window", "rollout_batch_size"):
+        value = getattr(args, key)
+        if isinstance(value, str) and value.lstrip("-").isdigit():
+            setattr(args, key, int(value))
 
 
 def check_cache_policy(args: PteGRPOConfig) -> None:
@@ -136,8 +136,6 @@ def check_cache_policy(args: PteGRPOConfig) -> None:
     Raises:
         ValueError: naming the key, its value and what is allowed.
     """
-    one_of("method", args.method, METHODS)
-    one_of("loss_type", args.loss_type, LOSS_TYPES)
     check_replay(args)
     check_sampling(args)
 
@@ -148,9 +146,6 @@ def check_sampling(args) -> None:
     Raises:
         ValueError: as above.
     """
-    size = args.rollout_batch_size
-    if size not in (None, "auto") and not (isinstance(size, int) and size >= 1):
-        raise ValueError(f"rollout_batch_size={size!r}: must be auto, or an integer of at least 1")
     if args.method == "lora":
         for key in ("window", "budget"):
             if getattr(args, key) is not None:
@@ -161,41 +156,23 @@ def check_sampling(args) -> None:
         if args.use_vllm and not is_vllm_available():
             raise ValueError("use_vllm=true: vLLM is not installed; pip install 'pte_trl[vllm]'")
         return
+    if args.window == "full":
+        raise ValueError(f"window='full': method={args.method} has a bounded cache; allowed with method=lora")
     if (args.window is None) == (args.budget is None):
         raise ValueError(
             f"window={args.window!r}, budget={args.budget!r}: method={args.method} needs exactly one of them; "
             "window is a number of thought tokens or auto, budget counts prompt and thought"
         )
-    if args.window not in (None, "auto"):
-        Schedule(args.window, args.evict_ratio)
-    if args.budget is not None and args.budget < 2:
-        raise ValueError(f"budget={args.budget!r}: must be at least 2 (a prompt token and a thought token)")
-    Schedule(1, args.evict_ratio)
     if not args.temperature > 0:
         raise ValueError(f"temperature={args.temperature!r}: must be above 0, a greedy rollout has no log-probs")
-    neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
-    for key, value in neutral.items():
-        if getattr(args, key) != value and not (key == "generation_kwargs" and not getattr(args, key)):
-            raise ValueError(
-                f"{key}={getattr(args, key)!r}: method={args.method} allows only {value!r}, since the replay scores "
-                "the whole vocabulary and would not give the log-probs that were sampled"
-            )
-    for key in ("use_vllm", "use_transformers_continuous_batching", "use_liger_kernel"):
-        if getattr(args, key, False):
-            why = f"; {WHY}" if key == "use_vllm" else ""
-            raise ValueError(
-                f"{key}=true: method={args.method} decodes with its own bounded cache; allowed is false{why}"
-            )
+    check_settings(args)
 
 
 def check_replay(args: PteGRPOConfig) -> None:
     """Refuses segment-wise scoring where it does not apply."""
-    one_of("replay", args.replay, ("one_pass", "segments"))
     if args.replay == "segments":
         if args.method == "lora":
             raise ValueError("replay='segments': method=lora keeps the full cache, nothing of it can be let go")
-        if args.segment_length is not None and args.segment_length < 1:
-            raise ValueError(f"segment_length={args.segment_length!r}: must be at least 1")
         return
     for key in ("segment_length", "offload_cache"):
         if getattr(args, key):

@@ -42,8 +42,8 @@ def _object(value):
 
 COUNT = Limit(Annotated[int, Ge(1)], "an integer of at least 1")
 NATURAL = Limit(Annotated[int, Ge(0)], "an integer of at least 0")
-POSITIVE = Limit(Annotated[float, Gt(0)], "a number above 0")
-NOT_NEGATIVE = Limit(Annotated[float, Ge(0)], "a number of at least 0")
+POSITIVE = Limit(Annotated[float, Gt(0)], "a finite number above 0")
+NOT_NEGATIVE = Limit(Annotated[float, Ge(0)], "a finite number of at least 0")
 SHARE = Limit(Annotated[float, Ge(0), Le(1)], "a number from 0 to 1")
 BELOW_ONE = Limit(Annotated[float, Ge(0), Lt(1)], "a number of at least 0 and below 1")
 POSITIVE_SHARE = Limit(Annotated[float, Gt(0), Le(1)], "a number above 0 and at most 1")
@@ -83,6 +83,7 @@ LIMITS: dict[str, Limit] = {
     "log_level_replica": choice("debug", "info", "warning", "error", "critical", "passive"),
     "train_sampling_strategy": choice("random", "sequential", "group_by_length"),
     **dict.fromkeys(("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "liger_kernel_config"), OBJECT),
+    "debug": Limit(str | list | None, "text, or a list of it"),  # annotated without the None that argparse gives it
     # trl.GRPOConfig and trl.DistillationConfig
     **dict.fromkeys(("model_init_kwargs", "teacher_model_init_kwargs"), OBJECT),
     **dict.fromkeys(("generation_kwargs", "chat_template_kwargs"), OBJECT),

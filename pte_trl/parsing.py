@@ -1,14 +1,17 @@
 """Recipe file and command line -> checked arguments. TrlParser reads them; this refuses what it lets through."""
 
+import dataclasses
+import os
 import sys
-import types
-import typing
 from pathlib import Path
 
 import yaml
 from trl import TrlParser
 
 from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.limits import fault_of
+
+EXCLUSIVE = ("window", "budget")  # a flag for one of them takes the place of the recipe's other
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -17,11 +20,23 @@ class UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys give way to those written here
+                continue
+            key = self.construct_object(key_node, deep=True)
+            line = f"line {key_node.start_mark.line + 1}"
+            if not isinstance(key, str):
+                raise ValueError(f"{key!r}: must be text to be a key of the recipe ({line})")
             if key in seen:
-                raise ValueError(f"{key}: stands twice in the recipe (line {key_node.start_mark.line + 1})")
+                raise ValueError(f"{key}: stands twice in the recipe ({line})")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class Parser(TrlParser):
+    """TrlParser whose errors are one sentence, without the usage of two hundred flags before it."""
+
+    def error(self, message: str):
+        raise ValueError(message)
 
 
 def parse_recipe(argv: list[str] | None = None) -> tuple[RecipeArguments, PteGRPOConfig]:
@@ -29,7 +44,6 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[RecipeArguments, PteGRP
 
     Raises:
         ValueError: naming key, value and what is allowed.
-        SystemExit: for a flag that does not exist, with argparse's message.
     """
     return parse((RecipeArguments, PteGRPOConfig), argv)
 
@@ -37,66 +51,71 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[RecipeArguments, PteGRP
 def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
     """An object of each dataclass; errors as in `parse_recipe`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # TrlParser does not load `--config=f.yaml`, and says nothing.
+    # `--config=f.yaml` is the same as `--config f.yaml`; TrlParser knows the second only.
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    parser = Parser(classes)
     if "--config" in argv:
-        check_types(read_recipe(argv[argv.index("--config") + 1 :]), classes)
-    return TrlParser(classes).parse_args_and_config(argv)
+        at = argv.index("--config")
+        recipe = read_recipe("config", *argv[at + 1 : at + 2])
+        argv = argv[:at] + argv[at + 2 :]
+        set_environment(recipe.pop("env", None))
+        check_types(recipe, classes)
+        parser.set_defaults_with_config(**without_replaced(recipe, argv))
+    return parser.parse_args_into_dataclasses(args=argv)
 
 
-def read_recipe(rest: list[str]) -> dict:
-    """The mapping in the recipe file named first in `rest`."""
-    if not rest or not Path(rest[0]).is_file():
-        raise ValueError(f"--config {rest[0] if rest else ''}: no such file")
+def read_recipe(key: str, name: str = "") -> dict:
+    """The mapping in a recipe file, which the flag `--key` names.
+
+    Raises:
+        ValueError: no such file, or not a YAML mapping of unique keys.
+    """
+    if not Path(name).is_file():
+        raise ValueError(f"--{key} {name}: no such file")
     try:
-        recipe = yaml.load(Path(rest[0]).read_text(), Loader=UniqueKeyLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {rest[0]}: not plain YAML ({' '.join(str(error).split())})") from error
+        recipe = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--{key} {name}: not plain YAML in UTF-8 ({' '.join(str(error).split())})") from error
+    except ValueError as error:
+        raise ValueError(f"--{key} {name}: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"--config {rest[0]}: must hold `key: value` lines, found {type(recipe).__name__}")
+        raise ValueError(f"--{key} {name}: must hold `key: value` lines, found {type(recipe).__name__}")
     return recipe
 
 
+def set_environment(variables) -> None:
+    """Exports a recipe's `env`, as TrlParser does."""
+    if variables is not None and not isinstance(variables, dict):
+        raise ValueError(f"env={variables!r}: must be a mapping of variables to values")
+    os.environ.update({name: str(value) for name, value in (variables or {}).items()})
+
+
+def without_replaced(recipe: dict, argv: list[str]) -> dict:
+    """The recipe without a window where a flag gives a budget instead, and the other way round."""
+    given = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
+    gone = set(EXCLUSIVE) if given & set(EXCLUSIVE) else set()
+    return {key: value for key, value in recipe.items() if key not in gone}
+
+
 def check_types(recipe: dict, classes: tuple[type, ...]) -> None:
-    """Compares every value of a recipe with its field's type: TrlParser passes `max_steps: 2.5` or `beta: true`."""
-    hints = {key: hint for cls in classes for key, hint in typing.get_type_hints(cls).items()}
+    """Compares every value of a recipe with its field's type and range, before argparse makes something of it."""
+    owners = {field.name: cls for cls in classes for field in dataclasses.fields(cls)}
     for key, value in recipe.items():
-        if key in ("config", "env"):
-            continue
-        if key not in hints:
+        if key not in owners:
             raise ValueError(f"{key}={value!r}: no such key; --help lists those there are")
-        allowed = members(hints[key])
-        if value is not None and not any(fits(value, kind) for kind in allowed):
-            names = " or ".join(sorted({getattr(kind, "__name__", str(kind)) for kind in allowed}))
-            raise ValueError(f"{key}={value!r}: is {type(value).__name__}, allowed is {names}")
-        if value is None and type(None) not in allowed:
-            raise ValueError(f"{key}: has no value")
+        fault = fault_of(owners[key], key, value)
+        # PyYAML reads 1e-5 as text, and `window` may be text; argparse and __post_init__ turn both into numbers.
+        if fault and (number := as_number(value)) is not None:
+            fault = fault_of(owners[key], key, number)
+        if fault:
+            raise ValueError(fault)
 
 
-def members(hint) -> list[type]:
-    """The plain types a field's annotation allows."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [kind for arm in typing.get_args(hint) for kind in members(arm)]
-    return [typing.get_origin(hint) or hint]
-
-
-def fits(value, kind) -> bool:
-    """Whether a YAML value can stand for a field of type `kind`."""
-    if kind is float:
-        # PyYAML reads 1e-5 as a string; argparse turns it into a number.
-        return not isinstance(value, bool) and (isinstance(value, (int, float)) or is_number(value))
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is str:
-        return isinstance(value, (str, int)) and not isinstance(value, bool)
-    if isinstance(kind, type) and kind in (bool, list, dict):
-        return isinstance(value, kind)
-    return True
-
-
-def is_number(value) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+def as_number(value) -> int | float | None:
+    """The number that a text says, None for anything else."""
+    for kind in (int, float):
+        try:
+            return kind(value) if isinstance(value, str) else None
+        except ValueError:
+            pass
+    return None

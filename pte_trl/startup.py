@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from pte_trl.adapter.model import FAMILIES
 from pte_trl.estimate import Job, estimate
 from pte_trl.faults import Fault
 from pte_trl.launch import named_launch
@@ -131,6 +132,16 @@ def sharding_line(engine: str, parameters: list[nn.Parameter], ranks: int) -> st
     return f"{divided.get(engine, 'nothing')} divided by {ranks}; {100 * held / whole:.0f} % of the parameters here"
 
 
+def memory_line(trainer, engine: str, max_prompt_tokens: int) -> str:
+    """The estimate, for families whose shape we know; `lora` trains any."""
+    model_type = trainer.accelerator.unwrap_model(trainer.model).config.model_type
+    if model_type not in FAMILIES:
+        return f"not estimated for {model_type}"
+    terms = estimate(job_of(trainer, engine, max_prompt_tokens))
+    parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items() if name != "peak" and size)
+    return f"{terms['peak'] / 1e9:.3g} GB per process, estimated; in GB: {parts}"
+
+
 def describe(trainer, engine: str, max_prompt_tokens: int) -> dict[str, str]:
     """The rows of the table."""
     args, accelerator = trainer.args, trainer.accelerator
@@ -138,8 +149,6 @@ def describe(trainer, engine: str, max_prompt_tokens: int) -> dict[str, str]:
     micro, steps, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     batch = micro * steps * ranks
     kept, evictions = cache_lines(args, max_prompt_tokens)
-    terms = estimate(job_of(trainer, engine, max_prompt_tokens))
-    memory = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items() if name != "peak" and size)
     frozen = [p for p in parameters if not p.requires_grad]
     return {
         "method": args.method,
@@ -154,7 +163,7 @@ def describe(trainer, engine: str, max_prompt_tokens: int) -> dict[str, str]:
         "evictions": evictions,
         "replay": "none, TRL scores" if args.method == "lora" else args.replay,
         "rollout": rollout_line(args),
-        "peak memory": f"{terms['peak'] / 1e9:.3g} GB per process, estimated; in GB: {memory}",
+        "peak memory": memory_line(trainer, engine, max_prompt_tokens),
         "tracker": ", ".join(args.report_to) or "none",
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.trainer.utils import is_async_callable
 
-from pte_trl.adapter.model import pte_layers
+from pte_trl.adapter.model import FAMILIES, pte_layers
 from pte_trl.batching import KeptEngine
 from pte_trl.checkpoints import WholeCheckpoints
 from pte_trl.config import PteGRPOConfig
@@ -26,6 +26,7 @@ from pte_trl.rewards import has_boxed
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.segments import segment_logps
 from pte_trl.sharding import call_inside, check_engine, prepare_engine
+from pte_trl.unsupported import check_arguments
 
 logger = get_logger(__name__)
 
@@ -40,6 +41,7 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     args: PteGRPOConfig
 
     def __init__(self, *args, **kwargs):
+        check_arguments(GRPOTrainer, PteGRPOConfig, args, kwargs)
         super().__init__(*args, **kwargs)
         self.kept_engine = KeptEngine()
         self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
@@ -275,14 +277,17 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._record_max("mismatch/max", d.abs().max() if d.numel() else math.nan)
 
     def _record_attention(self, prompt_mask: Tensor, completion_mask: Tensor) -> None:
-        """TFLOPs of attention that the costliest sample's forward needs."""
+        """TFLOPs of attention that the costliest sample's forward needs, of families whose shape we know."""
+        config = self.accelerator.unwrap_model(self.model).config
+        if config.model_type not in FAMILIES:  # `lora` trains any
+            return
         lengths = zip(prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist(), strict=True)
         windows = self._samples["windows"].tolist() if self.bounded else [None] * len(prompt_mask)
         pairs = [
             visible_pairs(prompt, completion, None if window is None else Schedule(window, self.args.evict_ratio))
             for (prompt, completion), window in zip(lengths, windows, strict=True)
         ]
-        self._record_max(TFLOPS_METRIC, attention_tflops(self.accelerator.unwrap_model(self.model).config, max(pairs)))
+        self._record_max(TFLOPS_METRIC, attention_tflops(config, max(pairs)))
 
     def _warn_without_signal(self) -> None:
         """Says aloud that a rollout batch teaches nothing, instead of a silent zero gradient."""

@@ -4,11 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import DistillationConfig
 
-from pte_trl.adapter.config import one_of
 from pte_trl.config import check_resume, check_sampling, read_numbers
-
-STUDENTS = ("pte", "lora_c")
-TOKENS = ("all", "after_eviction")
+from pte_trl.limits import SHARE, check_values, choice
 
 
 @dataclass
@@ -33,25 +30,8 @@ class PteDistillConfig(DistillationConfig):
 
     def __post_init__(self):
         read_numbers(self)
-        check_distillation(self)
+        # beta: 0 is the forward KL, 1 the reverse one.
+        check_values(self, method=choice("pte", "lora_c"), beta=SHARE)
+        check_sampling(self)
         super().__post_init__()
         check_resume(self)
-
-
-def check_distillation(args: PteDistillConfig) -> None:
-    """Refuses what cannot teach, or would teach another policy than the one that is run.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
-    one_of("method", args.method, STUDENTS)
-    one_of("distilled_tokens", args.distilled_tokens, TOKENS)
-    if isinstance(args.beta, bool) or not 0 <= args.beta <= 1:
-        raise ValueError(f"beta={args.beta!r}: must be between 0 (forward KL) and 1 (reverse KL)")
-    for key in ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs"):
-        if getattr(args, key) is not None:
-            raise ValueError(
-                f"{key}={getattr(args, key)!r}: the teacher is the base model itself with its adapter off; "
-                "allowed is no value"
-            )
-    check_sampling(args)

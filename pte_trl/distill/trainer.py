@@ -22,6 +22,7 @@ from pte_trl.distill.policies import evictions_seen, hidden_states
 from pte_trl.generation import trainer_rollout
 from pte_trl.schedule import resolve_window
 from pte_trl.sharding import prepare_engine
+from pte_trl.unsupported import check_arguments
 
 
 class PteDistillationTrainer(WholeCheckpoints, DistillationTrainer):
@@ -34,6 +35,7 @@ class PteDistillationTrainer(WholeCheckpoints, DistillationTrainer):
     args: PteDistillConfig
 
     def __init__(self, *args, **kwargs):
+        check_arguments(DistillationTrainer, PteDistillConfig, args, kwargs)
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "disable_adapter"):
             raise ValueError("a distillation needs an adapter: give a peft_config, or a model that has one")

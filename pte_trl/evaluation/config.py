@@ -4,11 +4,10 @@ import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
 from pte_trl.adapter.config import one_of
 from pte_trl.eviction import STRATEGIES
-from pte_trl.schedule import Schedule
+from pte_trl.limits import COUNT, check_values
+from pte_trl.parsing import read_recipe
 
 FROM_RECIPE = (
     *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code"),
@@ -41,20 +40,18 @@ class ModelSource:
 
     def __post_init__(self):
         if self.recipe is not None:
-            if not Path(self.recipe).is_file():
-                raise ValueError(f"recipe={self.recipe!r}: no such file")
-            values = yaml.safe_load(Path(self.recipe).read_text())
+            values = read_recipe("recipe", self.recipe)
             for key in FROM_RECIPE:
                 if getattr(self, key) is None and key in values:
                     setattr(self, key, values[key])
-        if isinstance(self.chat_template_kwargs, str):
-            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
         self.dtype = self.dtype or "bfloat16"
         self.attn_implementation = self.attn_implementation or "blockwise"
         self.trust_remote_code = bool(self.trust_remote_code)
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
-        one_of("dtype", self.dtype, ("bfloat16", "float32", "auto"))
+        check_values(self, window=COUNT)
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
 
 
 @dataclass
@@ -92,16 +89,6 @@ class EvaluationArguments(ModelSource):
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
         one_of("eviction", self.eviction, STRATEGIES)
-        one_of("backend", self.backend, ("transformers", "vllm"))
-        for key, least in (("budget", 2), ("max_new_tokens", 1), ("samples", 1), ("batch_size", 1), ("limit", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ValueError(f"{key}={value!r}: must be at least {least}")
-        Schedule(1 if self.window is None else self.window, self.evict_ratio)
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature!r}: must be at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r}: must be above 0 and at most 1")
 
     def recorded(self) -> dict:
         """The settings that stand in every record."""
