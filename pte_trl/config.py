@@ -114,11 +114,15 @@ class PteGRPOConfig(GRPOConfig):
 
 
 def check_resume(args) -> None:
-    """Refuses TRL's own key, and checkpoints from which nobody could go on."""
+    """Refuses TRL's own key, and checkpoints from which a run cannot be resumed."""
     if args.resume_from_checkpoint is not None:
         raise ValueError(
             f"resume_from_checkpoint={args.resume_from_checkpoint!r}: not used; resume is auto, never or a PATH"
         )
+    if args.save_only_model and args.save_strategy != "no":
+        raise ValueError("save_only_model=true: such a checkpoint cannot be resumed; allowed is false")
+    if args.ignore_data_skip:
+        raise ValueError("ignore_data_skip=true: a resumed run would see the same prompts again; allowed is false")
     check_save_steps(args)
 
 

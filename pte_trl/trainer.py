@@ -259,10 +259,9 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         NaN is no number here, either.
         """
         found = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device)).flatten()
-        kept = self._metrics[self._mode][name]
-        numbers = [*found[~found.isnan()].tolist(), *kept]
+        metrics, numbers = self._metrics[self._mode], found[~found.isnan()].tolist()
         if numbers:
-            kept[:] = [max(numbers)]
+            metrics[name] = [max(numbers + metrics[name])]
 
     @torch.no_grad()
     def _record_mismatch(self, replayed: Tensor, samples: dict[str, Tensor]) -> None:

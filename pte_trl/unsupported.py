@@ -21,6 +21,8 @@ class Only(NamedTuple):
 SCORES = "the replay scores the whole vocabulary and would not give the log-probs that were sampled"
 DECODES = "the rollout has its own bounded cache and sampling"
 NO_VLLM = f"vLLM takes no part: {WHY}"
+REFERENCE = "the reference of the KL term is the base model (eq. 3), which does not change"
+UNUSED = "TRL's trainers have no use for it, so it would have no effect"
 TEACHER = Only(None, "the teacher is the base model itself, with its adapter off")
 TOOLS = Only(None, "rollouts of several turns under a bounded cache are not supported yet")
 
@@ -43,7 +45,15 @@ SETTINGS: dict[str, Only] = {
     "torch_compile_backend": Only(None, "only with torch_compile"),
     "torch_compile_mode": Only(None, "only with torch_compile"),
     "parallelism_config": Only(None, "a layer's keys, values and state must be on one device"),
-    "sync_ref_model": Only(False, "the reference of the KL term is the base model (eq. 3), which does not change"),
+    "sync_ref_model": Only(False, REFERENCE),
+    "ref_model_mixup_alpha": Only(0.6, REFERENCE),
+    "ref_model_sync_steps": Only(512, REFERENCE),
+    "train_sampling_strategy": Only("random", UNUSED),
+    "length_column_name": Only("length", UNUSED),
+    "label_names": Only(None, UNUSED),
+    "include_for_metrics": Only([], "TRL's trainers compute no metrics from predictions"),
+    "batch_eval_metrics": Only(False, "TRL's trainers compute no metrics from predictions"),
+    "optim_target_modules": Only(None, "GaLore's optimizers take whole weight matrices, an adapter has none"),
     "max_tool_calling_iterations": TOOLS,
     "teacher_model_name_or_path": TEACHER,
     "teacher_model_revision": TEACHER,
@@ -99,5 +109,5 @@ def refuse_other(key: str, value, only: Only, method: str) -> None:
     # An empty mapping, list or text says nothing, as None does.
     if value == only.allowed or (only.allowed is None and isinstance(value, (dict, list, str)) and not value):
         return
-    shown = getattr(value, "__name__", None) or repr(value)
+    shown = getattr(value, "__name__", None) or " ".join(repr(value).split())
     raise ValueError(f"{key}={shown}: method={method} allows only {only.allowed!r}, since {only.why}")
