@@ -143,13 +143,15 @@ def hub_name(name: str, key: str) -> HubName:
     """What `hub.reachable` is asked for a dataset."""
     source = DATASETS.get(name, Source(hub_id=name))
     advice = f"data_dir to a folder with {Path(name).name}.jsonl (problem and answer, an object a line)"
+    if key == "decontaminate":
+        return HubName(source.hub_id, "dataset", f"{key}=true, {name}", f"{advice}, or decontaminate: false")
     return HubName(source.hub_id, "dataset", f"{key}={name!r}", advice)
 
 
 def hub_rows(name: str, source: Source, wanted: list[str], key: str) -> Rows:
     """A dataset of the hub, or of a folder of the same name here, which `load_dataset` prefers."""
     hub = hub_name(name, key)
-    if not is_local(source.hub_id):
+    if not is_local(source.hub_id, key):
         reachable(hub)
     try:
         dataset = load_dataset(source.hub_id, source.config, split=source.split)

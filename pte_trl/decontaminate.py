@@ -132,7 +132,7 @@ def missing_from(data_dir: str | Path) -> str:
 def missing_on_hub() -> str:
     """Which benchmarks neither the hub nor the cache has, in words; one that does not answer is waited for once."""
     hubs = [hub_name(name, "decontaminate") for name in BENCHMARKS]
-    hubs = [hub for hub in hubs if not is_local(hub.repo_id) and not is_cached(hub)]
+    hubs = [hub for hub in hubs if not is_local(hub.repo_id, "decontaminate") and not is_cached(hub)]
     closed = []
     for hub in hubs:
         try:

@@ -64,22 +64,22 @@ class HubName:
         )
 
 
-def is_local(name: str) -> bool:
-    """Whether a setting names a folder here, or can only mean one.
+def is_local(name: str, key: str) -> bool:
+    """Whether the setting `key` names a folder here.
 
     Raises:
-        FileNotFoundError: it can only mean a folder, by its form, and there is none.
+        FileNotFoundError: by its form it can only be a folder, and there is none.
         ValueError: it is no name that the hub could have.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise FileNotFoundError(f"{name}: no such folder")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or path.exists():
+        raise FileNotFoundError(f"{key}={name!r}: no such folder")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{name!r}: neither a folder here nor OWNER/NAME on the hub ({error})") from None
+        raise ValueError(f"{key}={name!r}: neither a folder here nor OWNER/NAME on the hub ({error})") from None
     return False
 
 

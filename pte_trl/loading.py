@@ -15,7 +15,9 @@ from pte_trl.adapter.model import check_supported, pte_layers
 from pte_trl.config import PteGRPOConfig, RecipeArguments
 from pte_trl.engine import left_pad
 from pte_trl.evaluation.config import ModelSource
+from pte_trl.hub import reachable
 from pte_trl.launch import named_launch
+from pte_trl.needs import model_needs
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
@@ -29,6 +31,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
         ValueError: an unsupported architecture, attention implementation or engine for a bounded method; an adapter
             that is not in safetensors; a model with code of its own, unless the recipe trusts it.
     """
+    reachable(*model_needs(script))
     check_engine(args, named_launch(args).engine)
     one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
     config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=args.trust_remote_code)
@@ -45,6 +48,7 @@ def check_evaluation_model(args: ModelSource) -> None:
     Raises:
         ValueError: an unsupported architecture, or a folder without an adapter in safetensors.
     """
+    reachable(*model_needs(args))
     check_supported(AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
     if args.adapter is not None:
         adapter_folder(args.adapter)

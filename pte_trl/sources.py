@@ -17,8 +17,8 @@ BENCHMARKS = ("math500", "olympiadbench", "minerva_math", "amc23", "aime24", "ai
 _MISSING = {"none", "null", "nil", "n/a", "<na>", "#n/a", "nat", "undefined"}
 MEANINGLESS = _MISSING | {"nan", "-nan", "+nan", "inf", "-inf", "+inf"}
 
-_UNSEEN = r"[\s\u200b-\u200d\u2060\ufeff]+"  # white space, and marks without a width
-_AT_THE_ENDS = re.compile(f"^{_UNSEEN}|{_UNSEEN}$")
+_NO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DIGITS = re.compile(r"-?\d+")
 _BARE_BOX = re.compile(r"\\boxed\s+([^{}$\s]+)")
 
@@ -37,9 +37,11 @@ def plain(value: Any) -> str:
         raise ValueError(f"{value} is no number; text or a number is needed")
     if not isinstance(value, str) or isinstance(value, Number):
         return number(str(value))
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _SURROGATE.search(value):
         raise ValueError(f"{value[:80]!r} holds half a surrogate pair, which is no character")
-    text = _AT_THE_ENDS.sub("", value)
+    text = value.strip()
+    while text and (text[0] in _NO_WIDTH or text[-1] in _NO_WIDTH):
+        text = text.strip(_NO_WIDTH).strip()
     if text.casefold() in MEANINGLESS or text == "NA":
         raise ValueError(f"{text!r} is what programs write for a missing value")
     return text if any(unicodedata.category(character)[0] not in "CZ" for character in text) else ""
