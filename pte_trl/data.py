@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .files import ALLOWED, ENDINGS, ending, names_of, open_table, tables_in
 from .hub import HubName, is_local, reachable
 from .sources import BENCHMARKS, DATASETS, Source, plain
+from .tokens import check_template
 
 __all__ = ["BENCHMARKS", "DATASETS", "build_prompts", "load_problems"]
 
@@ -232,10 +233,11 @@ def build_prompts(
         Columns id, answer and prompt: [{"role": ..., "content": ...}, ...] or str.
 
     Raises:
-        ValueError: a limit below 1, or one that no prompt meets.
+        ValueError: a limit below 1, or one that no prompt meets; a chat template that cannot be used (`tokens.py`).
     """
     if max_prompt_tokens is not None and max_prompt_tokens < 1:
         raise ValueError(f"max_prompt_tokens={max_prompt_tokens}: must be at least 1")
+    check_template(tokenizer, system_prompt, chat_template_kwargs)
 
     def add_prompts(batch: dict[str, list]) -> dict[str, list]:
         return {"prompt": [make_prompt(problem, system_prompt, chat=chat) for problem in batch["problem"]]}

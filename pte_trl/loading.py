@@ -7,7 +7,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.config import one_of
@@ -22,6 +22,10 @@ from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.sharding import check_engine
+from pte_trl.tokens import load_tokenizer
+
+__all__ = ["adapter_folder", "calibrate_encoders", "check_evaluation_model", "check_model", "load_for_evaluation"]
+__all__ += ["load_model", "load_tokenizer"]
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
@@ -68,16 +72,6 @@ def adapter_folder(name: str) -> Path:
         there = ", ".join(sorted(path.name for path in folder.glob("*.*"))) or "nothing"
         raise ValueError(f"adapter={name!r}: needs {SAFETENSORS_WEIGHTS_NAME}, the only format loaded; holds {there}")
     return folder
-
-
-def load_tokenizer(script: RecipeArguments | ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        script.model_name_or_path, padding_side="left", trust_remote_code=trust_remote_code
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:
