@@ -119,6 +119,11 @@ def check_special(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     """A completion must be able to end; without a pad token the end serves, as everywhere in TRL."""
     if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{key}: its tokenizer has no eos_token, so no completion could end; name it in its config")
+    if tokenizer.chat_template is None and tokenizer("1")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        raise ValueError(
+            f"{key}: its tokenizer puts {tokenizer.eos_token!r} behind every text, and so behind every prompt; "
+            "its tokenizer_config.json (add_eos_token) or the post_processor of its tokenizer.json must not"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         say(f"{key}: its tokenizer has no pad_token; {tokenizer.eos_token!r}, its eos_token, is used")

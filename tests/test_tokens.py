@@ -179,6 +179,15 @@ def test_eos_and_pad(tmp_path, byte_level, capsys):
         load_tokenizer(folder(tmp_path / "new-pad", byte_level, vocab_size=400, pad_token="<pad>"))
 
 
+def test_an_end_behind_every_prompt(tmp_path, byte_level):
+    core = Tokenizer.from_str(byte_level.to_str())
+    end = ("</s>", core.token_to_id("</s>"))
+    core.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[end])
+    load_tokenizer(folder(tmp_path / "chat", core))  # a template puts in what it wants
+    with pytest.raises(ValueError, match="puts '</s>' behind every text, and so behind every prompt; its tok"):
+        load_tokenizer(folder(tmp_path / "plain", core, template=None))
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_tokenizer_larger_than_the_embedding(tmp_path, byte_level, family):
     size = byte_level.get_vocab_size()
