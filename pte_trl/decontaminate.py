@@ -107,7 +107,18 @@ def load_eval_problems(data_dir: str | Path | None = None) -> dict[str, list[str
     """The problems of the six benchmarks, from `data_dir` or the hub as in `load_problems`.
 
     Raises:
-        OSError: one cannot be had; names all that cannot, and what to set.
+        OSError: as `check_eval_sets`.
+        ValueError: a file that cannot be read.
+    """
+    check_eval_sets(data_dir)
+    return {name: list(load_problems(name, data_dir=data_dir, key="decontaminate")["problem"]) for name in BENCHMARKS}
+
+
+def check_eval_sets(data_dir: str | Path | None = None) -> None:
+    """Returns if all six can be had; nothing is loaded.
+
+    Raises:
+        FileNotFoundError: one cannot; names all that cannot, and what to set.
     """
     missing = missing_from(data_dir) if data_dir is not None else missing_on_hub()
     if missing:
@@ -115,7 +126,6 @@ def load_eval_problems(data_dir: str | Path | None = None) -> dict[str, list[str
             f"decontaminate=true: {missing}; set data_dir to a folder with a file of each ({', '.join(BENCHMARKS)}: "
             "NAME.jsonl, a problem and its answer a line), or decontaminate: false to keep what repeats them"
         )
-    return {name: list(load_problems(name, data_dir=data_dir, key="decontaminate")["problem"]) for name in BENCHMARKS}
 
 
 def missing_from(data_dir: str | Path) -> str:

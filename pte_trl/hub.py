@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
@@ -126,7 +127,7 @@ def go_offline(why: str) -> None:
     """From now on the libraries read the cache without asking the hub, as with HF_HUB_OFFLINE=1; said aloud."""
     print(f"the Hugging Face hub cannot be reached ({why}); all is in the local cache, which is used", flush=True)
     os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # both are read at each call
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # both are read at each call
 
 
 def ask(hub: HubName) -> None:

@@ -6,8 +6,9 @@ check_needs(script)    # a recipe's arguments, or an evaluation's
 from pathlib import Path
 
 from pte_trl.data import hub_name, local_file
+from pte_trl.decontaminate import check_eval_sets
 from pte_trl.hub import HubName, is_local, reachable
-from pte_trl.sources import BENCHMARKS, DATASETS
+from pte_trl.sources import DATASETS
 
 
 def check_needs(script) -> None:
@@ -18,9 +19,12 @@ def check_needs(script) -> None:
             `benchmarks` and `data_dir`.
 
     Raises:
-        OSError, ValueError: as `hub.reachable`, for the first name that cannot be had; names the setting.
+        OSError, ValueError: as `hub.reachable`, for the first name that cannot be had, or for all benchmarks that
+            decontamination lacks; names the setting.
     """
     reachable(*needs(script))
+    if getattr(script, "decontaminate", False) and not getattr(script, "completions", None):
+        check_eval_sets(getattr(script, "data_dir", None))
 
 
 def model_needs(script) -> list[HubName]:
@@ -37,8 +41,6 @@ def needs(script) -> list[HubName]:
     found: list[HubName | None] = list(model_needs(script))
     if getattr(script, "dataset_name", None) and not completions:
         found.append(dataset("dataset_name", script.dataset_name, data_dir))
-        if getattr(script, "decontaminate", False) and data_dir is None:
-            found += [dataset("decontaminate", name, None) for name in BENCHMARKS]
     found += [dataset("benchmarks", name, data_dir) for name in getattr(script, "benchmarks", None) or []]
     return list(dict.fromkeys(hub for hub in found if hub is not None))
 
