@@ -10,7 +10,6 @@ are compared by their formulas only.
 """
 
 import re
-import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,8 @@ from typing import NamedTuple
 from accelerate import PartialState
 from datasets import Dataset
 
-from .data import BENCHMARKS, load_problems
+from .data import BENCHMARKS, hub_name, load_problems, local_file
+from .hub import is_cached, is_local, reachable
 
 SHINGLE = 24  # characters
 
@@ -85,7 +85,10 @@ def remove_overlap(dataset: Dataset, eval_sets: dict[str, list[str]], threshold:
         ValueError: nothing to compare with, or nothing left.
     """
     if not eval_sets:
-        raise ValueError("eval_sets is empty: no evaluation problems to compare the training problems with")
+        raise ValueError(
+            "eval_sets is empty: there are no evaluation problems to compare the training problems with; "
+            "decontaminate: false trains without"
+        )
     say = PartialState().print  # on the main process
     origin = [(name, index) for name, problems in eval_sets.items() for index in range(len(problems))]
     matches = overlap(list(dataset["problem"]), [eval_sets[name][i] for name, i in origin], threshold)
@@ -103,12 +106,50 @@ def remove_overlap(dataset: Dataset, eval_sets: dict[str, list[str]], threshold:
 def load_eval_problems(data_dir: str | Path | None = None) -> dict[str, list[str]]:
     """The problems of the six benchmarks, from `data_dir` or the hub as in `load_problems`.
 
-    One that cannot be had is left out with a warning: training problems that repeat it will then stay.
+    Raises:
+        OSError: as `check_eval_sets`.
+        ValueError: a file that cannot be read.
     """
-    problems = {}
+    check_eval_sets(data_dir)
+    return {name: list(load_problems(name, data_dir=data_dir, key="decontaminate")["problem"]) for name in BENCHMARKS}
+
+
+def check_eval_sets(data_dir: str | Path | None = None) -> None:
+    """Returns if all six can be had; nothing is loaded.
+
+    Raises:
+        FileNotFoundError: one cannot; names all that cannot, and what to set.
+    """
+    missing = missing_from(data_dir) if data_dir is not None else missing_on_hub()
+    if missing:
+        raise FileNotFoundError(
+            f"decontaminate=true: {missing}; set data_dir to a folder with a file of each ({', '.join(BENCHMARKS)}: "
+            "NAME.jsonl, a problem and its answer a line), or decontaminate: false to keep what repeats them"
+        )
+
+
+def missing_from(data_dir: str | Path) -> str:
+    """Which benchmarks a folder lacks, in words; "" if none."""
+    missing = []
     for name in BENCHMARKS:
         try:
-            problems[name] = list(load_problems(name, data_dir=data_dir)["problem"])
-        except (FileNotFoundError, ConnectionError) as error:
-            warnings.warn(f"training problems that stand in {name} will not be removed: {error}", stacklevel=2)
-    return problems
+            local_file(name, data_dir)
+        except FileNotFoundError:
+            missing.append(name)
+    return f"data_dir={str(data_dir)!r} holds no {', no '.join(missing)}" if missing else ""
+
+
+def missing_on_hub() -> str:
+    """Which benchmarks neither the hub nor the cache has, in words; one that does not answer is waited for once."""
+    hubs = [hub_name(name, "decontaminate") for name in BENCHMARKS]
+    hubs = [hub for hub in hubs if not is_local(hub.repo_id, "decontaminate") and not is_cached(hub)]
+    closed = []
+    for hub in hubs:
+        try:
+            reachable(hub)
+        except ConnectionError as error:
+            names = ", ".join(each.repo_id for each in hubs)
+            return f"the Hugging Face hub cannot be reached ({error.__cause__}), and the cache has no {names}"
+        except (FileNotFoundError, PermissionError):
+            closed.append(hub.repo_id)
+    return f"the Hugging Face hub does not give us {', '.join(closed)}" if closed else ""

@@ -7,7 +7,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.config import one_of
@@ -15,11 +15,17 @@ from pte_trl.adapter.model import check_supported, pte_layers
 from pte_trl.config import PteGRPOConfig, RecipeArguments
 from pte_trl.engine import left_pad
 from pte_trl.evaluation.config import ModelSource
+from pte_trl.hub import reachable
 from pte_trl.launch import named_launch
+from pte_trl.needs import model_needs
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.sharding import check_engine
+from pte_trl.tokens import load_tokenizer
+
+__all__ = ["adapter_folder", "calibrate_encoders", "check_evaluation_model", "check_model", "load_for_evaluation"]
+__all__ += ["load_model", "load_tokenizer"]
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
@@ -29,6 +35,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
         ValueError: an unsupported architecture, attention implementation or engine for a bounded method; an adapter
             that is not in safetensors; a model with code of its own, unless the recipe trusts it.
     """
+    reachable(*model_needs(script))
     check_engine(args, named_launch(args).engine)
     one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
     config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=args.trust_remote_code)
@@ -45,6 +52,7 @@ def check_evaluation_model(args: ModelSource) -> None:
     Raises:
         ValueError: an unsupported architecture, or a folder without an adapter in safetensors.
     """
+    reachable(*model_needs(args))
     check_supported(AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
     if args.adapter is not None:
         adapter_folder(args.adapter)
@@ -64,16 +72,6 @@ def adapter_folder(name: str) -> Path:
         there = ", ".join(sorted(path.name for path in folder.glob("*.*"))) or "nothing"
         raise ValueError(f"adapter={name!r}: needs {SAFETENSORS_WEIGHTS_NAME}, the only format loaded; holds {there}")
     return folder
-
-
-def load_tokenizer(script: RecipeArguments | ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        script.model_name_or_path, padding_side="left", trust_remote_code=trust_remote_code
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:

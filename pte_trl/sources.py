@@ -1,32 +1,69 @@
 """The datasets known by a short name: where they lie on the Hugging Face hub, and how their columns are read."""
 
+import math
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
+from .files import NotANumber, Number
 from .rewards import last_boxed
 
 BENCHMARKS = ("math500", "olympiadbench", "minerva_math", "amc23", "aime24", "aime25")
 
+# What pandas, Python, JavaScript, R and spreadsheets write where there is no value; "NA" only in capitals.
+_MISSING = {"none", "null", "nil", "n/a", "<na>", "#n/a", "nat", "undefined"}
+MEANINGLESS = _MISSING | {"nan", "-nan", "+nan", "inf", "-inf", "+inf"}
+
+_NO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_DIGITS = re.compile(r"-?\d+")
 _BARE_BOX = re.compile(r"\\boxed\s+([^{}$\s]+)")
 
 
 def plain(value: Any) -> str:
-    """Text, or a number as text; 27.0 reads 27, since a column of whole numbers may be stored as floats."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    """Text that says something, or a number as text.
+
+    27.0 reads 27, since a column of whole numbers may be stored as floats; any other number stays as it was written.
+
+    Raises:
+        ValueError: a list, an object, a boolean, NaN, an infinite number, or text such as "nan" or "None".
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
         raise ValueError(f"{value!r} is a {type(value).__name__}; text or a number is needed")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
+    if isinstance(value, NotANumber):
+        raise ValueError(f"{value} is no number; text or a number is needed")
+    if not isinstance(value, str) or isinstance(value, Number):
+        return number(str(value))
+    if _SURROGATE.search(value):
+        raise ValueError(f"{value[:80]!r} holds half a surrogate pair, which is no character")
+    text = value.strip()
+    while text and (text[0] in _NO_WIDTH or text[-1] in _NO_WIDTH):
+        text = text.strip(_NO_WIDTH).strip()
+    if text.casefold() in MEANINGLESS or text == "NA":
+        raise ValueError(f"{text!r} is what programs write for a missing value")
+    return text if any(unicodedata.category(character)[0] not in "CZ" for character in text) else ""
+
+
+def number(text: str) -> str:
+    """A number that was written `text`: 27.0 is 27, and 0.10, 4.5e33 and 1180591620717411303424 are what they are."""
+    if _DIGITS.fullmatch(text):
+        return text if text != "-0" else "0"
+    size = float(text)
+    if not math.isfinite(size):
+        raise ValueError(f"{text} is no finite number (the largest is 1.8e308)")
+    value = Decimal(text)
+    return str(int(value)) if abs(size) < 1e15 and value == int(value) else text
 
 
 def whole_number(value: Any) -> str:
     """AIME 2024 pads with zeros ("025"), AMC 2023 stores floats ("27.0"): both as plain integers."""
-    number = float(plain(value))
-    if not number.is_integer():
+    size = float(plain(value))
+    if not size.is_integer():
         raise ValueError(f"{value!r} is not a whole number")
-    return str(int(number))
+    return str(int(size))
 
 
 def after_hashes(solution: str) -> str:

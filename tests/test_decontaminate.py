@@ -109,18 +109,22 @@ def test_nothing_to_compare_with_or_nothing_left_is_an_error():
         remove_overlap(rows(SAME, LONGER), {"one": [EVAL]})
 
 
-def test_missing_evaluation_sets_are_named_aloud(tmp_path):
+def test_missing_evaluation_sets_are_named_at_once(tmp_path):
     for name in BENCHMARKS[:2]:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"problem": EVAL, "answer": "2"}) + "\n")
-    with pytest.warns(UserWarning) as warned:
-        assert load_eval_problems(tmp_path) == {name: [EVAL] for name in BENCHMARKS[:2]}
-    assert len(warned) == 4
-    for name, warning in zip(BENCHMARKS[2:], warned, strict=True):
-        assert f"stand in {name} will not be removed" in str(warning.message)
+    with pytest.raises(FileNotFoundError) as raised:
+        load_eval_problems(tmp_path)
+    said = "holds no minerva_math, no amc23, no aime24, no aime25; set data_dir to a folder with a file of each"
+    assert f"decontaminate=true: data_dir={str(tmp_path)!r} {said}" in str(raised.value)
+    assert "or decontaminate: false" in str(raised.value)
+    for name in BENCHMARKS[2:]:
+        (tmp_path / f"{name}.csv").write_text(f'problem,answer\n"{EVAL}",2\n')
+    assert load_eval_problems(tmp_path) == {name: [EVAL] for name in BENCHMARKS}
 
 
 def test_a_damaged_evaluation_set_is_not_passed_over(tmp_path):
-    (tmp_path / "math500.jsonl").write_text("{}\n")
+    for name in BENCHMARKS:
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="math500"):
         load_eval_problems(tmp_path)
 

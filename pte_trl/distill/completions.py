@@ -6,8 +6,9 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pte_trl.data import open_jsonl, tokens_of
+from pte_trl.data import tokens_of
 from pte_trl.distill.config import PteDistillConfig
+from pte_trl.files import open_table
 from pte_trl.rollout import rollout
 
 
@@ -56,17 +57,20 @@ def read_completions(path: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Columns prompt and completion_ids.
 
     Raises:
-        ValueError: a line without them, or with tokens that the tokenizer does not have.
+        ValueError: no rows, a row without them, or with tokens that the tokenizer does not have; names its line.
         OSError: no such file.
     """
-    table = open_jsonl(Path(path))
-    for index, row in enumerate(table.rows):
-        ids = row.get("completion_ids")
-        if not row.get("prompt") or not isinstance(ids, list) or not ids:
-            raise ValueError(f"{table.place(index)}: needs prompt and completion_ids, has {', '.join(row)}")
-        if not all(isinstance(x, int) and 0 <= x < len(tokenizer) for x in ids):
-            raise ValueError(f"{table.place(index)}: completion_ids are of another tokenizer than this model's")
-    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion_ids")} for row in table.rows])
+    table = open_table(Path(path), ["prompt", "completion_ids"])
+    for place, row in zip(table.places, table.rows, strict=True):
+        prompt, ids = row.get("prompt"), row.get("completion_ids")
+        if not prompt or not isinstance(prompt, (str, list)) or not isinstance(ids, list) or not ids:
+            raise ValueError(
+                f"{place}: needs prompt (a text or messages) and completion_ids (a list of token ids), "
+                f"has {', '.join(f'{key}: {type(value).__name__}' for key, value in row.items()) or 'neither'}"
+            )
+        if not all(type(x) is int and 0 <= x < len(tokenizer) for x in ids):
+            raise ValueError(f"{place}: completion_ids are of another tokenizer than this model's")
+    return Dataset.from_list(table.rows)
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

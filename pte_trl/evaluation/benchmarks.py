@@ -60,7 +60,7 @@ def load_benchmark(name: str, data_dir: str | Path | None = None, limit: int | N
     Raises:
         ValueError: a known benchmark with another number of problems, or what `load_problems` refuses.
     """
-    problems = load_problems(name, data_dir=data_dir).select_columns(["id", "problem", "answer"])
+    problems = load_problems(name, data_dir=data_dir, key="benchmarks")
     known, found = BENCHMARKS.get(name), content_hash(problems)
     if known and len(problems) != known.rows:
         raise ValueError(f"{name}: has {len(problems)} problems, must have {known.rows}")

@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> GivenThoughtTrainer:
     try:
         script, args = parse_recipe(argv)
         check_model(script, args)
-        data = load_problems(script.dataset_name, limit=script.dataset_limit).rename_column("problem", "prompt")
-        if "thought" not in data.column_names:
-            raise ValueError(f"dataset_name={script.dataset_name!r}: has no column thought; see pte_trl.study.recall")
+        # The column thought: see pte_trl.study.recall.
+        data = load_problems(script.dataset_name, limit=script.dataset_limit, keep=["thought"])
+        data = data.rename_column("problem", "prompt")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     tokenizer = load_tokenizer(script)

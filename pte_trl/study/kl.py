@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pte_trl.attention  # noqa: F401 (registers the attention)
 from pte_trl.adapter import PteConfig  # noqa: F401 (registers the method with PEFT)
-from pte_trl.data import open_jsonl
 from pte_trl.distill.completions import read_completions, tokens_of
 from pte_trl.distill.divergence import divergence
 from pte_trl.distill.policies import hidden_states, tokens_since_eviction
 from pte_trl.engine import left_pad
+from pte_trl.files import open_table
 from pte_trl.manifest import environment, write_json
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = list(read_completions(args.completions, tokenizer))[: args.limit]
-    asked = [row.get("asked", []) for row in open_jsonl(Path(args.completions)).rows]
+    asked = [row.get("asked", []) for row in open_table(Path(args.completions), ["asked"]).rows]
     model, values = load(args.model, args.adapter), {}
     for window in args.windows:
         means = defaultdict(list)
