@@ -113,7 +113,8 @@ def check_modules(config: PteConfig, model: nn.Module) -> None:
         linear = getattr(holder.base_layer if isinstance(holder, PteAttention) else holder, name)
         linear = linear.base_layer if isinstance(linear, PteLinear) else linear
         if type(linear) is not nn.Linear:
-            raise ValueError(f"target_modules: {key} is a {type(linear).__name__}, PTE adapts nn.Linear")
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            raise ValueError(f"target_modules: {key} is {kind}; PTE adapts torch.nn.Linear alone")
     if config.exclude_modules:
         every = copy.copy(config)
         every.exclude_modules = None
@@ -176,8 +177,10 @@ def check_adapter_name(model: nn.Module, name: str, others: list[str]) -> None:
     parts = set(OWN_PARTS)
     for key in model.state_dict():
         head, _, tail = split_key(key)
-        parts.update(part for part in head.split(".") if part not in others)
-        parts.update(tail.split(".")[2:])
+        before = head.split(".")
+        if "modules_to_save" in before:
+            del before[before.index("modules_to_save") + 1]  # the adapter's name
+        parts.update(before, tail.split(".")[2:])
     for each in (name, *others):
         if each in parts:
             raise ValueError(
