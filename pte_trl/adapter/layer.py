@@ -52,7 +52,28 @@ class StateInUse:
             return self.plan.put(y, self.plan.users, self.plan.pick(x, self.plan.users) @ side(self.later))
 
 
-class PteLinear(nn.Module, BaseTunerLayer):
+class PteLayer(BaseTunerLayer):
+    """What both kinds of layer do with the modules of an adapter."""
+
+    def frozen_weight(self) -> Tensor:
+        """A weight of the base model, on whose device and in whose dtype a fresh adapter is made."""
+        raise NotImplementedError
+
+    def _place(self, adapter_name: str) -> None:
+        """A fresh adapter to where the base is, and in its dtype, from which PEFT widens it if it is asked to."""
+        weight = self.frozen_weight()
+        for container in self.adapter_layer_names:
+            module = getattr(self, container)[adapter_name]
+            if not any(parameter.is_meta for parameter in module.parameters()):
+                module.to(weight.device, weight.dtype)
+        self.train(self.base_layer.training)  # of new modules PyTorch thinks that they are in training
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        # PEFT asks once an adapter is loaded with `low_cpu_mem_usage`. With a dtype it would round it to the base's.
+        return self.frozen_weight().device, None
+
+
+class PteLinear(nn.Module, PteLayer):
     """y = W x + s * up(S^T down(x)), the row reading; up(S down(x)) for the column reading.
 
     `down` is random and `up` zero at the start, so that the untrained adapter is exactly the base model.
@@ -71,6 +92,9 @@ class PteLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
 
+    def frozen_weight(self) -> Tensor:
+        return self.base_layer.weight
+
     def update_layer(self, adapter_name: str, config: PteConfig, inference_mode: bool = False) -> None:
         inner, outer = config.num_global_tokens, config.rank
         if config.read == "column":
@@ -81,7 +105,7 @@ class PteLinear(nn.Module, BaseTunerLayer):
         self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scale[adapter_name] = config.alpha / config.rank
         self.read[adapter_name] = config.read
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._place(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -105,7 +129,7 @@ def frozen(linear: nn.Module) -> nn.Linear:
     return linear.base_layer if isinstance(linear, PteLinear) else linear
 
 
-class PteAttention(nn.Module, BaseTunerLayer):
+class PteAttention(nn.Module, PteLayer):
     """Finds the state that every token must use, then runs the layer's own attention unchanged.
 
     Decoding takes it from the cache, after the eviction due before these tokens; a replay computes S_1 .. S_J from
@@ -132,12 +156,11 @@ class PteAttention(nn.Module, BaseTunerLayer):
         sizes = (query.in_features, query.out_features, key.out_features)
         self.pte_encoder[adapter_name] = Encoder(*sizes, config, self.base_layer.head_dim)
         self.config[adapter_name] = config
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._place(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = frozen(base_layer.q_proj).weight  # an attention module has no weight of its own
-        return weight.device, weight.dtype
+    def frozen_weight(self) -> Tensor:
+        return frozen(self.base_layer.q_proj).weight
 
     def empty_after(self, mlp: nn.Module) -> None:
         """Empties the state in use behind every forward of `mlp`, the layer's last reader, also a failed one."""
