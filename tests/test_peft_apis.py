@@ -290,7 +290,7 @@ COPIES = {
 @pytest.mark.parametrize("when", ["before", "after a forward", "after a step", "after decoding"])
 def test_a_model_is_copied_at_any_time(how, when):
     torch.manual_seed(7)
-    model = with_pte(tiny(), target_modules="all-linear")
+    model = with_pte(tiny(num_hidden_layers=1), target_modules="all-linear")
     loss = None
     if when != "before":
         loss = replay_logps(model, *BATCH, WINDOW).square().mean()
