@@ -15,6 +15,7 @@ from peft import (
     PeftMixedModel,
     PeftModel,
     PeftType,
+    convert_to_lora,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -28,7 +29,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
 from pte_trl import BoundedCache, PteConfig
 from pte_trl.adapter import PteAttention, PteLinear
@@ -68,8 +69,8 @@ def pipe(root):
     return pipeline("text-generation", model=str(root / "a"), tokenizer=tokenizer(), dtype=torch.float32)
 
 
-def load_base(root):
-    return AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
+def load_base(root, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32, **kwargs)
 
 
 # ---- the enum --------------------------------------------------------------------------------------------------
@@ -114,6 +115,9 @@ LOADERS = {
     "PeftModel": lambda root: PeftModel.from_pretrained(load_base(root), root / "a"),
     "PeftModel, low_cpu_mem_usage": lambda root: PeftModel.from_pretrained(
         load_base(root), root / "a", low_cpu_mem_usage=True
+    ),
+    "PeftModel on a device map": lambda root: PeftModel.from_pretrained(
+        load_base(root, device_map={"": "cpu"}), root / "a", device_map={"": "cpu"}
     ),
     "AutoPeftModelForCausalLM": lambda root: AutoPeftModelForCausalLM.from_pretrained(root / "a", dtype=torch.float32),
     "AutoModelForCausalLM": lambda root: AutoModelForCausalLM.from_pretrained(root / "a", dtype=torch.float32),
@@ -215,6 +219,31 @@ def test_status_and_model_card(folders, tmp_path):
     assert torch.equal(logps(PeftModel.from_pretrained(load_base(root), tmp_path / "both/second")), folders[1]["b"])
 
 
+def test_an_adapter_is_loaded_again_over_itself(folders):
+    """As the Trainer does for its best checkpoint."""
+    root, expected = folders
+    model = PeftModel.from_pretrained(load_base(root), root / "a", is_trainable=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    model.load_adapter(root / "a", "default", is_trainable=True)
+    assert torch.equal(logps(model), expected["a"]) and any(p.requires_grad for p in model.parameters())
+
+
+def test_an_average_of_weights_follows_training(folders):
+    root, expected = folders
+    model = PeftModel.from_pretrained(load_base(root), root / "a", is_trainable=True)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):
+        replay_logps(model, *BATCH, WINDOW).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(model)
+    assert not torch.equal(logps(average.module), logps(model))
+    assert not torch.equal(logps(average.module), expected["a"])
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
@@ -228,6 +257,8 @@ def hotswap_of_transformers(root):
     model.load_adapter(str(root / "b"), adapter_name="default", hotswap=True)
 
 
+ON_DISK = {"model.layers.1": "disk", "model.layers.0": "cpu", "model.layers.2": "cpu"}
+ON_DISK |= dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
 REFUSALS = {
     "hotswap": (
         lambda root: hotswap_adapter(
@@ -247,6 +278,10 @@ REFUSALS = {
     ),
     "adapter_names": (lambda root: call_with_names(root, "forward"), "one PTE adapter serves a whole batch"),
     "adapter_names of generate": (lambda root: call_with_names(root, "generate"), "one PTE adapter serves a whole"),
+    "conversion to LoRA": (
+        lambda root: convert_to_lora(with_pte(load_base(root)), rank=2),
+        "do not support LoRA conversion",
+    ),
     "LoRA beside it": (
         lambda root: with_pte(load_base(root)).add_adapter("lora", LoraConfig(target_modules=["q_proj"])),
         "Cannot combine adapters with different peft types",
@@ -254,6 +289,18 @@ REFUSALS = {
     "on LoRA": (
         lambda root: get_peft_model(with_lora(load_base(root)), PteConfig()),
         r"layers\.0\.self_attn\.q_proj is peft\.tuners\.lora\.layer\.Linear; PTE adapts torch\.nn\.Linear alone",
+    ),
+    "no causal language model": (
+        lambda root: get_peft_model(
+            AutoModelForSequenceClassification.from_pretrained(root / "base", pad_token_id=0), PteConfig()
+        ),
+        "Qwen2ForSequenceClassification: PTE adapts causal language models",
+    ),
+    "weights on disk": (
+        lambda root: PeftModel.from_pretrained(
+            load_base(root, device_map=ON_DISK, offload_folder=root / "offloaded"), root / "a"
+        ),
+        r"device_map: model\.layers\.1\.self_attn\.q_proj\.weight is offloaded",
     ),
     "merge": (lambda root: with_pte(load_base(root)).merge_and_unload(), "cannot be merged"),
     "merge, kept": (lambda root: with_pte(load_base(root)).merge_adapter(), "cannot be merged"),
@@ -264,7 +311,7 @@ REFUSALS = {
 @pytest.mark.parametrize("what", REFUSALS)
 def test_what_cannot_work_is_refused(what, folders):
     call, message = REFUSALS[what]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(folders[0])
 
 

@@ -100,9 +100,14 @@ def check_modules(config: PteConfig, model: nn.Module) -> None:
     """Compares the modules an adapter names with those a model has.
 
     Raises:
-        ValueError: nothing is left to adapt, a name without effect, a linear of another kind, or a module to save
-            that PTE itself goes into.
+        ValueError: no causal language model, weights that are not in memory, nothing left to adapt, a name without
+            effect, a linear of another kind, or a module to save that PTE itself goes into.
     """
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(f"{type(model).__name__}: PTE adapts causal language models, which decode token by token")
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded and getattr(model, "hf_device_map", None):
+        raise ValueError(f"device_map: {offloaded[0]} is offloaded; PTE needs the weights where they are used")
     modules = dict(model.named_modules())
     attentions = [key for key in modules if is_attention(key)]
     _check_saved(config.modules_to_save or [], modules, attentions)
