@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config
 
 from pte_trl import PteConfig
 from pte_trl.adapter.check import (
+    active_config,
     check_adapter,
     check_adapter_folder,
     expected_shapes,
@@ -40,6 +41,21 @@ def base(**config):
 
 def test_what_kind_of_adapter_it_is():
     assert [method_of(config) for config in (PTE, LORA, IA3Config())] == ["pte", "lora", "ia3"]
+
+
+def test_the_adapter_a_model_runs_with(tmp_path):
+    model = with_pte(base())
+    model.add_adapter("other", PteConfig(rank=3))
+    assert active_config(model).rank == 5
+    model.set_adapter("other")
+    assert active_config(model).rank == 3 and active_config(base()) is None
+    assert method_of(active_config(with_lora(base()))) == "lora"
+    model.save_pretrained(tmp_path)
+    by_transformers = base()
+    by_transformers.load_adapter(str(tmp_path / "other"), "x")
+    assert active_config(by_transformers).rank == 3
+    by_transformers.delete_adapter("x")
+    assert active_config(by_transformers) is None
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,16 @@ def method_of(config: PeftConfig) -> str:
     return getattr(config.peft_type, "value", str(config.peft_type)).lower()
 
 
+def active_config(model: nn.Module) -> PeftConfig | None:
+    """Of the adapter that a model runs with: a `PeftModel`, or one that transformers has put an adapter into."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    active = model.active_adapters
+    active = active() if callable(active) else active
+    return configs[active[0]] if active else None
+
+
 def check_adapter(
     method: str,
     config: PeftConfig | None,
