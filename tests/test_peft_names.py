@@ -93,6 +93,10 @@ def test_beside_another_adapter_such_a_name_is_refused(name, usual):
     with pytest.raises(ValueError, match=f"^adapter name {name!r}: is also the name of a module or parameter"):
         usual.add_adapter(name, PteConfig(**SMALL))
     assert list(usual.peft_config) == ["default"] and usual.state_dict().keys() == keys
+
+
+@pytest.mark.parametrize("name", ["weight", "q_proj", "pte_up", "key_map"])
+def test_nor_may_another_come_beside_it(name):
     odd = get_peft_model(base(), PteConfig(**SMALL), adapter_name=name)
     with pytest.raises(ValueError, match=f"^adapter name {name!r}: is also"):
         odd.add_adapter("default", PteConfig(**SMALL))
