@@ -59,8 +59,8 @@ class Encoder(nn.Module):
         # P of W^a = M P, (kv heads, head_dim, head_dim): saved with the adapter, never trained.
         head_size = head_size or kv_size
         for name in WHITENERS:
-            eye = torch.eye(head_size).repeat(kv_size // head_size, 1, 1) if config.whiten else None
-            self.register_buffer(name, eye)
+            eye = torch.eye(head_size, dtype=torch.float32).repeat(kv_size // head_size, 1, 1)
+            self.register_buffer(name, eye if config.whiten else None)
         self.reset_parameters(config)
 
     @torch.no_grad()
@@ -87,11 +87,18 @@ class Encoder(nn.Module):
         for weight in maps if self.key_whitener is None else (self.key_whitener, self.value_whitener):
             weight.mul_(factor**0.5)
 
-    def widen_whiteners(self) -> None:
-        """At least float32 again, of which PEFT takes care for parameters only."""
-        for name in WHITENERS:
-            if (whitener := getattr(self, name)) is not None:
-                setattr(self, name, self._wide(whitener))
+    def _apply(self, fn, recurse: bool = True):
+        """What `.to`, `.half` and their kind go through: whiteners follow to a device and to float64, not to half.
+
+        PEFT takes care of an adapter's parameters only, and a whitener rounded once stays rounded.
+        """
+        whole = {name: whitener for name in WHITENERS if (whitener := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        for name, before in whole.items():
+            after = self._buffers[name]
+            if after.dtype.itemsize < before.dtype.itemsize:
+                self._buffers[name] = before.to(after.device)
+        return self
 
     def whiteners_as_parameters(self) -> None:
         """Frozen parameters instead of buffers, for an engine that cannot load buffers."""

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from pte_trl.adapter import PteConfig
 from pte_trl.adapter.layer import PteAttention
-from pte_trl.adapter.model import pte_layers
+from pte_trl.adapter.model import active_layers
 from pte_trl.distill.completions import ends_of, read_completions, tokens_of
 from pte_trl.engine import left_pad
 from pte_trl.inspect_plots import draw
@@ -35,7 +35,7 @@ class Watch:
     """Keeps the latents that a replay's encoder computes: everything else follows from them."""
 
     def __init__(self, model: PeftModel):
-        self.layers = pte_layers(model)
+        self.layers = active_layers(model)
         self.latents: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> "Watch":
@@ -92,8 +92,8 @@ def inspect(
     Raises:
         ValueError: no PTE adapter, one that adapts k or v, or a completion without an eviction.
     """
-    layers = pte_layers(model)
-    if not layers or layers[0]._adapter() is None:
+    layers = active_layers(model)
+    if not layers:
         raise ValueError("the adapter is not a PTE adapter: there is no S to look at")
     config = layers[0].config[layers[0]._adapter()]
     if {"k_proj", "v_proj"} & set(config.target_modules) or not config.encode_evicted:

@@ -133,17 +133,18 @@ class RingCache(BoundedCache):
             buffer[:kept] = buffer[rows]
         self.seen[:kept] = self.seen[rows]
 
-    def evict(self, rows: Tensor, oldest: Tensor, encoders: list[Callable]) -> None:
+    def evict(self, rows: Tensor, oldest: Tensor, encoders: dict[int, Callable]) -> None:
         """Drops E thoughts of each row, from thought `oldest` on, and encodes them.
 
         Args:
             rows: (m,); a row may stand there several times.
             oldest: (m,), the oldest thought token that each of them still has.
-            encoders: of every layer, (keys, values, queries, memory) -> memory; empty where nothing is encoded.
+            encoders: of every layer that encodes, (keys, values, queries, memory) -> memory.
         """
         thoughts = oldest.unsqueeze(1) + torch.arange(self.schedule.evict, device=oldest.device)
         places = self.place_of(thoughts)
-        for layer, encode in zip(self.layers, encoders, strict=bool(encoders)):
+        for index, encode in encoders.items():
+            layer = self.layers[index]
             keys, values = (buffer[rows.unsqueeze(1), :, places].transpose(1, 2) for buffer in layer.buffers)
             layer.memories[rows] = encode(keys, values, layer.queries, layer.memories[rows])
         self.seen[rows.unsqueeze(1), places] = False

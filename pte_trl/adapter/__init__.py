@@ -1,13 +1,14 @@
-"""PTE as a PEFT method: registered under the plain name "PTE", so that PEFT's own get, save and load know it."""
+"""PTE as a PEFT method: registered with PEFT under the name PTE, so that its own get, save and load know it."""
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
 
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.layer import PteAttention, PteLinear
 from pte_trl.adapter.model import PteModel
+from pte_trl.adapter.peft_type import PTE
 
-PEFT_TYPE_TO_CONFIG_MAPPING["PTE"] = PteConfig
-PEFT_TYPE_TO_TUNER_MAPPING["PTE"] = PteModel
-PEFT_TYPE_TO_PREFIX_MAPPING["PTE"] = PteModel.prefix
+if PTE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name=PTE.value.lower(), config_cls=PteConfig, model_cls=PteModel, prefix=PteModel.prefix)
 
 __all__ = ["PteAttention", "PteConfig", "PteLinear", "PteModel"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from pte_trl.adapter.layer import PteAttention
-from pte_trl.adapter.model import pte_layers
+from pte_trl.adapter.model import active_layers
 
 RIDGE = 0.01  # of the mean eigenvalue: directions that the text at hand hardly shows are not blown up
 
@@ -80,7 +80,7 @@ def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: 
 @torch.no_grad()
 def fit(model: nn.Module, found: list[Found]) -> None:
     """Sets the whiteners and scales S' of each PTE layer so that |S'| / |S| becomes the adapter's `init_ratio`."""
-    for layer, each in zip(pte_layers(model), found, strict=True):
+    for layer, each in zip(active_layers(model), found, strict=True):
         name = layer._adapter()
         encoder = layer.pte_encoder[name]
         if each.whiteners is not None:
@@ -107,8 +107,12 @@ def filled(moments: Tensor) -> Tensor:
 
 
 def keys_and_values(model, input_ids, attention_mask, reach=0) -> Iterator[tuple[PteAttention, Tensor, Tensor]]:
-    """Every layer, and the base model's keys and values in it, (batch, kv heads, length, head_dim), full attention."""
+    """Every layer with the active adapter, and the base model's keys and values in it, full attention.
+
+    Both are (batch, kv heads, length, head_dim).
+    """
     cache = DynamicCache(config=model.config)
+    layers = active_layers(model)
     shift = torch.linspace(0, max(0, reach - input_ids.shape[1]), len(input_ids), device=input_ids.device).long()
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + shift.unsqueeze(1)
     with model.disable_adapter():
@@ -119,5 +123,6 @@ def keys_and_values(model, input_ids, attention_mask, reach=0) -> Iterator[tuple
             past_key_values=cache,
             use_cache=True,
         )
-    for layer, held in zip(pte_layers(model), cache.layers, strict=True):
+    for layer in layers:
+        held = cache.layers[layer.base_layer.layer_idx]
         yield layer, held.keys, held.values

@@ -1,16 +1,16 @@
 """What can be chosen about a PTE adapter."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from peft import PeftConfig
 
-ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+from pte_trl.adapter.peft_type import PTE
+from pte_trl.adapter.settings import LINEARS, check_names, indices, integer, names, number, one_of
 
-
-def one_of(key: str, value, allowed) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+GEOMETRY = (
+    *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 
 
 @dataclass
@@ -21,8 +21,13 @@ class PteConfig(PeftConfig):
         rank: r, width of the latent space (paper: 32).
         num_global_tokens: n_g, learnable global tokens per layer (paper: 32).
         alpha: the scale s is alpha / rank, as in LoRA.
-        target_modules: which linear layers of every decoder layer are adapted. With k_proj or v_proj a replay has
-            to walk the evictions one by one; without them all states come from one product.
+        target_modules: which linear layers of every decoder layer are adapted: names, or "all-linear" for all seven.
+            With k_proj or v_proj a replay has to walk the evictions one by one; without them all states come from one
+            product.
+        exclude_modules: linears of `target_modules` that are left alone: names, ends of full names, or one regular
+            expression of full names, as in PEFT. A layer of which nothing is left has no S.
+        layers_to_transform: the decoder layers that are adapted, a number or a list, from 0 on; None for all.
+        modules_to_save: modules outside attention and MLP that are trained whole and saved with the adapter.
         dropout: on the input of the adapter. Above 0, log-probs in training are no longer those of the rollout.
         state_update: "recursive" (S <- Norm(S + S')) or "sum" (S = Norm(S_0 + sum of S'), the paper's figure 2).
         read: "row" (x A S B: keys are matched, values come out) or "column" (A S B x).
@@ -32,12 +37,19 @@ class PteConfig(PeftConfig):
         init_ratio: |S'| of one eviction over |S| at initialisation.
         whiten: learn the maps W^a on keys and values of unit second moments (pte_trl/adapter/calibration.py).
         geometry: shape of the model the adapter was made for; filled in, and compared on loading.
+
+    Raises:
+        ValueError: a value that is not allowed, or one of LoRA's settings that PTE does not have; it says why.
+        TypeError: a name that neither has.
     """
 
     rank: int = 32
     num_global_tokens: int = 32
     alpha: float = 32.0
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "o_proj"])
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "o_proj"])
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    modules_to_save: list[str] | None = None
     dropout: float = 0.0
     state_update: str = "recursive"
     read: str = "row"
@@ -48,24 +60,39 @@ class PteConfig(PeftConfig):
     whiten: bool = False
     geometry: dict | None = None
 
+    def __new__(cls, *args, **kwargs):
+        check_names(kwargs, {each.name for each in fields(cls)})
+        return super().__new__(cls)
+
     def __post_init__(self):
+        one_of("peft_type", self.peft_type, (None, PTE.value))
+        one_of("task_type", self.task_type, (None, "CAUSAL_LM"))
+        self.peft_type, self.task_type = PTE, "CAUSAL_LM"
         super().__post_init__()
-        self.peft_type = "PTE"
-        self.task_type = self.task_type or "CAUSAL_LM"
         for key in ("rank", "num_global_tokens"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{key}={value!r}: must be an integer of at least 1")
+            integer(key, getattr(self, key), 1)
         for key in ("alpha", "init_ratio"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}={getattr(self, key)!r}: must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and below 1")
+            number(key, getattr(self, key), "above 0", lambda x: x > 0)
+        number("dropout", self.dropout, "of at least 0 and below 1", lambda x: 0 <= x < 1)
         one_of("state_update", self.state_update, ("recursive", "sum"))
         one_of("read", self.read, ("row", "column"))
         one_of("normalisation", self.normalisation, ("rms", "row"))
-        if isinstance(self.target_modules, str) or not self.target_modules:
-            raise ValueError(f"target_modules={self.target_modules!r}: must be a list with at least one name")
+        for key in ("inference_mode", "use_global_tokens", "encode_evicted", "whiten"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}={getattr(self, key)!r}: must be true or false")
+        self._check_modules()
+        if self.geometry is not None and (not isinstance(self.geometry, dict) or set(self.geometry) != set(GEOMETRY)):
+            raise ValueError(f"geometry={self.geometry!r}: is filled in; must be None or have {', '.join(GEOMETRY)}")
+
+    def _check_modules(self) -> None:
+        if self.target_modules == "all-linear":
+            self.target_modules = LINEARS
+        self.target_modules = names("target_modules", self.target_modules)
         for name in self.target_modules:
-            one_of("target_modules", name, ATTENTION_LINEARS + MLP_LINEARS)
-        self.target_modules = sorted(set(self.target_modules))
+            one_of("target_modules", name, LINEARS)
+        if self.exclude_modules is not None and not (isinstance(self.exclude_modules, str) and self.exclude_modules):
+            self.exclude_modules = names("exclude_modules", self.exclude_modules)
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = indices("layers_to_transform", self.layers_to_transform)
+        if self.modules_to_save is not None:
+            self.modules_to_save = names("modules_to_save", self.modules_to_save)

@@ -17,8 +17,8 @@ from pte_trl.replay import ReplayPlan
 class StateInUse:
     """The states a decoder layer uses in the forward under way, set by its attention, read by its linears.
 
-    Nothing survives in it from one forward to the next: every forward of the layer sets it first, also when
-    gradient checkpointing runs it again.
+    It is empty before and after: attention sets it, also when gradient checkpointing runs the layer again, and what
+    runs last in the layer, its MLP, empties it (`PteAttention.empty_after`). A copy or a pickle of it is empty too.
 
     Attributes:
         first: S, (n_g, r) or (batch, n_g, r), of every token that `plan` does not name.
@@ -32,9 +32,18 @@ class StateInUse:
     def set(self, first: Tensor, later: Tensor | None = None, plan: ReplayPlan | None = None) -> None:
         self.first, self.later, self.plan = first, later, plan
 
+    def empty(self, *_) -> None:
+        """Also as a forward hook, whatever it is called with."""
+        self.first = self.later = self.plan = None
+
+    def __reduce__(self):
+        return StateInUse, ()
+
     def apply(self, x: Tensor, read: str) -> Tensor:
         """x S (row reading, x: (batch, length, n_g)) or S x (column reading, x: (batch, length, r))."""
         side = (lambda s: s) if read == "row" else (lambda s: s.transpose(-2, -1))
+        if self.first is None:
+            raise RuntimeError("a PTE linear was called outside of its decoder layer's forward, where S is known")
         with without_autocast(x.device):
             x = x.to(self.first.dtype)
             y = x @ side(self.first)
@@ -43,13 +52,35 @@ class StateInUse:
             return self.plan.put(y, self.plan.users, self.plan.pick(x, self.plan.users) @ side(self.later))
 
 
-class PteLinear(nn.Module, BaseTunerLayer):
+class PteLayer(BaseTunerLayer):
+    """What both kinds of layer do with the modules of an adapter."""
+
+    def frozen_weight(self) -> Tensor:
+        """A weight of the base model, on whose device and in whose dtype a fresh adapter is made."""
+        raise NotImplementedError
+
+    def _place(self, adapter_name: str) -> None:
+        """A fresh adapter to where the base is, and in its dtype, from which PEFT widens it if it is asked to."""
+        weight = self.frozen_weight()
+        for container in self.adapter_layer_names:
+            module = getattr(self, container)[adapter_name]
+            if not any(parameter.is_meta for parameter in module.parameters()):
+                module.to(weight.device, weight.dtype)
+        self.train(self.base_layer.training)  # of new modules PyTorch thinks that they are in training
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        # PEFT asks once an adapter is loaded with `low_cpu_mem_usage`. With a dtype it would round it to the base's.
+        return self.frozen_weight().device, None
+
+
+class PteLinear(nn.Module, PteLayer):
     """y = W x + s * up(S^T down(x)), the row reading; up(S down(x)) for the column reading.
 
     `down` is random and `up` zero at the start, so that the untrained adapter is exactly the base model.
     """
 
     adapter_layer_names = ("pte_down", "pte_up")
+    other_param_names = ("dropout", "scale", "read")
 
     def __init__(self, base_layer: nn.Linear, in_use: StateInUse):
         super().__init__()
@@ -61,6 +92,9 @@ class PteLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
 
+    def frozen_weight(self) -> Tensor:
+        return self.base_layer.weight
+
     def update_layer(self, adapter_name: str, config: PteConfig, inference_mode: bool = False) -> None:
         inner, outer = config.num_global_tokens, config.rank
         if config.read == "column":
@@ -71,7 +105,7 @@ class PteLinear(nn.Module, BaseTunerLayer):
         self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scale[adapter_name] = config.alpha / config.rank
         self.read[adapter_name] = config.read
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._place(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -95,7 +129,7 @@ def frozen(linear: nn.Module) -> nn.Linear:
     return linear.base_layer if isinstance(linear, PteLinear) else linear
 
 
-class PteAttention(nn.Module, BaseTunerLayer):
+class PteAttention(nn.Module, PteLayer):
     """Finds the state that every token must use, then runs the layer's own attention unchanged.
 
     Decoding takes it from the cache, after the eviction due before these tokens; a replay computes S_1 .. S_J from
@@ -103,6 +137,7 @@ class PteAttention(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("pte_encoder",)
+    other_param_names = ("config",)
 
     def __init__(self, base_layer: nn.Module, in_use: StateInUse):
         super().__init__()
@@ -114,16 +149,22 @@ class PteAttention(nn.Module, BaseTunerLayer):
         self.watch_updates = False
         self._disable_adapters = False
         self.merged_adapters = []
+        self._emptied_by = None
 
     def update_layer(self, adapter_name: str, config: PteConfig, inference_mode: bool = False) -> None:
         query, key = frozen(self.base_layer.q_proj), frozen(self.base_layer.k_proj)
         sizes = (query.in_features, query.out_features, key.out_features)
         self.pte_encoder[adapter_name] = Encoder(*sizes, config, self.base_layer.head_dim)
         self.config[adapter_name] = config
-        if self.pte_encoder[adapter_name].global_tokens.device.type != "meta":
-            self.pte_encoder[adapter_name].to(device=query.weight.device, dtype=query.weight.dtype)
-            self.pte_encoder[adapter_name].widen_whiteners()
+        self._place(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def frozen_weight(self) -> Tensor:
+        return frozen(self.base_layer.q_proj).weight
+
+    def empty_after(self, mlp: nn.Module) -> None:
+        """Empties the state in use behind every forward of `mlp`, the layer's last reader, also a failed one."""
+        self._emptied_by = mlp.register_forward_hook(self.in_use.empty, always_call=True)
 
     def set_adapter(self, *args, **kwargs) -> None:
         super().set_adapter(*args, **kwargs)
@@ -144,20 +185,29 @@ class PteAttention(nn.Module, BaseTunerLayer):
         for name, child in list(self.base_layer.named_children()):
             if isinstance(child, PteLinear):
                 setattr(self.base_layer, name, frozen(child))
+        self._emptied_by.remove()
         return self.base_layer
 
     def forward(self, hidden_states: Tensor, *args, replay: ReplayPlan | None = None, **kwargs):
-        name = self._adapter()
-        if name is not None:
-            cache = kwargs.get("past_key_values")
-            if replay is not None:
-                self._replay_states(name, hidden_states, kwargs["position_embeddings"], replay)
-            elif isinstance(cache, BoundedCache):
-                self._decode_state(name, cache.layer(self.base_layer.layer_idx), hidden_states.shape[1])
-            else:
-                _, memory = self._start(name)
-                self.in_use.set(self.pte_encoder[name].read(memory))
-        return self.base_layer(hidden_states, *args, replay=replay, **kwargs)
+        try:
+            name = self._adapter()
+            if name is not None:
+                self._find_state(name, hidden_states, replay, **kwargs)
+            return self.base_layer(hidden_states, *args, replay=replay, **kwargs)
+        except BaseException:
+            self.in_use.empty()
+            raise
+
+    def _find_state(
+        self, name: str, hidden: Tensor, replay: ReplayPlan | None, past_key_values=None, **kwargs
+    ) -> None:
+        if replay is not None:
+            self._replay_states(name, hidden, kwargs["position_embeddings"], replay)
+        elif isinstance(past_key_values, BoundedCache):
+            self._decode_state(name, past_key_values.layer(self.base_layer.layer_idx), hidden.shape[1])
+        else:
+            _, memory = self._start(name)
+            self.in_use.set(self.pte_encoder[name].read(memory))
 
     def _adapter(self) -> str | None:
         if self.disable_adapters:
@@ -166,6 +216,11 @@ class PteAttention(nn.Module, BaseTunerLayer):
         if len(names) > 1:
             raise ValueError(f"active adapters {names}: one PTE adapter can be active at a time, S belongs to it")
         return names[0] if names else None
+
+    def _adapts(self, name: str, linear: str) -> bool:
+        """Whether the adapter changes this projection of this layer."""
+        module = getattr(self.base_layer, linear)
+        return isinstance(module, PteLinear) and name in module.pte_down
 
     def _start(self, name: str) -> tuple[Tensor, Tensor]:
         """Global queries (n_g, r) and the memory before any eviction, through the layer's own frozen projections."""
@@ -229,18 +284,13 @@ class PteAttention(nn.Module, BaseTunerLayer):
         if plan.count == 0 or not config.encode_evicted:
             return
         latents = encoder.latents(*self._keys_values(hidden, rotary))
-        if {"k_proj", "v_proj"} & set(config.target_modules):
+        if self._adapts(name, "k_proj") or self._adapts(name, "v_proj"):
             memories = self._walk(encoder, hidden, rotary, plan, queries, memory, latents)
         else:
             updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
             self._watch(updates, memory)
             memories = self._accumulate(encoder, memory, updates)
-        later = encoder.read(memories)
-        self.in_use.set(encoder.read(memory), later, plan)
-        if later.requires_grad:
-            # With gradient checkpointing, `in_use` holds the layer's second forward, and by that its keys, values and
-            # latents in float32. When the gradient of the states is there, every linear has read them.
-            later.register_hook(lambda _: self.in_use.set(None))
+        self.in_use.set(encoder.read(memory), encoder.read(memories), plan)
 
     @staticmethod
     def _accumulate(encoder: Encoder, memory: Tensor, updates: Tensor) -> Tensor:

@@ -1,56 +1,28 @@
-"""The PEFT tuner: puts PTE into every decoder layer of a supported model."""
+"""The PEFT tuner: puts PTE into the decoder layers of a supported model."""
 
 import copy
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
-from pte_trl.adapter.config import ATTENTION_LINEARS, PteConfig
+from pte_trl.adapter.config import PteConfig
+from pte_trl.adapter.fit import (
+    adapted_linears,
+    check_adapter_name,
+    check_geometry,
+    check_modules,
+    check_supported,
+    geometry_of,
+    is_attention,
+    without_adapter_name,
+)
 from pte_trl.adapter.layer import PteAttention, PteLinear, StateInUse
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# Rotary types whose frequencies depend on the length seen so far: decode and replay would rotate differently.
-LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
-
-
-def geometry_of(config) -> dict:
-    """What an adapter's tensors are shaped by."""
-    heads = config.num_attention_heads
-    return {
-        "model_type": config.model_type,
-        "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
-
-
-def check_supported(config) -> None:
-    """Refuses a model's configuration that would be silently wrong under a bounded cache.
-
-    Raises:
-        ValueError: another family, sliding-window layers, quantised weights, or a length-dependent rotary.
-    """
-    model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r}: PTE supports {', '.join(FAMILIES)}")
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
-    if sliding or (model_type == "mistral" and getattr(config, "sliding_window", None) is not None):
-        raise ValueError(
-            f"{model_type} with sliding_window={config.sliding_window}: layers with a window of their own are not "
-            "supported; set sliding_window=null (use_sliding_window=false) in the model's config"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("quantised weights are not supported by PTE: load the model in bfloat16 or float32")
-    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rotary in LENGTH_DEPENDENT_ROTARY:
-        raise ValueError(f"rope_type={rotary!r}: rotary frequencies that depend on the length are not supported")
+from pte_trl.adapter.settings import ATTENTION_LINEARS
 
 
 class PteModel(BaseTuner):
@@ -60,45 +32,44 @@ class PteModel(BaseTuner):
     tuner_layer_cls = (PteAttention, PteLinear)
     target_module_mapping: dict = {}  # noqa: RUF012 (PEFT's own attribute)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        check_adapter_name(model, adapter_name, [name for name in self.peft_config if name != adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: PteConfig, model_config: dict) -> PteConfig:
-        return peft_config
+        # A copy, into which the geometry goes: the caller's config then serves a model of another shape as well.
+        name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        self.peft_config[name] = copy.copy(peft_config)
+        return self.peft_config[name]
 
     def _prepare_model(self, peft_config: PteConfig, model: PreTrainedModel) -> None:
+        """Refuses what cannot work while the model is still untouched."""
         check_supported(getattr(model, "config", None))
-        found = geometry_of(model.config)
-        made_for = peft_config.geometry or found
-        if made_for != found:
-            differ = [k for k in found if made_for.get(k) != found[k]]
-            raise ValueError(
-                "this PTE adapter does not fit the model: it was made for "
-                + ", ".join(f"{k}={made_for.get(k)}" for k in differ)
-                + "; the model has "
-                + ", ".join(f"{k}={found[k]}" for k in differ)
-            )
-        # Into a copy: the caller's config then serves a model of another shape as well.
-        for name, config in self.peft_config.items():
-            if config is peft_config:
-                self.peft_config[name] = filled = copy.copy(config)
-                filled.geometry = found
+        check_geometry(peft_config, model.config)
+        check_modules(peft_config, model)
+        peft_config.geometry = geometry_of(model.config)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PteConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: PteConfig, key: str):
         # The attention of a decoder layer is the one place where PTE enters; its linears follow from there.
-        return key.rsplit(".", 1)[-1] == "self_attn"
+        if is_attention(key):
+            return bool(adapted_linears(peft_config, key))
+        found = check_target_module_exists(peft_config, key)
+        return False if found else found  # PEFT counts what is excluded
 
     def _create_and_replace(self, peft_config: PteConfig, adapter_name: str, target, target_name, parent, current_key):
+        if not is_attention(current_key):
+            return  # found in a state dict (`inject_adapter_in_model`); its layer's attention sees to it
         if not isinstance(target, PteAttention):
-            in_use = StateInUse()
-            target = PteAttention(target, in_use)
+            target = PteAttention(target, StateInUse())
+            target.empty_after(parent.mlp)
             setattr(parent, target_name, target)
         inference = peft_config.inference_mode
         target.update_layer(adapter_name, peft_config, inference)
-        for name in peft_config.target_modules:
+        for name in adapted_linears(peft_config, current_key):
             holder = target.base_layer if name in ATTENTION_LINEARS else parent.mlp
             linear = getattr(holder, name)
             if not isinstance(linear, PteLinear):
-                if type(linear) is not nn.Linear:
-                    raise ValueError(f"{current_key}: {name} is a {type(linear).__name__}, PTE adapts nn.Linear")
                 linear = PteLinear(linear, target.in_use)
                 setattr(holder, name, linear)
             linear.update_layer(adapter_name, peft_config, inference)
@@ -112,10 +83,33 @@ class PteModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's own looks at the end of a key only, and would leave the name before an encoder's maps in the file:
-        # an adapter saved under one name and loaded under another would keep random maps.
-        key = key.replace(f"pte_encoder.{adapter_name}.", "pte_encoder.")
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        # PEFT's own looks at the end of a key only, and would leave the name before an encoder's maps in the file.
+        return without_adapter_name(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config: PteConfig, adapter_name: str, state_dict: dict) -> dict:
+        """PEFT's, but an adapter of which tensors are missing is refused; PEFT warns and leaves random ones."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        wanted = adapter_keys(model, adapter_name)
+        missing = sorted(wanted - found.keys())
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the {len(wanted)} tensors of adapter {adapter_name!r} are missing in what is "
+                f"loaded, among them {missing[0]}"
+            )
+        return found
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        # PEFT drops the argument for methods without this hook, and one adapter would serve every row.
+        if adapter_names is not None:
+            raise ValueError(f"adapter_names={adapter_names!r}: one PTE adapter serves a whole batch; use set_adapter")
+        yield
+
+    def add_weighted_adapter(self, *args, **kwargs):
+        raise ValueError(
+            "PTE adapters cannot be added up: dW = A S B is a product, and S follows from each adapter's own maps"
+        )
 
     def _check_merge_allowed(self):
         raise ValueError(
@@ -132,9 +126,29 @@ def pte_layers(model: nn.Module) -> list[PteAttention]:
     return [m for m in model.modules() if isinstance(m, PteAttention)]
 
 
-def evicted_encoders(model: nn.Module) -> list[Callable[..., torch.Tensor]]:
-    """Of every layer, (keys, values, queries, memory) -> memory at an eviction; empty if the model encodes nothing."""
-    layers = [(layer, layer._adapter()) for layer in pte_layers(model)]
-    return [
-        partial(layer.encode, name) for layer, name in layers if name is not None and layer.config[name].encode_evicted
-    ]
+def active_layers(model: nn.Module) -> list[PteAttention]:
+    """Those in which a PTE adapter is active now."""
+    return [layer for layer in pte_layers(model) if layer._adapter() is not None]
+
+
+def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """Names in the model's state dict of the tensors of one PTE adapter, `modules_to_save` left out."""
+    return {
+        f"{prefix}.{container}.{adapter_name}.{key}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, PteAttention | PteLinear)
+        for container in module.adapter_layer_names
+        if adapter_name in getattr(module, container)
+        for key in getattr(module, container)[adapter_name].state_dict()
+    }
+
+
+def evicted_encoders(model: nn.Module) -> dict[int, Callable[..., torch.Tensor]]:
+    """(keys, values, queries, memory) -> memory at an eviction, by the number of the layer; none where nothing is
+    encoded."""
+    layers = [(layer, layer._adapter()) for layer in active_layers(model)]
+    return {
+        layer.base_layer.layer_idx: partial(layer.encode, name)
+        for layer, name in layers
+        if layer.config[name].encode_evicted
+    }

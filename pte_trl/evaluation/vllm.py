@@ -29,8 +29,8 @@ def check_vllm(args) -> None:
         if getattr(args, key) != neutral:
             raise ValueError(f"{key}={getattr(args, key)!r}: not with backend='vllm', {WHY}")
     if args.adapter is not None:
-        kind = PeftConfig.from_pretrained(args.adapter).peft_type
-        if getattr(kind, "value", kind) != "LORA":
+        kind = PeftConfig.from_pretrained(args.adapter).peft_type.value
+        if kind != "LORA":
             raise ValueError(f"adapter={args.adapter!r}: is {kind}, backend='vllm' takes LORA: {WHY}")
     if not is_vllm_available():
         raise ValueError("backend='vllm': vLLM is not installed; pip install 'pte_trl[vllm]'")

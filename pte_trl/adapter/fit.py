@@ -1,0 +1,194 @@
+"""Whether an adapter fits a model: its family and shape, the modules the adapter names, and its own name."""
+
+import copy
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from pte_trl.adapter.config import PteConfig
+from pte_trl.adapter.layer import PteAttention, PteLinear
+from pte_trl.adapter.settings import ATTENTION_LINEARS, MLP_LINEARS
+from pte_trl.encoder import WHITENERS
+
+CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
+# Parts of the names that PTE's and PEFT's modules bring into a model.
+OWN_PARTS = {
+    *CONTAINERS,
+    *WHITENERS,
+    *("global_tokens", "query_map", "key_map", "value_map", "weight", "bias"),
+    *("base_layer", "modules_to_save", "original_module"),
+}
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary types whose frequencies depend on the length seen so far: decode and replay would rotate differently.
+LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
+
+
+def geometry_of(config) -> dict:
+    """What an adapter's tensors are shaped by."""
+    heads = config.num_attention_heads
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
+
+
+def check_supported(config) -> None:
+    """Refuses a model's configuration that would be silently wrong under a bounded cache.
+
+    Raises:
+        ValueError: another family, sliding-window layers, quantised weights, or a length-dependent rotary.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r}: PTE supports {', '.join(FAMILIES)}")
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    if sliding or (model_type == "mistral" and getattr(config, "sliding_window", None) is not None):
+        raise ValueError(
+            f"{model_type} with sliding_window={config.sliding_window}: layers with a window of their own are not "
+            "supported; set sliding_window=null (use_sliding_window=false) in the model's config"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("quantised weights are not supported by PTE: load the model in bfloat16 or float32")
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rotary in LENGTH_DEPENDENT_ROTARY:
+        raise ValueError(f"rope_type={rotary!r}: rotary frequencies that depend on the length are not supported")
+
+
+def check_geometry(adapter: PteConfig, config) -> None:
+    """Refuses an adapter that was made for a model of another shape than `config`, a model's configuration.
+
+    Raises:
+        ValueError: naming what differs, and what numbers of layers there are.
+    """
+    found = geometry_of(config)
+    made_for = adapter.geometry or found
+    if made_for != found:
+        differ = [k for k in found if made_for.get(k) != found[k]]
+        raise ValueError(
+            "this PTE adapter does not fit the model: it was made for "
+            + ", ".join(f"{k}={made_for.get(k)}" for k in differ)
+            + "; the model has "
+            + ", ".join(f"{k}={found[k]}" for k in differ)
+        )
+    layers = found["num_hidden_layers"]
+    if adapter.layers_to_transform and max(adapter.layers_to_transform) >= layers:
+        raise ValueError(
+            f"layers_to_transform={adapter.layers_to_transform}: the model has the layers 0 to {layers - 1}"
+        )
+
+
+def adapted_linears(config: PteConfig, attention: str) -> dict[str, str]:
+    """Name -> full name of the linears that are adapted in the layer whose attention module is called `attention`."""
+    layer = attention.rpartition(".")[0]
+    parts = dict.fromkeys(ATTENTION_LINEARS, "self_attn") | dict.fromkeys(MLP_LINEARS, "mlp")
+    keys = {name: f"{layer}.{part}.{name}" for name, part in parts.items()}
+    return {name: key for name, key in keys.items() if check_target_module_exists(config, key)}
+
+
+def is_attention(key: str) -> bool:
+    """Whether a module of that full name is the attention of a decoder layer."""
+    return key.rpartition(".")[2] == "self_attn"
+
+
+def check_modules(config: PteConfig, model: nn.Module) -> None:
+    """Compares the modules an adapter names with those a model has.
+
+    Raises:
+        ValueError: no causal language model, weights that are not in memory, nothing left to adapt, a name without
+            effect, a linear of another kind, or a module to save that PTE itself goes into.
+    """
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(f"{type(model).__name__}: PTE adapts causal language models, which decode token by token")
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded and getattr(model, "hf_device_map", None):
+        raise ValueError(f"device_map: {offloaded[0]} is offloaded; PTE needs the weights where they are used")
+    modules = dict(model.named_modules())
+    attentions = [key for key in modules if is_attention(key)]
+    _check_saved(config.modules_to_save or [], modules, attentions)
+    linears = [key for attention in attentions for key in adapted_linears(config, attention).values()]
+    for key in linears:
+        layer, _, name = key.rpartition(".")
+        holder = modules[layer]
+        linear = getattr(holder.base_layer if isinstance(holder, PteAttention) else holder, name)
+        linear = linear.base_layer if isinstance(linear, PteLinear) else linear
+        if type(linear) is not nn.Linear:
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            raise ValueError(f"target_modules: {key} is {kind}; PTE adapts torch.nn.Linear alone")
+    if config.exclude_modules:
+        every = copy.copy(config)
+        every.exclude_modules = None
+        if len(linears) == sum(len(adapted_linears(every, attention)) for attention in attentions):
+            raise ValueError(f"exclude_modules={config.exclude_modules!r}: is none of the linears in target_modules")
+    if not linears:
+        raise ValueError(
+            f"target_modules={config.target_modules}, exclude_modules={config.exclude_modules!r}: nothing is left"
+        )
+
+
+def _check_saved(names: list[str], modules: dict[str, nn.Module], attentions: list[str]) -> None:
+    tuned = tuple(key + "." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
+    own = [key for key in modules if not key.startswith(tuned)] if tuned else list(modules)
+    for name in names:
+        found = [key for key in own if key and key.endswith(name)]  # as PEFT looks for them
+        if not found:
+            raise ValueError(f"modules_to_save={names}: the model has no module {name!r}")
+        for key in found:
+            inside = {"self_attn", "mlp"} & set(key.split("."))
+            if inside or any(attention.startswith(key + ".") for attention in attentions):
+                raise ValueError(
+                    f"modules_to_save={names}: {name!r} is {key}, which PTE goes into; allowed are modules outside "
+                    "attention and MLP"
+                )
+
+
+def split_key(key: str) -> tuple[str, str | None, str]:
+    """A name in a state dict -> what stands before its container of adapters, the container, and what follows it.
+
+    `a.q_proj.pte_up.default.weight` -> (`a.q_proj.`, `pte_up`, `.default.weight`); of another one (`key`, None, "").
+    """
+    parts = key.split(".")
+    for at, part in enumerate(parts):
+        if part in CONTAINERS:
+            rest = parts[at + 1 :]
+            return "".join(f"{p}." for p in parts[:at]), part, "".join(f".{p}" for p in rest)
+    return key, None, ""
+
+
+def without_adapter_name(key: str, adapter_name: str) -> str:
+    """The name in a file of a tensor of this adapter; other names stay. The adapter may be called like a module."""
+    head, container, tail = split_key(key)
+    if not f"{tail}.".startswith(f".{adapter_name}."):
+        return key
+    return f"{head}{container}{tail.removeprefix('.' + adapter_name)}"
+
+
+def check_adapter_name(model: nn.Module, name: str, others: list[str]) -> None:
+    """Refuses names under which PyTorch or PEFT would not find an adapter's tensors again.
+
+    Raises:
+        ValueError: a name PyTorch cannot give to a module; or, where there are several adapters, one that is part of
+            the name of any tensor: PEFT tells adapters apart by text alone then.
+    """
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter name {name!r}: PyTorch cannot give it to a module; take another")
+    if not others:
+        return
+    parts = set(OWN_PARTS)
+    for key in model.state_dict():
+        head, _, tail = split_key(key)
+        before = head.split(".")
+        if "modules_to_save" in before:
+            del before[before.index("modules_to_save") + 1]  # the adapter's name
+        parts.update(before, tail.split(".")[2:])
+    for each in (name, *others):
+        if each in parts:
+            raise ValueError(
+                f"adapter name {each!r}: is also the name of a module or parameter, and PEFT could not tell its "
+                "tensors from another adapter's; alone it may be called so, beside others it needs another name"
+            )
