@@ -13,6 +13,13 @@ from pte_trl.faults import check_trackers
 from pte_trl.limits import check_values
 from pte_trl.unsupported import check_settings
 
+# Keys of a recipe that make its adapter; `adapter_config` hands them over.
+PTE_KEYS = (
+    *("rank", "num_global_tokens", "alpha", "target_modules", "state_update", "read", "normalisation"),
+    *("use_global_tokens", "encode_evicted", "init_ratio", "whiten"),
+)
+ADAPTER_KEYS = (*PTE_KEYS, "adapter_dropout")
+
 
 @dataclass
 class RecipeArguments:
@@ -57,11 +64,7 @@ class RecipeArguments:
     def adapter_config(self, method: str):
         """The PEFT config of a method."""
         if method == "pte":
-            names = (
-                "rank num_global_tokens alpha target_modules state_update read normalisation "
-                "use_global_tokens encode_evicted init_ratio whiten"
-            )
-            return PteConfig(dropout=self.adapter_dropout, **{name: getattr(self, name) for name in names.split()})
+            return PteConfig(dropout=self.adapter_dropout, **{key: getattr(self, key) for key in PTE_KEYS})
         from peft import LoraConfig
 
         return LoraConfig(

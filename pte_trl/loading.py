@@ -5,58 +5,87 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pte_trl.adapter.calibration import fit, measure
+from pte_trl.adapter.check import check_adapter, check_adapter_folder, expected_shapes, load_adapter
 from pte_trl.adapter.config import one_of
-from pte_trl.adapter.model import check_supported, pte_layers
-from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.adapter.fit import FAMILIES, check_supported
+from pte_trl.adapter.model import pte_layers
+from pte_trl.attention import NAME
+from pte_trl.config import ADAPTER_KEYS, PteGRPOConfig, RecipeArguments
 from pte_trl.engine import left_pad
 from pte_trl.evaluation.config import ModelSource
-from pte_trl.hub import reachable
 from pte_trl.launch import named_launch
-from pte_trl.needs import model_needs
+from pte_trl.needs import check_needs
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.sharding import check_engine
 from pte_trl.tokens import load_tokenizer
+from pte_trl.weights import check_loaded, check_model_folder
 
 __all__ = ["adapter_folder", "calibrate_encoders", "check_evaluation_model", "check_model", "load_for_evaluation"]
 __all__ += ["load_model", "load_tokenizer"]
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
-    """Reads only the model's configuration, and what the launcher asks for.
+    """Looks at the files of the model and of the adapter, and at what the launcher asks for; loads no weights.
 
     Raises:
-        ValueError: an unsupported architecture, attention implementation or engine for a bounded method; an adapter
-            that is not in safetensors; a model with code of its own, unless the recipe trusts it.
+        ValueError: an unsupported architecture, attention implementation or engine for a bounded method; a model folder
+            or an adapter that is not whole; an adapter of another method, model or setting; a model with code of its
+            own, unless the recipe trusts it.
     """
-    reachable(*model_needs(script))
+    check_needs(script)
     check_engine(args, named_launch(args).engine)
-    one_of("dtype", script.dtype, ("bfloat16", "float32", "auto"))
-    config = AutoConfig.from_pretrained(script.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    if script.adapter is not None:
-        script.adapter = str(adapter_folder(script.adapter))
-    if args.method != "lora":
+    config = check_base(script.model_name_or_path, args.trust_remote_code)
+    if args.method == "lora":
+        if script.attn_implementation == NAME and config.model_type not in FAMILIES:
+            script.attn_implementation = None  # `lora` trains any architecture, by transformers' own choice
+    else:
         one_of("attn_implementation", script.attn_implementation, MASKED_ATTENTION)
         check_supported(config)
+    if script.adapter is None:
+        check_fresh_adapter(script, args, config)
+        return
+    name = script.adapter
+    script.adapter = str(adapter_folder(name))
+    adapter = check_adapter_folder(script.adapter, config, args.trust_remote_code)
+    stated = {key: getattr(script, key) for key in ADAPTER_KEYS if key in getattr(script, "given", ())}
+    check_adapter(args.method, adapter, settings=stated, model_config=config, source=f"adapter={name!r}")
+
+
+def check_base(name: str, trust_remote_code: bool):
+    """The configuration of the base model, whose folder must be whole."""
+    check_model_folder(name, trust_remote_code)
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def check_fresh_adapter(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
+    """Builds the adapter on a model without memory, so that a name that is no linear of it is found now."""
+    adapter = script.adapter_config(args.method)
+    check_adapter(args.method, adapter, model_config=config)
+    try:
+        expected_shapes(adapter, config, args.trust_remote_code)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"target_modules={script.target_modules!r}: {error}") from error
 
 
 def check_evaluation_model(args: ModelSource) -> None:
-    """Reads only configurations: the model's and the adapter's.
+    """The same for a model to sample from.
 
     Raises:
-        ValueError: an unsupported architecture, or a folder without an adapter in safetensors.
+        ValueError: an unsupported architecture, a model folder or an adapter that is not whole, or not the model's.
     """
-    reachable(*model_needs(args))
-    check_supported(AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
+    check_needs(args)
+    config = check_base(args.model_name_or_path, args.trust_remote_code)
+    check_supported(config)
     if args.adapter is not None:
-        adapter_folder(args.adapter)
-        PeftConfig.from_pretrained(args.adapter)
+        args.adapter = str(adapter_folder(args.adapter))
+        check_adapter_folder(args.adapter, config, args.trust_remote_code)
 
 
 def adapter_folder(name: str) -> Path:
@@ -74,31 +103,34 @@ def adapter_folder(name: str) -> Path:
     return folder
 
 
+def load_base(source: RecipeArguments | ModelSource, trust_remote_code: bool) -> PreTrainedModel:
+    """The base model with all of its weights.
+
+    Raises:
+        ValueError: some are missing, or of other shapes than the configuration says.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source.model_name_or_path,
+        dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
+        attn_implementation=source.attn_implementation,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    check_loaded(found, source.model_name_or_path)
+    return model
+
+
 def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:
     """The base model, with the adapter that training starts from if the recipe names one."""
-    dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        script.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=script.attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
-    if script.adapter is not None:
-        model = PeftModel.from_pretrained(model, script.adapter, is_trainable=True)
-    return model
+    model = load_base(script, trust_remote_code)
+    return model if script.adapter is None else load_adapter(model, script.adapter, is_trainable=True)
 
 
 def load_for_evaluation(args: ModelSource, device: torch.device) -> PreTrainedModel | PeftModel:
     """The model with its adapter, for sampling only."""
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-    )
+    model = load_base(args, args.trust_remote_code)
     if args.adapter is not None:
-        model = PeftModel.from_pretrained(model, args.adapter)
+        model = load_adapter(model, args.adapter)
     return model.to(device).eval()
 
 

@@ -49,19 +49,26 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[RecipeArguments, PteGRP
 
 
 def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
-    """An object of each dataclass; errors as in `parse_recipe`."""
+    """An object of each dataclass; errors as in `parse_recipe`.
+
+    Its attribute `given` has the keys that the recipe or a flag says, as against those left at their defaults.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     # `--config=f.yaml` is the same as `--config f.yaml`; TrlParser knows the second only.
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    parser = Parser(classes)
+    parser, recipe = Parser(classes), {}
     if "--config" in argv:
         at = argv.index("--config")
         recipe = read_recipe("config", *argv[at + 1 : at + 2])
         argv = argv[:at] + argv[at + 2 :]
         set_environment(recipe.pop("env", None))
         check_types(recipe, classes)
-        parser.set_defaults_with_config(**without_replaced(recipe, argv))
-    return parser.parse_args_into_dataclasses(args=argv)
+        recipe = without_replaced(recipe, argv)
+        parser.set_defaults_with_config(**recipe)
+    parsed = parser.parse_args_into_dataclasses(args=argv)
+    for settings in parsed:
+        settings.given = {*recipe, *flags(argv)}
+    return parsed
 
 
 def read_recipe(key: str, name: str = "") -> dict:
@@ -92,9 +99,13 @@ def set_environment(variables) -> None:
 
 def without_replaced(recipe: dict, argv: list[str]) -> dict:
     """The recipe without a window where a flag gives a budget instead, and the other way round."""
-    given = {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
-    gone = set(EXCLUSIVE) if given & set(EXCLUSIVE) else set()
+    gone = set(EXCLUSIVE) if flags(argv) & set(EXCLUSIVE) else set()
     return {key: value for key, value in recipe.items() if key not in gone}
+
+
+def flags(argv: list[str]) -> set[str]:
+    """The keys that a command line gives."""
+    return {arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in argv if arg.startswith("--")}
 
 
 def check_types(recipe: dict, classes: tuple[type, ...]) -> None:
