@@ -35,9 +35,9 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
     """Looks at the files of the model and of the adapter, and at what the launcher asks for; loads no weights.
 
     Raises:
-        ValueError: an unsupported architecture, attention implementation or engine for a bounded method; a model folder
-            or an adapter that is not whole; an adapter of another method, model or setting; a model with code of its
-            own, unless the recipe trusts it.
+        ValueError: an unsupported architecture, attention implementation or engine for a bounded method; a model
+            folder or an adapter that is not whole; an adapter of another method, model or setting; a model with code
+            of its own, unless the recipe trusts it.
     """
     check_needs(script)
     check_engine(args, named_launch(args).engine)

@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,7 +84,7 @@ def save_run(trainer, settings: dict) -> None:
 
 def recipe_settings(script, args) -> dict:
     """The settings of a run, as they stand in its manifest."""
-    return vars(script) | {key: value for key, value in args.to_dict().items() if value is not None}
+    return asdict(script) | {key: value for key, value in args.to_dict().items() if value is not None}
 
 
 def write_json(path: Path, content) -> Path:

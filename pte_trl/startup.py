@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from pte_trl.adapter.model import FAMILIES
+from pte_trl.adapter.fit import FAMILIES
 from pte_trl.estimate import Job, estimate
 from pte_trl.faults import Fault
 from pte_trl.launch import named_launch

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.trainer.utils import is_async_callable
 
-from pte_trl.adapter.model import FAMILIES, pte_layers
+from pte_trl.adapter.fit import FAMILIES
+from pte_trl.adapter.model import pte_layers
 from pte_trl.batching import KeptEngine
 from pte_trl.checkpoints import WholeCheckpoints
 from pte_trl.config import PteGRPOConfig

@@ -8,6 +8,7 @@ Every sample is a line of OUTPUT_DIR/BENCHMARK/records.jsonl; a killed evaluatio
 """
 
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         except ValueError as error:
             sys.exit(f"error: {error}")
         if accelerator.is_main_process and not (evaluation.folder / "manifest.json").is_file():
-            settings = vars(args) | {"benchmark": name}
+            settings = asdict(args) | {"benchmark": name}
             write_manifest(evaluation.folder, accelerator.device, accelerator.num_processes, settings)
     accelerator.print(table({f"{Path(args.output_dir).name}/{Path(name).stem}": s for name, s in summaries.items()}))
     accelerator.end_training()
