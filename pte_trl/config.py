@@ -54,6 +54,9 @@ class RecipeArguments:
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of a reward for a boxed answer."})
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
     grader_time_limit: float = field(default=5.0, metadata={"help": "Seconds one answer may take."})
+    answer_after: str | None = field(
+        default=None, metadata={"help": "Grade only what follows this text, such as </think>; without it, no answer."}
+    )
 
     def adapter_config(self, method: str):
         """The PEFT config of a method."""

@@ -9,6 +9,7 @@ import pytest
 
 from pte_trl.rewards import (
     AccuracyReward,
+    FormatReward,
     Grader,
     Verdict,
     check_golds,
@@ -137,8 +138,8 @@ def test_clean_answer():
 NASTY = [
     (TOWER, "timeout"),
     ("answer: $9^{9^{9^9}}$", "timeout"),
-    (r"\boxed{(10^7)!}", "timeout"),
-    (r"\boxed{2^{2^{2^{2^{2^2}}}}}", "timeout"),
+    (r"\boxed{(10^7)!}", "wrong"),  # its value is known without its digits
+    (r"\boxed{2^{2^{2^{2^{2^2}}}}}", "wrong"),
     (r"\boxed{" + "(" * 400 + "5" + ")" * 400 + "}", "timeout"),
     (r"\boxed{" + r"\frac{1}{2}+" * 40_000 + "1}", "unparsable"),
     (r"\boxed{" + "7" * 5_000 + "}", "unparsable"),
@@ -318,3 +319,38 @@ def test_format_reward():
         r"$\boxed{x}$.",
     ]
     assert format_reward(completions=completions) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+# Only what follows a marker.
+
+THOUGHTS = [
+    (r"<think> \boxed{5} </think> The answer is \boxed{5}.", "correct", 1.0),
+    (r"so \boxed{4} </think> \boxed{5}", "correct", 1.0),
+    (r"<think> \boxed{5} </think> \boxed{4}", "wrong", 1.0),
+    (r"<think> \boxed{5} </think> I do not know", "unparsable", 0.0),
+    (r"<think> \boxed{5} </think>", "unparsable", 0.0),
+    (r"<think> \boxed{5}", "unparsable", 0.0),
+    (r"\boxed{5}", "unparsable", 0.0),
+    ("<think> </think> the answer is 5.", "correct", 0.0),
+    (r"</think> \boxed{4} </think> \boxed{5}", "correct", 1.0),
+]
+
+
+def test_only_what_follows_the_marker_is_graded(grader):
+    texts = [text for text, _, _ in THOUGHTS]
+    verdicts = grader.grade(["5"] * len(texts), texts, answer_after="</think>")
+    assert [verdict.reason for verdict in verdicts] == [reason for _, reason, _ in THOUGHTS]
+    with Grader(workers=1, answer_after="</think>") as marked:
+        assert marked.grade(["5"] * len(texts), texts) == verdicts
+        copy = pickle.loads(pickle.dumps(marked))
+        assert copy.answer_after == "</think>"
+    boxed = [share for _, _, share in THOUGHTS]
+    assert FormatReward("</think>")(completions=texts) == boxed
+    assert [has_boxed(text, "</think>") for text in texts] == [bool(share) for share in boxed]
+
+
+@pytest.mark.parametrize("marker", ["", "  ", 5])
+def test_a_marker_that_marks_nothing_is_refused(marker):
+    for make in (lambda: Grader(answer_after=marker), lambda: FormatReward(marker)):
+        with pytest.raises(ValueError, match=r"^answer_after=.*: must be a text such as '</think>', or left out"):
+            make()

@@ -86,7 +86,7 @@ def number_of(problem_id: str) -> str:
 
 
 def gold_notes() -> dict[str, dict[str, str]]:
-    """Gold answers that math-verify reads wrongly or too narrowly: benchmark -> number -> what is wrong."""
+    """Gold answers that are read wrongly or too narrowly: benchmark -> number -> what is wrong."""
     return json.loads((FACTS / "doubtful_golds.json").read_text())
 
 

@@ -8,16 +8,19 @@ import yaml
 
 from pte_trl.adapter.config import one_of
 from pte_trl.eviction import STRATEGIES
+from pte_trl.grading import check_limits
+from pte_trl.rewards import check_answer_after
 from pte_trl.schedule import Schedule
 
 FROM_RECIPE = (
     *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code"),
     *("system_prompt", "chat_template_kwargs", "data_dir"),
 )
-# What decides the text of a sample. A folder belongs to one set of them, and every record has them all.
+# What decides the text of a sample, and what of it is graded. A folder has one set of them, and so has every record.
 RECORDED = (
     *("model_name_or_path", "adapter", "dtype", "attn_implementation", "system_prompt", "chat_template_kwargs"),
     *("budget", "window", "evict_ratio", "eviction", "max_new_tokens", "temperature", "top_p", "seed", "backend"),
+    "answer_after",
 )
 
 
@@ -79,6 +82,9 @@ class EvaluationArguments(ModelSource):
 
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
     grader_time_limit: float = field(default=5.0, metadata={"help": "Seconds one answer may take."})
+    answer_after: str | None = field(
+        default=None, metadata={"help": "Grade only what follows this text, such as </think>; without it, no answer."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
 
     def __post_init__(self):
@@ -97,6 +103,8 @@ class EvaluationArguments(ModelSource):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ValueError(f"{key}={value!r}: must be at least {least}")
+        check_limits(self.grader_workers, self.grader_time_limit, prefix="grader_")
+        check_answer_after(self.answer_after)
         Schedule(1 if self.window is None else self.window, self.evict_ratio)
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature!r}: must be at least 0")
