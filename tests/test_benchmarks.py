@@ -15,15 +15,16 @@ from pte_trl.evaluation.benchmarks import (
     number_of,
     problem_key,
 )
+from pte_trl.judging import judge
 
 # Gold, a completion's answer, and the verdict that makes the gold doubtful.
 DOUBTFUL = {
-    ("math500", "864.json"): (r"(-1,6)", "(-1,6)", False),
-    ("math500", "46.json"): (r"40_9", "40", False),
-    ("math500", "516.json"): (r"2516_8", "2516", False),
-    ("math500", "847.json"): (r"4210_{5}", "4210", False),
-    ("math500", "1257.json"): (r"204_5", "204", False),
-    ("math500", "368.json"): (r"4343_6", "4343", False),
+    ("math500", "test/number_theory/864.json"): (r"52_8", "52", False),
+    ("math500", "test/number_theory/46.json"): (r"40_9", "40", False),
+    ("math500", "test/number_theory/516.json"): (r"2516_8", "2516", False),
+    ("math500", "test/number_theory/847.json"): (r"4210_{5}", "4210", False),
+    ("math500", "test/number_theory/1257.json"): (r"204_5", "204", False),
+    ("math500", "test/number_theory/368.json"): (r"4343_6", "4343", False),
 }
 # Golds that math-verify alone reads up to a point, as a unit or not at all.
 READ_WHOLE = [
@@ -51,8 +52,9 @@ def test_a_doubtful_gold_is_read_as_its_note_says(grader, name):
 
 
 @pytest.mark.parametrize(("gold", "answer", "verdict"), READ_WHOLE)
-def test_a_gold_is_read_whole(grader, gold, answer, verdict):
-    assert grader.grade([gold] * 2, [rf"\boxed{{{answer}}}", rf"\boxed{{{gold}}}"])[0].correct == verdict
+def test_a_gold_is_read_whole(gold, answer, verdict):
+    assert judge(gold, gold)[0] == "correct"
+    assert (judge(gold, answer)[0] == "correct") == verdict
 
 
 def test_every_note_is_shown_above():
@@ -86,5 +88,6 @@ def test_the_real_benchmark(grader, name):
     assert content_hash(load_problems(name, data_dir=folder)).startswith(BENCHMARKS[name].sha256)
     assert grader.gold_faults(problems["answer"]) == {}, "a gold that does not equal itself"
     assert sum(problems["contaminated"]) == len(contaminated()[name])
-    notes = {number_of(row["id"]) for row in problems if row["gold_note"]}
-    assert notes == set(gold_notes().get(name, {}))
+    noted = [row["id"] for row in problems if row["gold_note"]]
+    notes = gold_notes().get(name, {})
+    assert len(noted) == len(notes) and all(i in notes or number_of(i) in notes for i in noted)
