@@ -1,5 +1,6 @@
 """The outcome reward with the real math-verify: what is right, what must not pay, what must not hang."""
 
+import math
 import os
 import pickle
 import signal
@@ -7,6 +8,10 @@ import time
 
 import pytest
 
+from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.records import read_records, write_records
+from pte_trl.evaluation.regrade import regrade
+from pte_trl.grading import verdict_versions
 from pte_trl.rewards import (
     AccuracyReward,
     FormatReward,
@@ -354,3 +359,38 @@ def test_a_marker_that_marks_nothing_is_refused(marker):
     for make in (lambda: Grader(answer_after=marker), lambda: FormatReward(marker)):
         with pytest.raises(ValueError, match=r"^answer_after=.*: must be a text such as '</think>', or left out"):
             make()
+
+
+def test_records_are_graded_again_as_they_say_or_as_is_asked(tmp_path, grader):
+    rows = [
+        {"gold": "5", "completion": text, "correct": right, "answer_after": "</think>"}
+        for text, right in ((r"<think> \boxed{5} </think> \boxed{4}", False), (r"\boxed{5}", False))
+    ]
+    write_records(tmp_path, rows)
+    assert regrade(tmp_path, grader) == 0
+    first = read_records(tmp_path)[0]
+    assert first["answer_after"] == "</think>" and verdict_versions().items() <= first.items()
+    assert regrade(tmp_path, grader, answer_after="<think>") == 0
+    write_records(tmp_path, [row | {"answer_after": None} for row in rows])
+    assert regrade(tmp_path, grader) == 1
+    write_records(tmp_path, [rows[0], rows[1] | {"answer_after": None}])
+    with pytest.raises(ValueError, match=r"records with answer_after=\['</think>', 'None'\]; give one of them"):
+        regrade(tmp_path, grader)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"answer_after": " "}, "answer_after=' ': must be a text such as '</think>', or left out"),
+        ({"grader_workers": 0}, "grader_workers=0: must be an integer of at least 1"),
+        ({"grader_time_limit": math.nan}, "grader_time_limit=nan: must be a finite number of seconds above 0"),
+        ({"grader_time_limit": math.inf}, "grader_time_limit=inf: must be a finite number of seconds above 0"),
+    ],
+)
+def test_an_evaluation_checks_its_grader_before_weights_load(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationArguments(model_name_or_path="m", output_dir="o", benchmarks=["b"], **settings)
+    assert (
+        EvaluationArguments(model_name_or_path="m", output_dir="o", benchmarks=["b"]).recorded()["answer_after"]
+        is None
+    )
