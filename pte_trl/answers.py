@@ -9,7 +9,7 @@ whole answer unreadable: an answer that was read up to a point could be paid for
 import re
 from dataclasses import dataclass
 
-from .latex import FUNCTIONS, TAKEN, Rewriter, Unreadable, from_unicode
+from .latex import FUNCTIONS, TAKEN, Rewriter, Unreadable
 from .units import LABELS, MAGNITUDES, NO_UNIT, is_unit, unit_name
 
 # In characters: a longer final answer is no answer.
@@ -32,7 +32,6 @@ _EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|:=|==|\\approx(?![A-Za-z])")
 _ORDER = re.compile(r"[<>]|\\(?:le|ge|ne|in|notin|subset|subseteq|supset|equiv|ll|gg|sim|propto|neg)(?![A-Za-z])|!=")
 _MIXED = re.compile(r"(?<![\w.}^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}|(?<![\w.}^_/])(\d+) (\d+)/(\d+)(?![\d!^/.])")
 _PRIMED = re.compile(r"(\\text\{\w+\}|\\[A-Za-z]+|[A-Za-z])\s*('+)")
-_TOUCHING = re.compile(r"[\d.]\s+[\d.]|\d⟦[•‣◦]?\d|\.\d*\.")
 # Functions whose sub- or superscript the grammar drops: an exponent of 0, an index of anything but log and ln.
 _DROPPED = re.compile(rf"\\(?:{'|'.join(sorted(FUNCTIONS - {'log', 'ln'}))})\s*(?:_|\^\{{\s*0+\s*\}})")
 _ANY_ZERO_POWER = re.compile(r"\\(?:log|ln)\s*(?:_\{[^}]*\})?\s*\^\{\s*0+\s*\}")
@@ -376,6 +375,3 @@ def _symbol(match: re.Match) -> str:
     if not word.isascii() or not word.isalpha() or word.lower() in NO_UNIT:
         raise Unreadable(f"{word!r}")
     return rf"\text{{{word}}}"
-
-
-__all__ = ["Element", "Reading", "Unreadable", "denies", "from_unicode", "is_meaningless", "is_name", "read"]

@@ -23,6 +23,7 @@ from .prose import find_answer
 # round to nothing, by this share.
 ROUNDING, SMALL, SMALL_TOLERANCE = 2e-6, 1e-3, 1e-3
 APPROXIMATE = 0.01  # by how much the sides of "≈" may differ, relative
+_CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time of day beside another, not the ratio that the grammar reads
 # Where expressions with variables are compared before sympy simplifies them.
 _POINTS = ((0.7361, 0.1273), (1.8713, -0.2971))  # the first variable's value, and the step to the next
 
@@ -294,6 +295,9 @@ def _same_reading(gold: Reading, answer: Reading) -> bool:
     if any(element.base for elements in pairs for element in elements):
         written = [sorted((element.base, element.members) for element in elements) for elements in pairs]
         return written[0] == written[1]
+    clocks = [[_CLOCK.fullmatch(member) for e in elements for member in e.members] for elements in pairs]
+    if all(len(found) == 1 and found[0] for found in clocks):
+        return clocks[0][0][0] == clocks[1][0][0]
     units = [{element.unit for element in elements if element.unit} for elements in pairs]
     if all(units) and units[0] != units[1]:
         return False
