@@ -11,6 +11,7 @@ from pte_trl.adapter import PteConfig
 from pte_trl.checkpoints import check_save_steps
 from pte_trl.faults import check_trackers
 from pte_trl.limits import check_values
+from pte_trl.rewards import check_answer_after
 from pte_trl.unsupported import check_settings
 
 # Keys of a recipe that make its adapter; `adapter_config` hands them over.
@@ -57,9 +58,13 @@ class RecipeArguments:
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of a reward for a boxed answer."})
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
     grader_time_limit: float = field(default=5.0, metadata={"help": "Seconds one answer may take."})
+    answer_after: str | None = field(
+        default=None, metadata={"help": "Grade only what follows this text, such as </think>; without it, no answer."}
+    )
 
     def __post_init__(self):
         check_values(self)
+        check_answer_after(self.answer_after)
 
     def adapter_config(self, method: str):
         """The PEFT config of a method."""

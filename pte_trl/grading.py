@@ -1,14 +1,15 @@
-"""A pool of killable processes that compare answers with math-verify.
+"""A pool of killable processes that compare answers (`judging.py`).
 
 A completion may hold any expression, and some never finish in sympy (`9^{9^{9^9}}`). math-verify's own
 time limit is a Python signal: it needs the main thread and cannot interrupt a big-integer power. Here every
 comparison runs in a process of ours which the kernel ends when it has used its CPU time.
 
-This file is also the worker's program. It imports only the standard library at the top and is run by its
-path, so that a worker starts in half a second and never imports the caller's training script, as
+This file is also the worker's program. It imports only the standard library at the top, and a worker loads it without
+the rest of the package, so that it starts in half a second and never imports the caller's training script, as
 `multiprocessing` would.
 """
 
+import json
 import logging
 import math
 import os
@@ -19,9 +20,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import NamedTuple
 
 START_LIMIT = 120.0  # s of wall time for a worker to import math-verify
@@ -30,22 +32,63 @@ MAX_FAILED_STARTS = 3  # in a row; one may be bad luck, such as a kill from outs
 # verdict does not depend on the load. The wall-clock limit is this many times longer: it ends a worker that
 # is stopped or swaps.
 WALL_FACTOR = 4
-# verify() rounds decimals to six places and drops what is below 1e-15, so 0.0 "equals" 1.24e-8. Golds smaller
-# than SMALL must agree to this relative difference as well.
-SMALL, SMALL_TOLERANCE = 1e-3, 1e-3
-# Run by path without this folder, and without the current one (""), whose files could shadow a module.
+MIN_MEMORY_MB = 64  # no Python process is smaller; what a worker really needs, it tells when it has started
+SPARE_MEMORY_MB = 16  # for the comparison itself
+NO_MATH_VERIFY = 77  # exit code of a worker that cannot import its libraries
+# The packages that decide a verdict, with the names under which their versions stand in records.
+DECIDING = ("math-verify", "sympy", "latex2sympy2_extended", "antlr4-python3-runtime")
+# The package without its __init__, which would import torch. The current folder (""), whose files could shadow a
+# module, is no place to import from; those of PYTHONPATH are, but last, and without running their sitecustomize.
 _PROGRAM = """
-import runpy, sys
-sys.path[:] = filter(None, sys.path)
-runpy.run_path(sys.argv[1], run_name="__main__")
+import json, sys, types
+sys.path[:] = [*filter(None, sys.path), *json.loads(sys.argv[2])]
+package = sys.modules["pte_trl"] = types.ModuleType("pte_trl")
+package.__path__ = [sys.argv[1]]
+from pte_trl.grading import serve
+serve(*sys.argv[3:])
 """
 
 
+def verdict_versions() -> dict[str, str]:
+    """Versions of the packages that decide verdicts, by their names with underscores, for records and manifests."""
+    found = {}
+    for package in DECIDING:
+        try:
+            found[package.replace("-", "_")] = version(package)
+        except PackageNotFoundError:
+            found[package.replace("-", "_")] = "not installed"
+    return found
+
+
+def check_limits(workers: int, time_limit: float, memory_limit_mb: int | None = None, prefix: str = "") -> None:
+    """Refuses limits under which nothing could be graded.
+
+    Args:
+        prefix: of the keys' names in the message, such as "grader_".
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"{prefix}workers={workers!r}: must be an integer of at least 1 (processes that grade)")
+    number = isinstance(time_limit, (int, float)) and not isinstance(time_limit, bool)
+    if not number or not math.isfinite(time_limit) or time_limit <= 0:
+        raise ValueError(f"{prefix}time_limit={time_limit!r}: must be a finite number of seconds above 0")
+    if memory_limit_mb is None:
+        return
+    number = isinstance(memory_limit_mb, (int, float)) and not isinstance(memory_limit_mb, bool)
+    if not number or not math.isfinite(memory_limit_mb) or memory_limit_mb < MIN_MEMORY_MB:
+        raise ValueError(
+            f"{prefix}memory_limit_mb={memory_limit_mb!r}: must be None or a number of MiB of at least {MIN_MEMORY_MB}"
+        )
+
+
 class Job(NamedTuple):
-    """A comparison: the gold answer, LaTeX in `$...$`, and the text in which math-verify finds the other."""
+    """A comparison: the gold answer, and the content of a box or (not `boxed`) the end of a completion without one."""
 
     gold: str
     answer: str
+    boxed: bool = True
 
 
 class Reply(NamedTuple):
@@ -61,13 +104,16 @@ class _Worker:
 
     def __init__(self, time_limit: float, memory_limit_mb: int | None):
         self.connection, theirs = Pipe()
-        arguments = [__file__, str(theirs.fileno()), str(time_limit), str(memory_limit_mb or 0)]
+        theirs_from = json.dumps([path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path])
+        arguments = [str(Path(__file__).parent), theirs_from, str(theirs.fileno()), str(time_limit)]
+        # sympy's order of terms follows the hash seed: the same verdict in every run
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, *arguments],
+            [sys.executable, "-c", _PROGRAM, *arguments, str(memory_limit_mb or 0)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's order of terms: the same verdict in every run
+            env=kept | {"PYTHONHASHSEED": "0"},
         )
         theirs.close()
         self.ready = False
@@ -87,6 +133,18 @@ def _kill_all(workers: list[_Worker], owner: int) -> None:
             workers.pop().kill()
 
 
+_pools: "weakref.WeakSet[WorkerPool]" = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    """In a forked child: a lock that another thread held would never be released, and the workers are not its own."""
+    for pool in _pools:
+        pool.forget()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
 class WorkerPool:
     """`size` processes that each do one job at a time; started by the first `run`, kept until `close`.
 
@@ -95,14 +153,20 @@ class WorkerPool:
     """
 
     def __init__(self, size: int, time_limit: float, memory_limit_mb: int | None):
-        if size < 1 or time_limit <= 0:
-            raise ValueError(f"a pool needs workers >= 1 and time_limit > 0, got {size} and {time_limit}")
+        check_limits(size, time_limit, memory_limit_mb)
         self.size, self.time_limit, self.memory_limit_mb = size, time_limit, memory_limit_mb
         self._workers: list[_Worker] = []
         self._owner: int | None = None
         self._failed_starts = 0
         self._tried: set[int] = set()  # jobs of this run whose worker has died once
         self._lock = threading.Lock()  # one run at a time, whichever thread it comes from
+        _pools.add(self)
+
+    def forget(self) -> None:
+        """Start anew in a forked child; the parent's workers stay the parent's."""
+        for worker in self._workers:
+            worker.connection.close()  # this process's copy: else a worker would outlive the parent
+        self._workers, self._owner, self._lock = [], None, threading.Lock()
 
     def pids(self) -> list[int]:
         """Process ids of the living workers."""
@@ -116,10 +180,10 @@ class WorkerPool:
     def run(self, jobs: list[Job]) -> list[Reply]:
         """Do all jobs and return their replies in the same order.
 
-        Raises RuntimeError if a worker cannot be started.
+        Raises RuntimeError if a worker cannot be started, ValueError if its memory limit is below what it needs.
         """
         with self._lock:
-            if self._owner != os.getpid():  # first use in this process, or in a fork of it
+            if self._owner is None:  # first use in this process, which may be a fork
                 self._workers, self._owner = [], os.getpid()
                 weakref.finalize(self, _kill_all, self._workers, self._owner)
             try:
@@ -166,14 +230,20 @@ class WorkerPool:
             if replies[worker.job].retire:
                 self._workers.remove(worker)
                 worker.kill()
+        elif message[0] == "too small":
+            raise ValueError(
+                f"memory_limit_mb={self.memory_limit_mb!r}: a grading worker needs {message[1]:.0f} MiB to start; "
+                f"allowed is None or at least {message[1] + SPARE_MEMORY_MB:.0f}"
+            )
         else:
             self._failed_starts = 0
         worker.ready, worker.job, worker.deadline = True, None, math.inf
 
     def _lose(self, worker: _Worker, waiting: deque[int], replies: dict[int, Reply], overdue: bool = False) -> None:
-        """Take a dead or overdue worker out of the pool; its job is tried once more before it is called crashed.
+        """Take a dead or overdue worker out of the pool; its job is tried once more before it is given up.
 
-        Most workers that die are killed from outside, for want of memory, and the job is not to blame.
+        Most workers that die are killed from outside, for want of memory, and most that are overdue without having
+        used their CPU time are stopped or swapped out; the job is not to blame.
         """
         self._workers.remove(worker)
         try:
@@ -184,19 +254,32 @@ class WorkerPool:
         self._failed_starts += not worker.ready
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._failed_starts = 0
-            raise RuntimeError(
-                f"grading workers do not start (last exit code {code}); the error message is on stderr. "
-                "Is math-verify installed for this Python, and the memory limit large enough?"
-            )
+            raise RuntimeError(_why_not_started(code))
         if worker.job is None:
             return
-        if overdue or code == -signal.SIGPROF:
+        if code == -signal.SIGPROF:
             replies[worker.job] = Reply("timeout")
         elif worker.job in self._tried:
-            replies[worker.job] = Reply("crashed")
+            replies[worker.job] = Reply("timeout" if overdue else "crashed")
         else:
             self._tried.add(worker.job)
             waiting.append(worker.job)
+
+
+def _why_not_started(code: int | None) -> str:
+    if code == NO_MATH_VERIFY:
+        return (
+            f"grading workers do not start: {sys.executable} cannot import math-verify or a library of it; the "
+            "error message is on stderr, and pip install math-verify installs it"
+        )
+    if code is None:
+        return f"grading workers do not start: {MAX_FAILED_STARTS} in a row took more than {START_LIMIT:.0f} s"
+    if code < 0:
+        return (
+            f"grading workers do not start: {MAX_FAILED_STARTS} in a row were killed from outside while they started "
+            f"(last by signal {-code}), as a system does that runs out of memory"
+        )
+    return f"grading workers do not start (last exit code {code}); the error message is on stderr"
 
 
 # From here on: the worker's program.
@@ -211,78 +294,48 @@ def _peak_memory_mb() -> float:
         return 0.0
 
 
-def _parse(text: str) -> list:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+def serve(connection: str, time_limit: str, memory_limit_mb: str) -> None:
+    """Answer jobs until the parent goes away. SIGPROF, when a job has used its CPU time, ends the process.
 
-    # No search for \boxed: the caller has taken the content out, and math-verify would join neighbouring
-    # boxes into a set. (Its expression for boxes also takes 20 s for 2,000 characters of "\(\boxed{x}".)
-    configs = [LatexExtractionConfig(boxed_match_priority=-1), ExprExtractionConfig()]
-    return parse(text, configs, parsing_timeout=None)
-
-
-_parse_gold = lru_cache(maxsize=4096)(_parse)
-
-
-def _agrees_if_small(gold: list, answer: list) -> bool:
-    """Whether a number below verify's rounding is right to a relative difference; True for anything else."""
-    gold, answer = (getattr(parsed[0], "rhs", parsed[0]) for parsed in (gold, answer))
-    if not (getattr(gold, "is_number", False) and getattr(answer, "is_number", False)):
-        return True
-    try:
-        gold, answer = complex(gold), complex(answer)
-    except (TypeError, ValueError, OverflowError):
-        return True
-    return not 0 < abs(gold) < SMALL or abs(answer - gold) <= SMALL_TOLERANCE * abs(gold)
-
-
-def _compare(job: Job, time_limit: float) -> Reply:
-    from math_verify import verify
-
-    signal.setitimer(signal.ITIMER_PROF, time_limit)
-    gold = _parse_gold(job.gold)
-    if not gold:
-        return Reply("bad gold")
-    signal.setitimer(signal.ITIMER_PROF, time_limit)  # the answer's own time
-    answer = _parse(job.answer)
-    # parse() returns the sympy expression, if any, and then the text that it came from
-    extracted = next((part for part in answer if isinstance(part, str)), None)
-    if answer and verify(gold, answer, timeout_seconds=None) and _agrees_if_small(gold, answer):
-        return Reply("correct", extracted)
-    parsed = any(not isinstance(part, str) for part in answer)
-    return Reply("wrong" if parsed else "unparsable", extracted)
-
-
-def _serve(connection: Connection, time_limit: float, memory_limit_mb: int) -> None:
-    """Answer jobs until the parent goes away. SIGPROF, when a job has used its CPU time, ends the process."""
+    The arguments are those of the command line: a file descriptor, seconds, MiB (0: no limit).
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is a scheduler's warning, which all processes get
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
-    _compare(Job("$\\frac{1}{2}$", "$0.5$"), START_LIMIT)  # imports, parser tables
+    pipe, limit, memory = Connection(int(connection)), float(time_limit), int(float(memory_limit_mb))
+    signal.setitimer(signal.ITIMER_PROF, START_LIMIT)
+    try:
+        from pte_trl.judging import judge, prepare
+    except ImportError as error:
+        print(f"grading worker: {error}", file=sys.stderr)
+        sys.exit(NO_MATH_VERIFY)
+    judge("\\frac{1}{2}", "0.5")  # parser tables
     signal.setitimer(signal.ITIMER_PROF, 0)
-    if memory_limit_mb:
+    if memory:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (memory_limit_mb << 20, memory_limit_mb << 20))
-    connection.send("ready")
+        if memory < _peak_memory_mb() + SPARE_MEMORY_MB:
+            return pipe.send(("too small", _peak_memory_mb()))
+        resource.setrlimit(resource.RLIMIT_AS, (memory << 20, memory << 20))
+    pipe.send(("ready", _peak_memory_mb()))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what goes wrong from now on is a verdict, not a message
     while True:
         try:
-            job = Job(*connection.recv())
+            job = Job(*pipe.recv())
         except EOFError:
             return
+        retire = False
         try:
-            reply = _compare(job, time_limit)
+            signal.setitimer(signal.ITIMER_PROF, limit)
+            prepare(job.gold)
+            signal.setitimer(signal.ITIMER_PROF, limit)  # the answer's own time
+            reason, extracted = judge(*job)
         except Exception:  # MemoryError, RecursionError and whatever escapes math-verify
-            reply = Reply("crashed", retire=True)
+            reason, extracted, retire = "crashed", None, True
         signal.setitimer(signal.ITIMER_PROF, 0)
         # math-verify swallows a MemoryError, and a bloated worker would fail the next answers too.
-        share = _peak_memory_mb() / memory_limit_mb if memory_limit_mb else 0.0
-        if share > 0.9 and reply.reason != "correct":
-            reply = Reply("crashed")
-        # A plain tuple: the parent knows this class under another module's name.
-        connection.send((reply.reason, reply.extracted, reply.retire or share > 0.5))
-
-
-if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[2])), float(sys.argv[3]), int(sys.argv[4]))
+        share = _peak_memory_mb() / memory if memory else 0.0
+        if share > 0.9 and reason != "correct":
+            reason, extracted = "crashed", None
+        pipe.send((reason, extracted, retire or share > 0.5))

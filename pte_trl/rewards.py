@@ -1,8 +1,9 @@
 r"""The outcome reward: 1 if the final answer of a completion equals the gold answer, else 0.
 
-The final answer is the content of the last closed `\boxed{...}`; of a completion without one, what
-math-verify finds near its end. Earlier boxes and lists of candidates never pay. Answers are compared by
-math-verify in processes that can be killed (`grading.py`), because a completion can make sympy run forever.
+The final answer is the content of the last closed `\boxed{...}`; of a completion without one, what is found near its
+end. Earlier boxes and lists of candidates never pay. An answer is read whole or not at all (`answers.py`) and compared
+by math-verify (`judging.py`) in processes that can be killed (`grading.py`), because a completion can make sympy run
+forever.
 """
 
 import logging
@@ -10,26 +11,27 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from .answers import MAX_ANSWER
 from .grading import Job, Reply, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-# In characters: a longer final answer is no answer; without a box, the answer is looked for in this tail; a
-# box is looked for in the last million, more than any completion has.
-MAX_ANSWER, MAX_TAIL, MAX_SEARCH = 1000, 2000, 1_000_000
+# In characters: without a box, the answer is looked for in this tail; a box is looked for in the last million, more
+# than any completion has.
+MAX_TAIL, MAX_SEARCH = 2000, 1_000_000
 
 _BOXED_OR_BRACE = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
 _MATH_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]|\\?\$")
 _THOUSANDS_SPACE = re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))")
-# 4.5e33, which math-verify reads as 4.5 * e * 33. Not x2e5, 2e5_{16}, 1.2e3.4.
+# 4.5e33, which LaTeX reads as 4.5 * e * 33. Not x2e5, 2e5_{16}, 1.2e3.4.
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?)(\d+)(?!\w|\.\d)")
 
 
 class Verdict(NamedTuple):
     """The grade of one completion.
 
-    `reason` is correct, wrong, unparsable (no answer that math-verify can read), timeout or crashed;
-    `extracted` is the text of the final answer, None if there is none or none was found in time.
+    `reason` is correct, wrong, unparsable (no answer, or none that can be read whole), timeout or crashed; `extracted`
+    is the text of the final answer, None if there is none or none was found in time.
     """
 
     correct: bool
@@ -37,27 +39,38 @@ class Verdict(NamedTuple):
     reason: str
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last closed `\boxed{...}`, None without one. Of nested boxes, the innermost.
+def boxes(text: str) -> list[str]:
+    r"""Contents of all closed `\boxed{...}`, in order. Of nested boxes, the innermost.
 
     One pass over the text, so that ten thousand unclosed boxes cost no more than prose.
     """
     text = text[-MAX_SEARCH:]
     open_braces: list[tuple[int, bool]] = []  # where the content starts, and whether of a box
-    best = None
+    found: list[tuple[int, int]] = []
     for token in _BOXED_OR_BRACE.finditer(text):
         if token[0] == "{" or token[0].startswith(r"\boxed"):
             open_braces.append((token.end(), token[0] != "{"))
         elif token[0] == "}" and open_braces:
             start, boxed = open_braces.pop()
-            if boxed and (best is None or start > best[0]):
-                best = (start, token.start())
-    return None if best is None else text[slice(*best)]
+            if boxed and not (found and found[-1][0] > start):
+                found.append((start, token.start()))
+    return [text[start:end] for start, end in found]
 
 
-def has_boxed(text: str) -> bool:
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last closed `\boxed{...}`, None without one. Of nested boxes, the innermost."""
+    found = boxes(text)
+    return found[-1] if found else None
+
+
+def answer_part(text: str, answer_after: str | None = None) -> str:
+    """What of a completion is graded: all of it, or what follows the last `answer_after`, "" if that is missing."""
+    return text if answer_after is None else text.rpartition(answer_after)[2] if answer_after in text else ""
+
+
+def has_boxed(text: str, answer_after: str | None = None) -> bool:
     r"""Whether the text has an answer in the form asked for: its last closed `\boxed{...}` is not blank."""
-    return bool((last_boxed(text) or "").strip())
+    return bool((last_boxed(answer_part(text, answer_after)) or "").strip())
 
 
 def clean_answer(answer: str) -> str:
@@ -69,9 +82,15 @@ def clean_answer(answer: str) -> str:
     return f"${answer}$" if answer else ""
 
 
-def _clean_gold(gold: str) -> str:
+def _gold_content(gold: str) -> str:
     boxed = last_boxed(gold)
-    return clean_answer(gold if boxed is None else boxed)
+    return gold if boxed is None else boxed
+
+
+def check_answer_after(answer_after: str | None) -> None:
+    """ValueError for what no completion could have."""
+    if answer_after is not None and (not isinstance(answer_after, str) or not answer_after.strip()):
+        raise ValueError(f"answer_after={answer_after!r}: must be a text such as '</think>', or left out")
 
 
 class Grader:
@@ -81,12 +100,23 @@ class Grader:
     by a process that does not get a core); the process is then killed and replaced, and the verdict is
     "timeout". A process that dies or outgrows `memory_limit_mb` (MiB of address space) gives "crashed". The
     processes start with the first call, are shared by all threads and end with `close`, with the object or
-    with the interpreter.
+    with the interpreter. With `answer_after`, such as `</think>`, only what follows its last occurrence is graded, and
+    a completion without it has no answer.
+
+    Raises ValueError for limits under which nothing could be graded, and for an empty `answer_after`.
     """
 
-    def __init__(self, workers: int = 2, time_limit: float = 5.0, memory_limit_mb: int | None = 2048):
-        self._settings = (workers, time_limit, memory_limit_mb)
-        self._pool = WorkerPool(*self._settings)
+    def __init__(
+        self,
+        workers: int = 2,
+        time_limit: float = 5.0,
+        memory_limit_mb: int | None = 2048,
+        answer_after: str | None = None,
+    ):
+        check_answer_after(answer_after)
+        self._settings = (workers, time_limit, memory_limit_mb, answer_after)
+        self._pool = WorkerPool(workers, time_limit, memory_limit_mb)
+        self.answer_after = answer_after
         self._checked_golds: set[str] = set()
 
     def __reduce__(self):  # a copy in another process has its own workers
@@ -102,19 +132,24 @@ class Grader:
         """End the processes; the next call starts new ones."""
         self._pool.close()
 
-    def grade(self, golds: list[str], completions: list[str]) -> list[Verdict]:
+    def grade(self, golds: list[str], completions: list[str], answer_after: str | None = None) -> list[Verdict]:
         """Verdicts of the completions, in order; `golds[i]` is the gold answer of `completions[i]`.
+
+        `answer_after`, if given, is taken instead of the grader's own.
 
         Raises ValueError if the lengths differ or math-verify cannot read a gold (see `check_golds`).
         """
         if len(golds) != len(completions):
             raise ValueError(f"{len(golds)} gold answers for {len(completions)} completions")
+        mark = self.answer_after if answer_after is None else answer_after
+        check_answer_after(mark)
+        completions = [answer_part(completion, mark) for completion in completions]
         boxes = [last_boxed(completion) for completion in completions]
         jobs = []
         for gold, box, completion in zip(golds, boxes, completions, strict=True):
-            answer = completion[-MAX_TAIL:].strip() if box is None else clean_answer(box[: MAX_ANSWER + 1])
+            answer = completion[-MAX_TAIL:].strip() if box is None else box[: MAX_ANSWER + 1].strip()
             too_long = box is not None and len(box) > MAX_ANSWER
-            jobs.append(None if too_long or not answer else Job(_clean_gold(gold), answer))
+            jobs.append(None if too_long or not answer else Job(_gold_content(gold), answer, box is not None))
 
         # The completions of one group share their gold and often their answer: each pair is compared once.
         distinct = list(dict.fromkeys(job for job in jobs if job is not None))
@@ -129,15 +164,22 @@ class Grader:
         return verdicts
 
     def gold_faults(self, golds: Iterable[str]) -> dict[str, str]:
-        """Reason per gold answer that does not parse, or does not equal itself; {} if all are good.
+        r"""Reason per gold that cannot be read whole, or that `\boxed{gold}` does not answer; {} if all are good.
 
         A good string is checked once in the life of this grader; a bad one is tried again alone before it is
         called bad.
         """
-        jobs = {gold: Job(_clean_gold(gold), _clean_gold(gold)) for gold in dict.fromkeys(golds)}
-        jobs = {gold: job for gold, job in jobs.items() if gold not in self._checked_golds}
-        faults = {gold: "too long" for gold, job in jobs.items() if len(job.gold) > MAX_ANSWER}
-        jobs = {gold: job for gold, job in jobs.items() if gold not in faults}
+        golds = [gold for gold in dict.fromkeys(golds) if gold not in self._checked_golds]
+        faults, jobs = {}, {}
+        for gold in golds:
+            content = _gold_content(gold)
+            boxed = last_boxed(rf"\boxed{{{content}}}")
+            if len(content) > MAX_ANSWER:
+                faults[gold] = "too long"
+            elif len(boxes(gold)) > 1:
+                faults[gold] = "several boxes"
+            else:
+                jobs[gold] = Job(content, "" if boxed is None else boxed, boxed is not None)
         replies = dict(zip(jobs, self._pool.run(list(jobs.values())), strict=True))
         for gold, reply in replies.items():
             if reply.reason != "correct":
@@ -150,9 +192,9 @@ class Grader:
 
 
 def parse_gold(answer: str, grader: Grader | None = None) -> str:
-    """The gold answer as it is given to math-verify, in `$...$`; ValueError if math-verify cannot read it."""
+    """The gold answer as LaTeX in `$...$`; ValueError if it cannot be read."""
     check_golds([{"answer": answer}], grader=grader)
-    return _clean_gold(str(answer))
+    return clean_answer(_gold_content(str(answer)))
 
 
 def check_golds(rows: Iterable[Mapping], key: str = "answer", grader: Grader | None = None) -> int:
@@ -226,6 +268,16 @@ class AccuracyReward:
         return [float(verdict.correct) for verdict in verdicts]
 
 
-def format_reward(completions: list, **kwargs) -> list[float]:
+class FormatReward:
     r"""TRL reward function: 1.0 where the completion has the form asked for (`has_boxed`), else 0.0."""
-    return [float(has_boxed(completion_text(completion))) for completion in completions]
+
+    def __init__(self, answer_after: str | None = None):
+        check_answer_after(answer_after)
+        self.__name__ = "format_reward"  # the name TRL logs it under
+        self.answer_after = answer_after
+
+    def __call__(self, completions: list, **kwargs) -> list[float]:
+        return [float(has_boxed(completion_text(completion), self.answer_after)) for completion in completions]
+
+
+format_reward = FormatReward()

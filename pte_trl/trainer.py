@@ -40,6 +40,7 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     """
 
     args: PteGRPOConfig
+    answer_after: str | None = None  # the format rate counts boxes behind it only, as the rewards do
 
     def __init__(self, *args, **kwargs):
         check_arguments(GRPOTrainer, PteGRPOConfig, args, kwargs)
@@ -99,7 +100,7 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             [ids[keep.bool()] for ids, keep in zip(output["completion_ids"], output["completion_mask"], strict=True)],
             skip_special_tokens=True,
         )
-        self._record("completions/format_rate", sum(map(has_boxed, texts)) / len(texts))
+        self._record("completions/format_rate", sum(has_boxed(t, self.answer_after) for t in texts) / len(texts))
         self._warn_without_signal()
         self._record_attention(output["prompt_mask"], output["completion_mask"])
         if self.bounded:

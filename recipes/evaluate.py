@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         if args.backend == "vllm":
             check_vllm(args)
         tokenizer = load_tokenizer(args, args.trust_remote_code)
-        grader = Grader(workers=args.grader_workers, time_limit=args.grader_time_limit)
+        grader = Grader(args.grader_workers, args.grader_time_limit, answer_after=args.answer_after)
         problems = {name: load_benchmark(name, args.data_dir, args.limit) for name in args.benchmarks}
         if accelerator.is_main_process:
             for name, rows in problems.items():

@@ -20,12 +20,12 @@ from pte_trl.launch import check_launch
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.manifest import recipe_settings, save_run
 from pte_trl.parsing import parse_recipe
-from pte_trl.rewards import AccuracyReward, Grader, check_golds, format_reward
+from pte_trl.rewards import AccuracyReward, FormatReward, Grader, check_golds
 from pte_trl.startup import StartupGuard
 from pte_trl.trainer import PteGRPOTrainer
 
 
-def load_data(script, args, tokenizer):
+def load_data(script, args, tokenizer, grader):
     """Training prompts: loaded, cleaned of benchmark problems, golds parsed, long prompts dropped."""
     problems = load_problems(
         script.dataset_name,
@@ -38,7 +38,7 @@ def load_data(script, args, tokenizer):
     )
     if script.decontaminate:
         problems = remove_overlap(problems, load_eval_problems(script.data_dir))
-    check_golds(problems)
+    check_golds(problems, grader=grader)
     return build_prompts(
         problems,
         tokenizer,
@@ -94,18 +94,18 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
         if is_finished(args, settings):
             return None
         check_launch(args)
+        grader = Grader(script.grader_workers, script.grader_time_limit, answer_after=script.answer_after)
         check_model(script, args)
         tokenizer = load_tokenizer(script, args.trust_remote_code)
         with args.main_process_first(desc="data"):
-            dataset = load_data(script, args, tokenizer)
+            dataset = load_data(script, args, tokenizer, grader)
         start = find_start(args, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
-    grader = Grader(workers=script.grader_workers, time_limit=script.grader_time_limit)
     rewards = [AccuracyReward(grader)]
     if script.format_reward_weight:
-        rewards.append(format_reward)
+        rewards.append(FormatReward(script.answer_after))
         args.reward_weights = [1.0, script.format_reward_weight]
 
     stop = StopOnTerm(batch_steps(args))
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
         peft_config=None if script.adapter else script.adapter_config(args.method),
         callbacks=[EfficiencyCallback(), stop, RankWatch()],
     )
-    trainer.settings = settings
+    trainer.settings, trainer.answer_after = settings, script.answer_after
     tolerate_trackers(trainer)
     trainer.add_callback(StartupGuard(trainer, script.max_prompt_tokens))
     if script.adapter is None:

@@ -1,6 +1,7 @@
 """The pool of grading processes: what is killed, replaced, shared between threads, and ended with the program."""
 
 import inspect
+import math
 import os
 import re
 import signal
@@ -8,9 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 
 import pytest
 
+from pte_trl import grading
+from pte_trl.grading import verdict_versions
 from pte_trl.rewards import (
     Grader,
     Verdict,
@@ -80,13 +84,28 @@ def test_a_worker_killed_while_idle_is_replaced():
             wait_until_ended(pids)
 
 
-def test_a_worker_that_gets_no_cpu_meets_the_wall_clock_limit():
+def test_the_answer_of_a_stopped_worker_is_tried_again():
     with Grader(workers=1, time_limit=0.5) as grader:
         assert grade(grader, "5", r"\boxed{5}").correct
-        os.kill(grader._pool.pids()[0], signal.SIGSTOP)
+        stopped = grader._pool.pids()
+        os.kill(stopped[0], signal.SIGSTOP)
         start = time.monotonic()
-        assert grade(grader, "5", r"\boxed{5}").reason == "timeout"
-        assert 1.9 < time.monotonic() - start < 10
+        assert grade(grader, "5", r"\boxed{5}").correct
+        assert 1.9 < time.monotonic() - start < 20
+        assert grader._pool.pids() != stopped
+
+
+def test_an_answer_whose_workers_get_no_cpu_meets_the_wall_clock_limit_twice(monkeypatch):
+    with Grader(workers=1, time_limit=0.25) as grader:
+        assign = grader._pool._assign
+
+        def assign_and_stop(worker, waiting, jobs):
+            assign(worker, waiting, jobs)
+            os.kill(worker.process.pid, signal.SIGSTOP)
+
+        monkeypatch.setattr(grader._pool, "_assign", assign_and_stop)
+        assert grade(grader, "5", r"\boxed{9^{9^{9}}}").reason == "timeout"
+        monkeypatch.undo()
         assert grade(grader, "5", r"\boxed{5}").correct
 
 
@@ -97,7 +116,8 @@ def test_a_worker_that_outgrows_its_memory_is_replaced():
         with open(f"/proc/{grader._pool.pids()[0]}/status") as status:
             peak_mb = int(re.search(r"VmPeak:\s*(\d+)", status.read())[1]) // 1024
     with Grader(workers=1, time_limit=60.0, memory_limit_mb=peak_mb + 30) as grader:
-        assert grade(grader, "5", r"\boxed{(x+y+z+w)^{100}}").reason == "crashed"
+        # math-verify multiplies it out, since nobody knows the value of f(x)
+        assert grade(grader, "f(x)", r"\boxed{(x+y+z+w)^{100}}").reason == "crashed"
         assert grader._pool.pids() == []
         assert grade(grader, "5", r"\boxed{5}").correct
 
@@ -171,7 +191,83 @@ def test_workers_end_with_the_program(tmp_path, end):
     wait_until_ended(pids)
 
 
-def test_a_worker_that_cannot_start_says_so(monkeypatch):
-    monkeypatch.setattr("pte_trl.grading._PROGRAM", "raise SystemExit(3)")
-    with Grader() as grader, pytest.raises(RuntimeError, match=r"do not start \(last exit code 3\)"):
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise SystemExit(3)", r"do not start \(last exit code 3\); the error message is on stderr"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            r"3 in a row were killed from outside while they started \(last by signal",
+        ),
+        ("import sys; sys.modules['sympy'] = None\n{}", "cannot import math-verify or a library of it"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why(monkeypatch, program, message):
+    monkeypatch.setattr("pte_trl.grading._PROGRAM", program.replace("{}", grading._PROGRAM))
+    with Grader(workers=1) as grader, pytest.raises(RuntimeError, match=message):
         grade(grader, "5", r"\boxed{5}")
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True, "2", None, math.nan])
+def test_a_number_of_workers_is_checked_at_once(workers):
+    with pytest.raises(ValueError, match=r"^workers=.*: must be an integer of at least 1"):
+        Grader(workers=workers)
+
+
+@pytest.mark.parametrize("time_limit", [0, -1.0, math.nan, math.inf, -math.inf, "5", None, True])
+def test_a_time_limit_is_checked_at_once(time_limit):
+    with pytest.raises(ValueError, match=r"^time_limit=.*: must be a finite number of seconds above 0"):
+        Grader(time_limit=time_limit)
+
+
+@pytest.mark.parametrize("memory", [0, -5, 63, math.nan, math.inf, "2048", True])
+def test_a_memory_limit_is_checked_at_once(memory):
+    with pytest.raises(ValueError, match=r"^memory_limit_mb=.*: must be None or a number of MiB of at least 64"):
+        Grader(memory_limit_mb=memory)
+
+
+@needs_proc
+def test_a_memory_limit_below_a_workers_own_need_says_how_much_that_is():
+    need = r"memory_limit_mb=64: a grading worker needs \d+ MiB to start; allowed is None or at least \d+"
+    with Grader(workers=1, memory_limit_mb=64) as grader, pytest.raises(ValueError, match=need):
+        grade(grader, "5", r"\boxed{5}")
+
+
+def test_a_fork_while_another_thread_grades_has_a_grader_of_its_own():
+    with Grader(workers=1, time_limit=60.0) as grader:
+        thread = threading.Thread(target=grader.grade, args=(["5"], [TOWER]), daemon=True)
+        thread.start()
+        parents = busy_pid(grader)
+        child = os.fork()  # the thread holds the pool's lock, and nobody in the child would release it
+        if child == 0:
+            verdict = grade(grader, "5", r"\boxed{5}")
+            fine = verdict.correct and grader._pool.pids() != [parents]
+            grader.close()
+            os._exit(0 if fine else 1)
+        for _ in range(600):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, signal.SIGKILL)
+            pytest.fail("the fork waits for a lock for ever")
+        assert status == 0 and runs(parents)
+        os.kill(parents, signal.SIGKILL)
+        os.kill(busy_pid(grader, other_than=parents), signal.SIGKILL)
+        thread.join(30)
+
+
+def test_a_folder_of_pythonpath_runs_nothing_in_a_worker_and_shadows_nothing(tmp_path, monkeypatch):
+    for name in ("sitecustomize", "sympy", "usercustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Grader(workers=1) as grader:
+        assert grade(grader, "5", r"\boxed{5}").correct
+    assert not (tmp_path / "ran").exists()
+
+
+def test_versions_that_decide_verdicts():
+    versions = verdict_versions()
+    assert list(versions) == ["math_verify", "sympy", "latex2sympy2_extended", "antlr4_python3_runtime"]
+    assert versions["sympy"] == version("sympy") and "not installed" not in versions.values()

@@ -1,5 +1,6 @@
 """The outcome reward with the real math-verify: what is right, what must not pay, what must not hang."""
 
+import math
 import os
 import pickle
 import signal
@@ -7,8 +8,13 @@ import time
 
 import pytest
 
+from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.records import read_records, write_records
+from pte_trl.evaluation.regrade import regrade
+from pte_trl.grading import verdict_versions
 from pte_trl.rewards import (
     AccuracyReward,
+    FormatReward,
     Grader,
     Verdict,
     check_golds,
@@ -137,8 +143,8 @@ def test_clean_answer():
 NASTY = [
     (TOWER, "timeout"),
     ("answer: $9^{9^{9^9}}$", "timeout"),
-    (r"\boxed{(10^7)!}", "timeout"),
-    (r"\boxed{2^{2^{2^{2^{2^2}}}}}", "timeout"),
+    (r"\boxed{(10^7)!}", "wrong"),  # its value is known without its digits
+    (r"\boxed{2^{2^{2^{2^{2^2}}}}}", "wrong"),
     (r"\boxed{" + "(" * 400 + "5" + ")" * 400 + "}", "timeout"),
     (r"\boxed{" + r"\frac{1}{2}+" * 40_000 + "1}", "unparsable"),
     (r"\boxed{" + "7" * 5_000 + "}", "unparsable"),
@@ -318,3 +324,73 @@ def test_format_reward():
         r"$\boxed{x}$.",
     ]
     assert format_reward(completions=completions) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+# Only what follows a marker.
+
+THOUGHTS = [
+    (r"<think> \boxed{5} </think> The answer is \boxed{5}.", "correct", 1.0),
+    (r"so \boxed{4} </think> \boxed{5}", "correct", 1.0),
+    (r"<think> \boxed{5} </think> \boxed{4}", "wrong", 1.0),
+    (r"<think> \boxed{5} </think> I do not know", "unparsable", 0.0),
+    (r"<think> \boxed{5} </think>", "unparsable", 0.0),
+    (r"<think> \boxed{5}", "unparsable", 0.0),
+    (r"\boxed{5}", "unparsable", 0.0),
+    ("<think> </think> the answer is 5.", "correct", 0.0),
+    (r"</think> \boxed{4} </think> \boxed{5}", "correct", 1.0),
+]
+
+
+def test_only_what_follows_the_marker_is_graded(grader):
+    texts = [text for text, _, _ in THOUGHTS]
+    verdicts = grader.grade(["5"] * len(texts), texts, answer_after="</think>")
+    assert [verdict.reason for verdict in verdicts] == [reason for _, reason, _ in THOUGHTS]
+    with Grader(workers=1, answer_after="</think>") as marked:
+        assert marked.grade(["5"] * len(texts), texts) == verdicts
+        copy = pickle.loads(pickle.dumps(marked))
+        assert copy.answer_after == "</think>"
+    boxed = [share for _, _, share in THOUGHTS]
+    assert FormatReward("</think>")(completions=texts) == boxed
+    assert [has_boxed(text, "</think>") for text in texts] == [bool(share) for share in boxed]
+
+
+@pytest.mark.parametrize("marker", ["", "  ", 5])
+def test_a_marker_that_marks_nothing_is_refused(marker):
+    for make in (lambda: Grader(answer_after=marker), lambda: FormatReward(marker)):
+        with pytest.raises(ValueError, match=r"^answer_after=.*: must be a text such as '</think>', or left out"):
+            make()
+
+
+def test_records_are_graded_again_as_they_say_or_as_is_asked(tmp_path, grader):
+    rows = [
+        {"gold": "5", "completion": text, "correct": right, "answer_after": "</think>"}
+        for text, right in ((r"<think> \boxed{5} </think> \boxed{4}", False), (r"\boxed{5}", False))
+    ]
+    write_records(tmp_path, rows)
+    assert regrade(tmp_path, grader) == 0
+    first = read_records(tmp_path)[0]
+    assert first["answer_after"] == "</think>" and verdict_versions().items() <= first.items()
+    assert regrade(tmp_path, grader, answer_after="<think>") == 0
+    write_records(tmp_path, [row | {"answer_after": None} for row in rows])
+    assert regrade(tmp_path, grader) == 1
+    write_records(tmp_path, [rows[0], rows[1] | {"answer_after": None}])
+    with pytest.raises(ValueError, match=r"records with answer_after=\['</think>', 'None'\]; give one of them"):
+        regrade(tmp_path, grader)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"answer_after": " "}, "answer_after=' ': must be a text such as '</think>', or left out"),
+        ({"grader_workers": 0}, "grader_workers=0: must be an integer of at least 1"),
+        ({"grader_time_limit": math.nan}, "grader_time_limit=nan: must be a finite number of seconds above 0"),
+        ({"grader_time_limit": math.inf}, "grader_time_limit=inf: must be a finite number of seconds above 0"),
+    ],
+)
+def test_an_evaluation_checks_its_grader_before_weights_load(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationArguments(model_name_or_path="m", output_dir="o", benchmarks=["b"], **settings)
+    assert (
+        EvaluationArguments(model_name_or_path="m", output_dir="o", benchmarks=["b"]).recorded()["answer_after"]
+        is None
+    )

@@ -77,7 +77,7 @@ def load_benchmark(name: str, data_dir: str | Path | None = None, limit: int | N
     problems = problems.select(range(min(limit or len(problems), len(problems))))
     repeated, notes = set(contaminated().get(name, ())), gold_notes().get(name, {})
     problems = problems.add_column("contaminated", [problem_key(p) in repeated for p in problems["problem"]])
-    return problems.add_column("gold_note", [notes.get(number_of(i)) for i in problems["id"]])
+    return problems.add_column("gold_note", [notes.get(i, notes.get(number_of(i))) for i in problems["id"]])
 
 
 def number_of(problem_id: str) -> str:
@@ -86,7 +86,7 @@ def number_of(problem_id: str) -> str:
 
 
 def gold_notes() -> dict[str, dict[str, str]]:
-    """Gold answers that math-verify reads wrongly or too narrowly: benchmark -> number -> what is wrong."""
+    """Gold answers that are read wrongly or too narrowly: benchmark -> id or its number -> what is wrong."""
     return json.loads((FACTS / "doubtful_golds.json").read_text())
 
 

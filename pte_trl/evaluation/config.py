@@ -8,15 +8,17 @@ from pte_trl.adapter.config import one_of
 from pte_trl.eviction import STRATEGIES
 from pte_trl.limits import COUNT, check_values
 from pte_trl.parsing import read_recipe
+from pte_trl.rewards import check_answer_after
 
 FROM_RECIPE = (
     *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code"),
     *("system_prompt", "chat_template_kwargs", "data_dir"),
 )
-# What decides the text of a sample. A folder belongs to one set of them, and every record has them all.
+# What decides the text of a sample, and what of it is graded. A folder has one set of them, and so has every record.
 RECORDED = (
     *("model_name_or_path", "adapter", "dtype", "attn_implementation", "system_prompt", "chat_template_kwargs"),
     *("budget", "window", "evict_ratio", "eviction", "max_new_tokens", "temperature", "top_p", "seed", "backend"),
+    "answer_after",
 )
 
 
@@ -76,6 +78,9 @@ class EvaluationArguments(ModelSource):
 
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
     grader_time_limit: float = field(default=5.0, metadata={"help": "Seconds one answer may take."})
+    answer_after: str | None = field(
+        default=None, metadata={"help": "Grade only what follows this text, such as </think>; without it, no answer."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
 
     def __post_init__(self):
@@ -89,6 +94,7 @@ class EvaluationArguments(ModelSource):
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
         one_of("eviction", self.eviction, STRATEGIES)
+        check_answer_after(self.answer_after)
 
     def recorded(self) -> dict:
         """The settings that stand in every record."""

@@ -66,7 +66,7 @@ def summarise(records: list[dict]) -> dict:
         "pass@1_clean": fmean(clean) if clean else None,
         "pass@k": {str(k): fmean(values) for k, values in at_k.items()},
         "pass@k_se": {str(k): standard_error(values) for k, values in at_k.items()},
-        "format_rate": fmean(has_boxed(row["completion"]) for row in records),
+        "format_rate": fmean(has_boxed(row["completion"], row.get("answer_after")) for row in records),
         "truncation_rate": fmean(row["finish_reason"] == "length" for row in records),
         "no_room_rate": fmean(row["finish_reason"] == "no_room" for row in records),
         "mean_tokens": fmean(row["tokens"] for row in records),

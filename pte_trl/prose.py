@@ -1,0 +1,58 @@
+"""Finds the answer in a completion without a box: where math-verify looks for it, with all that belongs to it."""
+
+import re
+from functools import lru_cache
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig
+from math_verify.parser import get_extraction_regexes
+
+from .answers import Unreadable, denies, read
+from .units import NO_UNIT
+
+_REASON = re.compile(r"[\s,;]+(?:because|since|so|which|hence|thus|therefore|by)\s")
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> list[tuple[re.Pattern, int]]:
+    configs = [LatexExtractionConfig(boxed_match_priority=-1), ExprExtractionConfig()]
+    found = [pair for patterns, _ in get_extraction_regexes(configs) for pair in patterns]
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def find_answer(text: str) -> str | None:
+    """The answer in prose: where math-verify looks for it, but with all that belongs to it; None if there is none."""
+    matches, priority = [], None
+    for pattern, rank in _patterns():
+        if matches and rank != priority:
+            break
+        priority = rank
+        matches += pattern.finditer(text)
+    if not matches:
+        return None
+    match = max(matches, key=lambda m: (m.end(), -m.start()))
+    groups = {name: span for name in match.groupdict() if (span := match.span(name))[0] >= 0}
+    start = min(begin for begin, _ in groups.values())
+    while start and text[start - 1] in "$([\\-+":  # the delimiters and the sign before it
+        start -= 1
+    sentence = re.split(r"[.!?]\s|\n", text[:start])[-1]
+    if denies(sentence):
+        return None
+    end = max(end for _, end in groups.values())
+    rest = re.match(r"[^\n]*?(?=[.!?](?:\s|$)|\n|$|\s+I hope)", text[end:])[0]
+    rest = _REASON.split(rest)[0]
+    whole = text[start:end] + rest
+    for candidate in (whole, text[start : max(end, match.end())]):
+        candidate = candidate.strip().strip("*").strip()
+        try:
+            read(candidate)
+        except Unreadable:
+            if re.match(r"[\s$)\]\\]*[\w^_+\-*/=<>!%\\]", rest) and not re.match(
+                r"[$)\]\\]*[,;]?\s+[A-Za-z]{2,}", rest
+            ):
+                return None  # more of the expression follows
+            following = re.match(r"[$)\]\\]*\s*,?\s*([A-Za-z]*)", rest)[1]
+            if denies(rest) or following.lower() in NO_UNIT:
+                return None
+            continue
+        return candidate
+    return None
