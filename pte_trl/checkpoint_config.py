@@ -19,4 +19,4 @@ def neutral_generation_config(model: PreTrainedModel) -> GenerationConfig:
     leaves plain sampling: temperature 1, all tokens.
     """
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(top_k=0, **{key: getattr(model.generation_config, key) for key in special})
+    return GenerationConfig(do_sample=True, top_k=0, **{key: getattr(model.generation_config, key) for key in special})

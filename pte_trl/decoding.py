@@ -17,8 +17,10 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.utils import ModelOutput
+from transformers.utils.generic import is_flash_attention_requested
 
 from pte_trl.cache import BoundedCache
 
@@ -64,9 +66,10 @@ def feed(
     at, kept = 0, []
     for length in cache.pieces(count, longest):
         now, at = slice(at, at + length), at + length
+        held = cache.get_query_offset() + length  # of all tokens, the prompt and as many after it are seen
         out = model(
             input_ids=input_ids[:, now],
-            attention_mask=attention_mask[:, : seen + at],
+            attention_mask=attention_mask[:, :held],
             position_ids=positions[:, seen + now.start : seen + at],
             past_key_values=cache,
             use_cache=True,
@@ -139,6 +142,27 @@ def refuse(config: GenerationConfig, loop: str) -> None:
         )
 
 
+def refuse_model(model: PreTrainedModel, mask: Tensor | None) -> None:
+    """Refuses a model whose own masks would be silently wrong over what is kept.
+
+    Raises:
+        ValueError: layers with a window of their own; padding under flash attention.
+    """
+    kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    other = sorted(set(kinds) - {"full_attention"})
+    if other:
+        raise ValueError(
+            f"past_key_values: a bounded cache takes layers of full attention, this {model.config.model_type} has "
+            f"{', '.join(other)}; set sliding_window=null (use_sliding_window=false) in the model's config"
+        )
+    # It takes the last columns of the mask for what is kept; those of the prompt's padding are the first.
+    if is_flash_attention_requested(model.config) and mask is not None and not mask.all():
+        raise ValueError(
+            f"attn_implementation={model.config._attn_implementation!r}: it would see the padding of a prompt after "
+            "an eviction; allowed for padded batches are 'blockwise', 'sdpa' and 'eager'"
+        )
+
+
 def bounded(name: str, loop: Callable) -> Callable:
     """A decoding loop of `generate` that takes a bounded cache as well."""
     signature = inspect.signature(loop)
@@ -153,6 +177,7 @@ def bounded(name: str, loop: Callable) -> Callable:
             return loop(*args, **kwargs)
         config = call.arguments["generation_config"]
         refuse(config, name)
+        refuse_model(call.arguments["self"], inputs.get("attention_mask"))
         input_ids = call.arguments["input_ids"]
         mask, whole = inputs.get("attention_mask"), given_whole(input_ids, inputs)
         take_up(call.arguments["self"], cache, input_ids, config, inputs, call.arguments.get("synced_gpus", False))
@@ -196,6 +221,8 @@ def take_up(
     """
     embeds, mask, whole = inputs.get("inputs_embeds"), inputs.get("attention_mask"), given_whole(input_ids, inputs)
     given = input_ids if embeds is None else embeds
+    if whole and embeds is None:
+        repeat_rows(cache, input_ids, mask)
     if whole and cache.get_seq_length() and not continues(cache, None if embeds is not None else given, mask, given):
         warnings.warn(
             "past_key_values: the input does not go on from what this BoundedCache holds, so it is reset. To continue "
@@ -228,6 +255,17 @@ def take_up(
             if part.get(key) is not None:
                 part[key] = part[key][:, columns]
         model(**model.prepare_inputs_for_generation(input_ids[:, now], is_first_iteration=True, **part))
+
+
+def repeat_rows(cache: BoundedCache, input_ids: Tensor, mask: Tensor | None) -> None:
+    """Repeats every row of the cache where the input goes on from each several times (num_return_sequences, beams)."""
+    first = cache.layer(0)
+    rows = 0 if first.history is None else len(first.history)
+    if rows and len(input_ids) > rows and len(input_ids) % rows == 0:
+        repeats = len(input_ids) // rows
+        known = hashed(input_ids[:, : first.known], mask)
+        if torch.equal(first.history.cpu().repeat_interleave(repeats, 0), known):
+            cache.batch_repeat_interleave(repeats)
 
 
 def continues(cache: BoundedCache, input_ids: Tensor | None, mask: Tensor | None, given: Tensor) -> bool:

@@ -183,6 +183,28 @@ def test_other_padding_is_another_sequence(model):
     assert again(model, cache, longer, torch.ones_like(wider))[1]
 
 
+@pytest.mark.parametrize("how", [{"num_return_sequences": 3, "do_sample": True, "top_k": 0}, {"num_beams": 2}])
+def test_several_answers_to_one_conversation(model, how):
+    ids, mask, prompt = left_padded_batch([6, 4], 0)
+    cache = BoundedCache(WINDOW)
+    ids, mask = more(*more(ids, mask, again(model, cache, ids, mask)[0][:, prompt:]), user(2, 0))
+    logged = {"output_logits": True, "return_dict_in_generate": True}
+    out, reset = again(model, cache, ids, mask, **how, **logged)
+    assert not reset
+    if "num_beams" not in how:
+        sequences, wider = more(ids.repeat_interleave(3, 0), mask.repeat_interleave(3, 0), out.sequences[:, -NEW:])
+        logits = replayed(model, sequences, wider, prompt)[:, -NEW - 1 : -1]
+        assert gap(torch.stack(out.logits, dim=1), logits) <= 1e-5
+        assert len(out.sequences.unique(dim=0)) == 6
+    else:
+        fed = BoundedCache(WINDOW)
+        with torch.no_grad():  # the same from a cache that was fed by hand
+            feed(model, fed, ids[:, :prompt], mask[:, :prompt])
+            feed(model, fed, ids[:, prompt:-1], mask[:, :-1])
+        fed.batch_repeat_interleave(2)
+        assert torch.equal(again(model, fed, ids, mask, **how)[0], out.sequences)
+
+
 def test_after_beams_or_an_error_nothing_goes_on(model):
     class Broken:
         def put(self, value):
@@ -218,6 +240,16 @@ def test_what_cannot_go_on_is_refused(model):
     with pytest.raises(ValueError, match="synced_gpus=True: 30 new tokens take"):
         again(model, cache, ids, mask, synced_gpus=True)
     assert cache.get_seq_length() == prompt
+
+
+def test_models_whose_masks_would_be_wrong_are_refused(model):
+    windowed = tiny("mistral", sliding_window=4)
+    with pytest.raises(ValueError, match="full attention, this mistral has sliding_attention; set sliding_window"):
+        again(windowed, BoundedCache(WINDOW), FIRST)
+    ids, mask, _ = left_padded_batch([6, 4], 0)
+    model.config._attn_implementation_internal = "flash_attention_2"  # needs a GPU, but is refused before
+    with pytest.raises(ValueError, match="'flash_attention_2': it would see the padding of a prompt"):
+        again(model, BoundedCache(WINDOW), ids, mask)
 
 
 def test_an_error_of_a_plain_forward_names_the_way_out(model):
