@@ -174,13 +174,13 @@ def test_another_sequence_starts_anew(model, others):
     assert torch.equal(out, again(model, BoundedCache(WINDOW), OTHERS[others])[0])
 
 
-def test_other_padding_is_another_sequence(model):
+@pytest.mark.parametrize("padded", [True, False])
+def test_other_padding_is_another_sequence(model, padded):
     ids, mask, _ = left_padded_batch([6, 4], 0)
     cache = BoundedCache(WINDOW)
     out, _ = again(model, cache, ids, mask)
     longer, wider = more(*more(ids, mask, out[:, 6:]), user(2, 2))
-    assert not again(model, cache, longer, wider)[1]
-    assert again(model, cache, longer, torch.ones_like(wider))[1]
+    assert again(model, cache, longer, wider if padded else torch.ones_like(wider))[1] is not padded
 
 
 @pytest.mark.parametrize("how", [{"num_return_sequences": 3, "do_sample": True, "top_k": 0}, {"num_beams": 2}])
