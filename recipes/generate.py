@@ -7,6 +7,7 @@
 The text goes to the standard output; every `status_every` tokens a line about the cache goes to the standard error.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,14 +15,18 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from pte_trl import BoundedCache
-from pte_trl.data import make_prompt
+from pte_trl.checkpoint_config import end_tokens
+from pte_trl.data import make_prompt, tokens_of
+from pte_trl.engine import Sampling
 from pte_trl.evaluation.config import ModelSource
+from pte_trl.evaluation.runner import ROUND, window_of
 from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
-from pte_trl.parsing import parse
-from pte_trl.schedule import Schedule, resolve_window
+from pte_trl.parsing import parse, read_recipe
+from pte_trl.schedule import Schedule
+from pte_trl.streaming import stream
 
 
 @dataclass
@@ -36,47 +41,106 @@ class GenerateArguments(ModelSource):
     max_new_tokens: int = field(default=3072, metadata={"help": "Answer tokens at most."})
     temperature: float = field(default=0.6, metadata={"help": "0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus; 1 for all."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
+    seed: int = field(default=0, metadata={"help": "Of the sampling, the same for every question."})
     ignore_eos: bool = field(default=False, metadata={"help": "Go on to max_new_tokens, to look at long texts."})
     status_every: int = field(default=256, metadata={"help": "Tokens between two lines about the cache."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
 
     def __post_init__(self):
+        if self.recipe is not None and Path(self.recipe).is_file():
+            check_recipe(self.recipe)
         super().__post_init__()
         if (self.question is None) == (self.file is None):
             raise ValueError(f"question={self.question!r}, file={self.file!r}: give exactly one of the two")
-        if self.file is not None and not Path(self.file).is_file():
-            raise ValueError(f"file={self.file!r}: no such file")
-        if (self.budget is None) == (self.window is None):
-            raise ValueError(f"budget={self.budget!r}, window={self.window!r}: give exactly one of the two")
+        if self.budget is None and self.window is None:
+            raise ValueError("budget=None, window=None: give exactly one of the two")
+        for key, least in (("max_new_tokens", 1), ("status_every", 1), ("budget", 2), ("window", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"{key}={value!r}: must be at least {least}")
         Schedule(self.window or 1, self.evict_ratio)
-        for key in ("max_new_tokens", "status_every"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)!r}: must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r}: must be at least 0, and finite")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r}: must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:  # torch's generator on a CPU takes no more bits, and says nothing
+            raise ValueError(f"seed={self.seed!r}: must be at least 0 and below {2**32}")
+        self.questions()
 
     def questions(self) -> list[str]:
-        lines = [self.question] if self.file is None else Path(self.file).read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if line.strip()]
+        """What is asked, in order.
+
+        Raises:
+            ValueError: a file that cannot be read, or nothing is asked.
+        """
+        found = [self.question] if self.file is None else lines_of(self.file)
+        found = [question for question in found if question.strip()]
+        where = f"question={self.question!r}" if self.file is None else f"file={self.file!r}"
+        if not found:
+            raise ValueError(f"{where}: no question in it")
+        for question in found:
+            if any("\ud800" <= letter <= "\udfff" for letter in question):
+                raise ValueError(f"{where}: {question!r} is not text (lone surrogates)")
+        return found
+
+    def choose_cache(self, argv: list[str]) -> None:
+        """Budget or window: where a recipe gives one and a flag the other, the flag stands.
+
+        Raises:
+            ValueError: both are flags, or both stand in the recipe.
+        """
+        if self.budget is None or self.window is None:
+            return
+        flags = [key for key in ("budget", "window") if any(arg.split("=")[0] == f"--{key}" for arg in argv)]
+        if len(flags) != 1:
+            raise ValueError(f"budget={self.budget!r}, window={self.window!r}: give exactly one of the two")
+        setattr(self, "window" if flags == ["budget"] else "budget", None)
+
+
+def check_recipe(path: str) -> None:
+    """Raises ValueError where a recipe is not one mapping of keys that each stand once."""
+    try:
+        read_recipe([path])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe={path!r}: not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        raise ValueError(f"recipe={path!r}: {str(error).removeprefix(f'--config {path}: ')}") from error
+
+
+def lines_of(path: str) -> list[str]:
+    """Lines of a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: naming the file, and what is wrong with it.
+    """
+    try:
+        # Not `splitlines`, which takes a form feed or U+2028 within a question for its end.
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"file={path!r}: line {line} is not UTF-8 text; save the file as UTF-8") from error
+    except OSError as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ValueError(f"file={path!r}: {why}") from error
 
 
 class CacheStreamer(TextStreamer):
     """Writes the text as it comes, and now and then what the cache holds."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cache: BoundedCache, every: int):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_special_tokens=True)
         self.cache, self.every = cache, every
-        self.tokens, self.began = -1, time.perf_counter()  # the prompt comes first, as one value
+        self.tokens, self.began = 0, time.perf_counter()
 
     def put(self, value):
         super().put(value)
         self.tokens += 1
-        if self.tokens and self.tokens % self.every == 0:
+        if self.tokens % self.every == 0:
             self.status()
 
     def status(self) -> None:
         # What is written so far is let go: a text without line breaks would be decoded anew with every token.
         self.end()
-        self.next_tokens_are_prompt = False
         held = self.cache.layers[0].keys.shape[2]
         print(
             f"[{self.tokens} tokens; cache {held} tokens, {self.cache.nbytes / 1e6:.2f} MB; "
@@ -87,44 +151,42 @@ class CacheStreamer(TextStreamer):
         )
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, question: str, args: GenerateArguments) -> tuple[dict, int]:
-    """The question's tokens and the window that its budget leaves.
+def prepare(tokenizer: PreTrainedTokenizerBase, question: str, args: GenerateArguments) -> tuple[list[int], int]:
+    """The question's tokens and its window, both as in an evaluation.
 
     Raises:
         ValueError: the budget leaves none.
     """
-    chat = tokenizer.chat_template is not None
-    prompt = make_prompt(question, args.system_prompt, chat=chat)
-    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-    options |= args.chat_template_kwargs or {}
-    inputs = tokenizer.apply_chat_template(prompt, **options) if chat else tokenizer(prompt, return_tensors="pt")
-    return inputs, resolve_window(args.window, args.budget, inputs["input_ids"].shape[1])
+    prompt = make_prompt(question, args.system_prompt, chat=tokenizer.chat_template is not None)
+    ids = tokens_of(prompt, tokenizer, args.chat_template_kwargs)
+    window = window_of(args, len(ids))
+    if not window:
+        raise ValueError(
+            f"budget={args.budget}: nothing is left for the thought, {question!r} has {len(ids)} tokens; allowed is "
+            f"{-(-len(ids) // ROUND) * ROUND + 1} or more"
+        )
+    return ids, window
 
 
-@torch.no_grad()
-def answer(model, tokenizer, inputs: dict, window: int, args: GenerateArguments) -> str:
+def answer(model, tokenizer, ids: list[int], window: int, args: GenerateArguments) -> str:
     """Streams the answer to one question and returns it."""
     cache = BoundedCache(window, args.evict_ratio)
     streamer = CacheStreamer(tokenizer, cache, args.status_every)
-    sampling = {"do_sample": False}
-    if args.temperature:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    out = model.generate(
-        **inputs.to(model.device),
-        past_key_values=cache,
-        streamer=streamer,
-        max_new_tokens=args.max_new_tokens,
-        min_new_tokens=args.max_new_tokens if args.ignore_eos else None,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )
+    ends = () if args.ignore_eos else tuple(end_tokens(model, tokenizer))
+    sampling = Sampling(args.max_new_tokens, ends, 0, args.temperature, args.top_p)  # one prompt: nothing is padded
+    written = []
+    for token in stream(model, ids, cache, sampling, args.seed):
+        written.append(token)
+        streamer.put(torch.tensor([token]))
     streamer.status()
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(written, skip_special_tokens=True)
 
 
 def main(argv: list[str] | None = None) -> list[str]:
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         (args,) = parse((GenerateArguments,), argv)
+        args.choose_cache(argv)
         check_evaluation_model(args)
         tokenizer = load_tokenizer(args, args.trust_remote_code)
         prepared = [(question, *prepare(tokenizer, question, args)) for question in args.questions()]
@@ -132,11 +194,10 @@ def main(argv: list[str] | None = None) -> list[str]:
         sys.exit(f"error: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
     model = load_for_evaluation(args, device)
-    set_seed(args.seed)
     answers = []
-    for question, inputs, window in prepared:
+    for question, ids, window in prepared:
         print(f"question: {question}", flush=True)
-        answers.append(answer(model, tokenizer, inputs, window, args))
+        answers.append(answer(model, tokenizer, ids, window, args))
     return answers
 
 

@@ -66,7 +66,7 @@ class SelectiveLayer(BoundedLayer):
             ValueError: more than one token.
             RuntimeError: the attention of the token before did not ask this cache what is alive.
         """
-        if not self.is_initialized:
+        if self.in_prompt():
             return
         if length != 1:
             raise ValueError(f"{length} thought tokens fed at once: an eviction strategy takes them one by one")
@@ -123,7 +123,7 @@ class SelectiveLayer(BoundedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = key_states.shape
-        if not self.is_initialized:
+        if self.alive is None:
             self.alive = torch.ones(batch, heads, 0, dtype=torch.bool, device=key_states.device)
             self.thought = torch.zeros(batch, 0, dtype=torch.long, device=key_states.device)
             return super().update(key_states, value_states)
@@ -174,6 +174,13 @@ class SelectiveCache(BoundedCache):
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         self.capacities = strategy.capacities(layers, heads, window, longest)
         self.layers = [SelectiveLayer(strategy, [Schedule(c, evict_ratio) for c in row]) for row in self.capacities]
+
+    def expect_prompt(self, tokens: int | None) -> None:
+        if tokens is not None:
+            raise ValueError(f"expect_prompt({tokens}): an eviction strategy takes the prompt in one forward")
+
+    def room(self, fed: int) -> int:
+        return 1
 
     @property
     def evictions(self) -> int:
