@@ -25,8 +25,11 @@ from pte_trl.startup import StartupGuard
 from pte_trl.trainer import PteGRPOTrainer
 
 
-def load_data(script, args, tokenizer, grader):
-    """Training prompts: loaded, cleaned of benchmark problems, golds parsed, long prompts dropped."""
+def load_data(script, args, tokenizer, grader=None):
+    """Training prompts: loaded, cleaned of benchmark problems, golds read by the grader, long prompts dropped.
+
+    Without a grader, as in a distillation, the golds are not used.
+    """
     problems = load_problems(
         script.dataset_name,
         data_dir=script.data_dir,
@@ -38,7 +41,8 @@ def load_data(script, args, tokenizer, grader):
     )
     if script.decontaminate:
         problems = remove_overlap(problems, load_eval_problems(script.data_dir))
-    check_golds(problems, grader=grader)
+    if grader is not None:
+        check_golds(problems, grader=grader)
     return build_prompts(
         problems,
         tokenizer,
