@@ -15,6 +15,7 @@ from pte_trl.adapter.config import one_of
 from pte_trl.adapter.fit import FAMILIES, check_supported
 from pte_trl.adapter.model import pte_layers
 from pte_trl.attention import NAME
+from pte_trl.checkpoint_config import neutral_generation_config
 from pte_trl.config import ADAPTER_KEYS, PteGRPOConfig, RecipeArguments
 from pte_trl.engine import left_pad
 from pte_trl.evaluation.config import ModelSource
@@ -117,6 +118,8 @@ def load_base(source: RecipeArguments | ModelSource, trust_remote_code: bool) ->
         output_loading_info=True,
     )
     check_loaded(found, source.model_name_or_path)
+    # A checkpoint's own sampling settings would change what TRL's `generate` samples, for `lora` alone.
+    model.generation_config = neutral_generation_config(model)
     return model
 
 

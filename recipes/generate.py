@@ -7,7 +7,6 @@
 The text goes to the standard output; every `status_every` tokens a line about the cache goes to the standard error.
 """
 
-import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,8 +23,8 @@ from pte_trl.engine import Sampling
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.evaluation.runner import ROUND, window_of
 from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
-from pte_trl.parsing import parse, read_recipe
-from pte_trl.schedule import Schedule
+from pte_trl.parsing import parse
+from pte_trl.scripts import run, settings_checked
 from pte_trl.streaming import stream
 
 
@@ -47,24 +46,11 @@ class GenerateArguments(ModelSource):
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
 
     def __post_init__(self):
-        if self.recipe is not None and Path(self.recipe).is_file():
-            check_recipe(self.recipe)
         super().__post_init__()
         if (self.question is None) == (self.file is None):
             raise ValueError(f"question={self.question!r}, file={self.file!r}: give exactly one of the two")
-        if self.budget is None and self.window is None:
-            raise ValueError("budget=None, window=None: give exactly one of the two")
-        for key, least in (("max_new_tokens", 1), ("status_every", 1), ("budget", 2), ("window", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ValueError(f"{key}={value!r}: must be at least {least}")
-        Schedule(self.window or 1, self.evict_ratio)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r}: must be at least 0, and finite")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r}: must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**32:  # torch's generator on a CPU takes no more bits, and says nothing
-            raise ValueError(f"seed={self.seed!r}: must be at least 0 and below {2**32}")
+        if (self.budget is None) == (self.window is None):
+            raise ValueError(f"budget={self.budget!r}, window={self.window!r}: give exactly one of the two")
         self.questions()
 
     def questions(self) -> list[str]:
@@ -82,29 +68,6 @@ class GenerateArguments(ModelSource):
             if any("\ud800" <= letter <= "\udfff" for letter in question):
                 raise ValueError(f"{where}: {question!r} is not text (lone surrogates)")
         return found
-
-    def choose_cache(self, argv: list[str]) -> None:
-        """Budget or window: where a recipe gives one and a flag the other, the flag stands.
-
-        Raises:
-            ValueError: both are flags, or both stand in the recipe.
-        """
-        if self.budget is None or self.window is None:
-            return
-        flags = [key for key in ("budget", "window") if any(arg.split("=")[0] == f"--{key}" for arg in argv)]
-        if len(flags) != 1:
-            raise ValueError(f"budget={self.budget!r}, window={self.window!r}: give exactly one of the two")
-        setattr(self, "window" if flags == ["budget"] else "budget", None)
-
-
-def check_recipe(path: str) -> None:
-    """Raises ValueError where a recipe is not one mapping of keys that each stand once."""
-    try:
-        read_recipe([path])
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe={path!r}: not UTF-8 text (byte {error.start})") from error
-    except ValueError as error:
-        raise ValueError(f"recipe={path!r}: {str(error).removeprefix(f'--config {path}: ')}") from error
 
 
 def lines_of(path: str) -> list[str]:
@@ -183,15 +146,11 @@ def answer(model, tokenizer, ids: list[int], window: int, args: GenerateArgument
 
 
 def main(argv: list[str] | None = None) -> list[str]:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with settings_checked():
         (args,) = parse((GenerateArguments,), argv)
-        args.choose_cache(argv)
         check_evaluation_model(args)
         tokenizer = load_tokenizer(args, args.trust_remote_code)
         prepared = [(question, *prepare(tokenizer, question, args)) for question in args.questions()]
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
     model = load_for_evaluation(args, device)
     answers = []
@@ -202,4 +161,4 @@ def main(argv: list[str] | None = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
