@@ -13,6 +13,7 @@ from pte_trl.checkpoints import check_save_steps
 from pte_trl.evaluation.vllm import WHY
 from pte_trl.faults import check_trackers
 from pte_trl.schedule import Schedule
+from pte_trl.trained import check_length
 
 METHODS = ("pte", "lora", "lora_c")
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
@@ -119,6 +120,7 @@ def check_resume(args) -> None:
         raise ValueError(
             f"resume_from_checkpoint={args.resume_from_checkpoint!r}: not used; resume is auto, never or a PATH"
         )
+    check_length(args)
     check_save_steps(args)
 
 

@@ -20,6 +20,7 @@ from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
 from pte_trl.sharding import check_engine
+from pte_trl.trained import check_adapter_file, check_adapter_whole
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
@@ -47,7 +48,7 @@ def check_evaluation_model(args: ModelSource) -> None:
     """
     check_supported(AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code))
     if args.adapter is not None:
-        adapter_folder(args.adapter)
+        args.adapter = str(adapter_folder(args.adapter))
         PeftConfig.from_pretrained(args.adapter)
 
 
@@ -63,6 +64,7 @@ def adapter_folder(name: str) -> Path:
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("*.*"))) or "nothing"
         raise ValueError(f"adapter={name!r}: needs {SAFETENSORS_WEIGHTS_NAME}, the only format loaded; holds {there}")
+    check_adapter_file(folder)
     return folder
 
 
@@ -87,6 +89,7 @@ def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreT
     )
     if script.adapter is not None:
         model = PeftModel.from_pretrained(model, script.adapter, is_trainable=True)
+        check_adapter_whole(model, script.adapter)
     return model
 
 
@@ -101,6 +104,7 @@ def load_for_evaluation(args: ModelSource, device: torch.device) -> PreTrainedMo
     )
     if args.adapter is not None:
         model = PeftModel.from_pretrained(model, args.adapter)
+        check_adapter_whole(model, args.adapter)
     return model.to(device).eval()
 
 

@@ -14,18 +14,21 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from pte_trl.entry import framed
 from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.metrics import summarise, table
-from pte_trl.evaluation.runner import Evaluation, check_problems
+from pte_trl.evaluation.runner import Evaluation, check_problems, check_room
 from pte_trl.evaluation.vllm import VllmSampler, check_vllm
 from pte_trl.launch import check_world
 from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
 from pte_trl.manifest import write_manifest
+from pte_trl.ownership import own
 from pte_trl.parsing import parse
 from pte_trl.rewards import Grader
 
 
+@framed
 def main(argv: list[str] | None = None) -> dict[str, dict]:
     try:
         (args,) = parse((EvaluationArguments,), argv)
@@ -33,12 +36,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
         accelerator = Accelerator(cpu=args.use_cpu, kwargs_handlers=[patience])
         check_world(accelerator.num_processes)
+        for name in args.benchmarks:
+            own(Path(args.output_dir) / Path(name).stem)
         check_evaluation_model(args)
         if args.backend == "vllm":
             check_vllm(args)
         tokenizer = load_tokenizer(args, args.trust_remote_code)
         grader = Grader(workers=args.grader_workers, time_limit=args.grader_time_limit)
         problems = {name: load_benchmark(name, args.data_dir, args.limit) for name in args.benchmarks}
+        for name, rows in problems.items():
+            check_room(name, rows, tokenizer, args)
         if accelerator.is_main_process:
             for name, rows in problems.items():
                 check_problems(name, rows, grader)
@@ -46,13 +53,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         sys.exit(f"error: {error}")
 
     sample_with_vllm = args.backend == "vllm"
-    model = VllmSampler(args, accelerator) if sample_with_vllm else load_for_evaluation(args, accelerator.device)
+    try:
+        model = VllmSampler(args, accelerator) if sample_with_vllm else load_for_evaluation(args, accelerator.device)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     summaries = {}
     for name, rows in problems.items():
-        evaluation = Evaluation(name, rows, model, tokenizer, args, accelerator, grader)
         try:
+            evaluation = Evaluation(name, rows, model, tokenizer, args, accelerator, grader)
             summaries[name] = summarise(evaluation.run())
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
         if accelerator.is_main_process and not (evaluation.folder / "manifest.json").is_file():
             settings = vars(args) | {"benchmark": name}

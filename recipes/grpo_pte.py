@@ -7,6 +7,7 @@
 Every key of a recipe is a flag as well; the flag beats the recipe. `--help` lists them.
 """
 
+import signal
 import sys
 
 from accelerate.utils import broadcast_object_list
@@ -15,13 +16,17 @@ from pte_trl.checkpoints import batch_steps, is_finished, starting_point
 from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
 from pte_trl.efficiency import EfficiencyCallback
-from pte_trl.faults import TERMINATED, Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
+from pte_trl.entry import framed
+from pte_trl.faults import Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
+from pte_trl.identity import training_identity
 from pte_trl.launch import check_launch
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.manifest import recipe_settings, save_run
+from pte_trl.ownership import own
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import AccuracyReward, Grader, check_golds, format_reward
 from pte_trl.startup import StartupGuard
+from pte_trl.trained import check_enough
 from pte_trl.trainer import PteGRPOTrainer
 
 
@@ -80,24 +85,29 @@ def train_and_save(trainer, start: str | None, settings: dict, stop: StopOnTerm)
             f"command goes on from the last complete checkpoint ({error})"
         )
     if stop.stopped:
-        trainer.accelerator.print(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on")
-        sys.exit(TERMINATED)
+        name = signal.Signals(stop.stopped).name
+        trainer.accelerator.print(f"stopped by {name} at step {trainer.state.global_step}; the same command goes on")
+        sys.exit(128 + stop.stopped)
     save_run(trainer, settings)
     return trainer
 
 
+@framed
 def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
     """Trains; returns the trainer, None where the run is finished already."""
     try:
         script, args = parse_recipe(argv)
+        own(args.output_dir)
         settings = recipe_settings(script, args)
-        if is_finished(args, settings):
-            return None
         check_launch(args)
         check_model(script, args)
         tokenizer = load_tokenizer(script, args.trust_remote_code)
         with args.main_process_first(desc="data"):
             dataset = load_data(script, args, tokenizer)
+        check_enough(args, len(dataset))
+        settings |= training_identity(script, tokenizer, dataset)
+        if is_finished(args, settings):
+            return None
         start = find_start(args, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -11,6 +11,21 @@ from pte_trl.distill.config import PteDistillConfig
 from pte_trl.rollout import rollout
 
 
+def check_new_file(path: str) -> None:
+    """Refuses a place for completions where something is.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"sample_to={path!r}: is a folder; allowed is a file that is not there yet")
+    if Path(path).exists():
+        raise ValueError(
+            f"sample_to={path!r}: is there already; completions={path} distils on it, and to sample anew remove it or "
+            "name another file"
+        )
+
+
 def write_completions(
     path: Path,
     model: PreTrainedModel,
@@ -20,10 +35,7 @@ def write_completions(
     batch: int = 32,
 ) -> None:
     """One completion of the model, full cache, per prompt; each has a seed of its own, so the file does not depend on
-    the batch. A file that is there is whole, and is left alone."""
-    if path.exists():
-        print(f"{path} is there already; nothing to do")
-        return
+    the batch. The file is whole or not there."""
     model = model.to(args.device)
     aside, count = path.with_suffix(".partial"), 0
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,10 @@ class EvaluationArguments(ModelSource):
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
         one_of("eviction", self.eviction, STRATEGIES)
+        if self.eviction != "sliding_window" and self.budget is None and self.window is None:
+            raise ValueError(
+                f"eviction={self.eviction!r}: nothing is evicted from a full cache; give a budget or a window with it"
+            )
         one_of("backend", self.backend, ("transformers", "vllm"))
         for key, least in (("budget", 2), ("max_new_tokens", 1), ("samples", 1), ("batch_size", 1), ("limit", 1)):
             value = getattr(self, key)

@@ -1,0 +1,74 @@
+"""The frame around every script: what ends it is said in one sentence, and what it owned is free afterwards."""
+
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from pte_trl.faults import INTERRUPTED, Fault, is_lost_rank
+from pte_trl.ownership import release_all
+
+
+def framed(main: Callable) -> Callable:
+    """Decorates `main(argv)`: an interrupt, a `Fault` or a lost rank ends it with a sentence and no traceback."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None):
+        watch = MeetWatch()
+        rank = os.environ.get("RANK", "0")
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what is on the disk", file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED)
+        except Fault as fault:
+            sys.exit(f"error: {fault}")
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            sys.exit(
+                f"error: rank {rank}: another rank is gone, so this one ends as well; the same command goes on from "
+                f"what is on the disk ({error})"
+            )
+        finally:
+            watch.end()
+            release_all()
+
+    return run
+
+
+class MeetWatch:
+    """Ends this process when the ranks of a run have not met `limit` seconds after it was ready to.
+
+    A rank that dies before that leaves no connection that could break, and the others would wait for `ddp_timeout`,
+    half an hour as a rule. Where nodes start far apart PTE_MEET_LIMIT is set to more seconds.
+    """
+
+    limit = 40.0  # s
+
+    def __init__(self):
+        self._met = threading.Event()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            self.limit = float(os.environ.get("PTE_MEET_LIMIT", self.limit))
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def end(self) -> None:
+        self._met.set()
+
+    def _watch(self) -> None:
+        waited = 0.0
+        while waited < self.limit:
+            if self._met.wait(0.5) or dist.is_initialized():
+                return
+            waited += 0.5
+        print(
+            f"error: rank {os.environ.get('RANK', '0')}: the {os.environ['WORLD_SIZE']} ranks have not met at "
+            f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} in {self.limit:.0f} s, so one "
+            "of them is gone or cannot be reached; PTE_MEET_LIMIT=600 waits ten minutes where nodes start that slowly",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the main thread is inside a connect that goes on for ddp_timeout

@@ -1,0 +1,142 @@
+"""Nothing is called trained that was not: no step without prompts, no adapter with a NaN, no half of an adapter."""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+from accelerate.utils import reduce
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pte_trl.faults import Fault
+
+EMBEDDINGS = re.compile(r"embed_tokens|lm_head")
+
+
+# ---- before the weights load -----------------------------------------------------------------------------------
+
+
+def check_length(args) -> None:
+    """Refuses lengths of a training in which nothing would be trained.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise ValueError(
+            f"max_steps={args.max_steps!r}: allowed are numbers from 1, and -1 for as many as num_train_epochs gives"
+        )
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(f"num_train_epochs={args.num_train_epochs!r}: must be above 0")
+
+
+def prompts_per_batch(args) -> int:
+    """Distinct prompts that one generation batch takes, over all ranks: as TRL's `RepeatSampler` is given them."""
+    if hasattr(args, "generation_batch_size"):
+        return args.generation_batch_size // args.num_generations
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def check_enough(args, prompts: int) -> None:
+    """Refuses a training set that does not fill one generation batch: TRL drops what is left over, here all of it.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    needed = prompts_per_batch(args)
+    if prompts < needed:
+        raise ValueError(
+            f"the training set has {prompts} prompts and a generation batch takes {needed}, so not one step could be "
+            "made; more prompts, or a smaller per_device_train_batch_size, gradient_accumulation_steps or "
+            "steps_per_generation"
+        )
+
+
+def check_adapter_file(folder: str | Path) -> None:
+    """Refuses an adapter on the disk whose numbers are not finite.
+
+    Raises:
+        ValueError: naming the first tensor; or a file that cannot be read.
+    """
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    raise ValueError(f"adapter={str(folder)!r}: {name} is not finite, so it was spoilt in training")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # safetensors' own
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+# ---- once they are loaded --------------------------------------------------------------------------------------
+
+
+def check_adapter_whole(model: PeftModel, folder: str | Path) -> None:
+    """Refuses an adapter of which only a part came from its file; PEFT starts the rest anew, with a warning.
+
+    Raises:
+        ValueError: naming what is missing or left over, or has another shape.
+    """
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(Path(folder) / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        # Embeddings of added tokens travel with an adapter and are no part of it.
+        there = {key for key in file.keys() if not EMBEDDINGS.search(key)}  # noqa: SIM118
+    for what, names in (("lacks", wanted - there), ("has, and this model has no place for,", there - wanted)):
+        if names:
+            raise ValueError(
+                f"adapter={str(folder)!r}: {SAFETENSORS_WEIGHTS_NAME} {what} {len(names)} of {len(wanted | there)} "
+                f"tensors, first {min(names)}; it is damaged, or of another model"
+            )
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, under FSDP and ZeRO-3 too."""
+    if hasattr(parameter, "to_local"):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of a trainable tensor with a NaN or an infinity in this rank's part."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(local(parameter)).all():
+                return name
+    return None
+
+
+def check_trained(trainer) -> None:
+    """Stops before an adapter that is not finite is saved; on every rank where one has such a part.
+
+    Raises:
+        Fault: naming the step and a tensor.
+    """
+    bad = first_not_finite(trainer.model)
+    anywhere = torch.tensor(float(bad is not None), device=trainer.args.device)
+    if trainer.args.world_size > 1:
+        anywhere = reduce(anywhere, "sum")
+    if anywhere.item():
+        raise Fault(
+            f"step {trainer.state.global_step}, rank {trainer.args.process_index}: the adapter is not finite"
+            f"{f', first in {bad}' if bad else ' on another rank'}, so nothing is saved; a smaller learning_rate "
+            f"(it was {trainer.args.learning_rate:g}) goes on from the last complete checkpoint"
+        )
+
+
+def check_finished(trainer) -> None:
+    """Refuses to call a run finished that made no step, or fewer than were asked for, or spoilt the adapter.
+
+    Raises:
+        Fault: saying how many there were.
+    """
+    done, asked = trainer.state.global_step, trainer.args.max_steps
+    if done < max(1, asked) and not trainer.control.should_training_stop:
+        raise Fault(f"{done} steps were made of {asked if asked > 0 else 'at least 1'}, so nothing is called finished")
+    if done < 1:
+        raise Fault("no step was made, so nothing is called finished")
+    check_trained(trainer)
