@@ -12,12 +12,17 @@ help:  ## this list
 
 setup: $(READY)  ## the pinned environment in .venv
 
-# torch first: anything installed before it may pull another build.
-$(READY): requirements.txt pyproject.toml
+# Exactly the files of the lock, by their hashes (python tools/lock.py writes it). Packages that are built here are
+# built by the setuptools of the lock. torch's build for CUDA needs more than the one for CPUs.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+$(READY): requirements.lock requirements-build.lock requirements-cuda.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --require-hashes --no-deps -r requirements-build.lock
+	$(PIP) --require-hashes --no-deps --no-build-isolation --use-pep517 -r requirements.lock
+	$(PY) -c "from importlib.metadata import version; raise SystemExit('+cpu' not in version('torch'))" || \
+		$(PIP) --require-hashes --no-deps -r requirements-cuda.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	$(PY) -m pip check
 	touch $@
 
 demo: $(READY)  ## pretrain a tiny model, train it with PTE by GRPO, show what changed

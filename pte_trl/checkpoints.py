@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -110,8 +111,14 @@ class WholeCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()  # no rank may leave, and so end the others, before the rename
 
     def _prepare_for_training(self, *args, **kwargs):
-        with tensors_only():  # transformers loads so by itself, DeepSpeed does not
-            return super()._prepare_for_training(*args, **kwargs)
+        try:
+            with tensors_only():  # transformers loads so by itself, DeepSpeed does not
+                return super()._prepare_for_training(*args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise Fault(
+                "a file of the checkpoint names code to be run when it is read, which no checkpoint of this project "
+                f"does, so nothing of it is used ({find_name(error)})"
+            ) from error
 
     def _load_best_model(self):
         with tensors_only():
@@ -143,6 +150,12 @@ def records_of_deepspeed() -> list:
     except ImportError:
         return []
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def find_name(error: Exception) -> str:
+    """What an unpickling was refused for, out of torch's page of advice."""
+    found = re.search(r"Unsupported (global|class|operand)[^.]*?([\w.]+\.\w+)|GLOBAL ([\w.]+)", str(error))
+    return found[0] if found else str(error).splitlines()[0]
 
 
 @contextlib.contextmanager
