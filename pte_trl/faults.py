@@ -130,7 +130,7 @@ class StopOnTerm(TrainerCallback):
             control.should_save = control.should_training_stop = True
             self.stopped = [*SAME_SIGNAL][int(asked.argmax())]
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, *_, **kwargs):
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}

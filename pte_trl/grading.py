@@ -33,9 +33,12 @@ WALL_FACTOR = 4
 # verify() rounds decimals to six places and drops what is below 1e-15, so 0.0 "equals" 1.24e-8. Golds smaller
 # than SMALL must agree to this relative difference as well.
 SMALL, SMALL_TOLERANCE = 1e-3, 1e-3
+# A worker gets what this process was started with. What a recipe's `env` has added since could run code in it.
+_ENVIRONMENT = dict(os.environ)
 # Run by path without this folder, and without the current one (""), whose files could shadow a module.
 _PROGRAM = """
-import runpy, sys
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = filter(None, sys.path)
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
@@ -67,7 +70,7 @@ class _Worker:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env=os.environ | {"PYTHONHASHSEED": "0"},  # sympy's order of terms: the same verdict in every run
+            env=_ENVIRONMENT | {"PYTHONHASHSEED": "0"},  # sympy's order of terms: the same verdict in every run
         )
         theirs.close()
         self.ready = False

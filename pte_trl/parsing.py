@@ -9,6 +9,7 @@ import yaml
 from trl import TrlParser
 
 from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.environment import check_environment
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -54,6 +55,7 @@ def read_recipe(rest: list[str]) -> dict:
         raise ValueError(f"--config {rest[0]}: not plain YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {rest[0]}: must hold `key: value` lines, found {type(recipe).__name__}")
+    check_environment(recipe.get("env"))
     return recipe
 
 

@@ -84,6 +84,8 @@ def train_and_save(trainer, start: str | None, settings: dict, stop: StopOnTerm)
             f"error: rank {trainer.args.process_index}: another rank is gone, so this one ends as well; the same "
             f"command goes on from the last complete checkpoint ({error})"
         )
+    finally:
+        stop.on_train_end()  # transformers does not say so where an error ends the training
     if stop.stopped:
         name = signal.Signals(stop.stopped).name
         trainer.accelerator.print(f"stopped by {name} at step {trainer.state.global_step}; the same command goes on")

@@ -15,7 +15,10 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from pte_trl import checkpoints
 from pte_trl.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
+from pte_trl.grading import Job, WorkerPool
+from pte_trl.parsing import parse_recipe
 from tests.launches import ENGINES, run
+from tests.test_recipes import recipe
 from tests.test_resume import args_of, checkpoint, unkilled  # noqa: F401 (a fixture)
 
 
@@ -122,3 +125,39 @@ def test_a_poisoned_checkpoint_of_zero_ends_the_run_and_runs_nothing(place, unki
     done = run(place, "from-foreign", "", ENGINES["zero2"], resume=str(start), max_steps=8)
     assert done.codes == [1, 1] and not (place / "marker").exists()
     assert "error: a file of the checkpoint names code to be run when it is read" in done.text
+
+
+# ---- a recipe's environment ------------------------------------------------------------------------------------
+
+RUNS_CODE = ["PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "PATH", "HOME"]
+RUNS_CODE += ["CC", "CXX", "NCCL_NET_PLUGIN", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "GIT_EXTERNAL_DIFF"]
+RUNS_CODE += ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "HF_ENDPOINT", "HF_MODULES_CACHE", "pythonpath", "BASH_ENV", "X"]
+
+
+@pytest.mark.parametrize("name", RUNS_CODE)
+def test_a_recipe_does_not_set_what_could_run_code(tmp_path, name, monkeypatch):
+    monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=f"env: {name}='/x': a recipe may not set it"):
+        parse_recipe(recipe(tmp_path, env={name: "/x"}))
+    assert name not in os.environ
+
+
+def test_what_a_recipe_may_set_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "")
+    parse_recipe(recipe(tmp_path, env={"NCCL_DEBUG": "INFO"}))
+    assert os.environ["NCCL_DEBUG"] == "INFO"
+    with pytest.raises(ValueError, match="must hold"):
+        parse_recipe(recipe(tmp_path, env=["NCCL_DEBUG"]))
+
+
+def test_a_graders_worker_runs_nothing_that_the_environment_was_given_since(tmp_path, monkeypatch):
+    marker = tmp_path / "marker"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    (tmp_path / "math_verify.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "sitecustomize.py"))
+    monkeypatch.setenv("PYTHONINSPECT", "1")
+    pool = WorkerPool(1, 60.0, None)
+    assert pool.run([Job("$5$", "$5$")])[0].reason == "correct"
+    pool.close()
+    assert not marker.exists()

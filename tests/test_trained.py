@@ -1,0 +1,206 @@
+"""Every way of training to nothing, or to what is no adapter: an error, and nothing that looks finished."""
+
+import json
+from types import SimpleNamespace
+
+import distill_pte
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import grpo_pte
+from pte_trl.checkpoints import checkpoints
+from pte_trl.distill.completions import check_new_file
+from pte_trl.faults import Fault
+from pte_trl.manifest import save_run
+from pte_trl.parsing import parse_recipe
+from pte_trl.tiny.model import build
+from pte_trl.tiny.task import DIFFICULTIES, rows
+from pte_trl.trained import check_adapter_file, check_adapter_whole, check_enough, check_length, prompts_per_batch
+from tests.models import tiny, with_pte
+from tests.test_recipes import ROOT, recipe
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """An untrained model with sums as its data."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, tokenizer = build(seed=0)
+    tokenizer.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "model")
+    (folder / "sums.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows("train", 8, 0, DIFFICULTIES["easy"]))
+    )
+    return folder
+
+
+def argv(setting, out, name: str, **changes) -> list[str]:
+    options = {
+        "config": ROOT / f"recipes/{name}.yaml",
+        "model_name_or_path": setting / "model",
+        "dataset_name": setting / "sums.jsonl",
+        "output_dir": out,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 24,
+        "max_steps": 1,
+    } | changes
+    return [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+
+
+def left(out) -> list[str]:
+    """What there is that could be taken for a result."""
+    names = ("manifest.json", "adapter_model.safetensors", "trainer_state.json", "checkpoint-*", ".owner")
+    return [path.name for name in names for path in out.glob(name)]
+
+
+# ---- no steps --------------------------------------------------------------------------------------------------
+
+LENGTHS = [
+    ({"max_steps": 0}, "max_steps=0: allowed are numbers from 1, and -1"),
+    ({"max_steps": -5}, "max_steps=-5: allowed"),
+    ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0: must be above 0"),
+    ({"max_steps": -1, "num_train_epochs": -2.0}, "num_train_epochs=-2.0: must be above 0"),
+    ({"max_steps": -1, "num_train_epochs": float("inf")}, "num_train_epochs=inf"),
+    ({"max_steps": -1, "num_train_epochs": float("nan")}, "num_train_epochs=nan"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), LENGTHS)
+def test_lengths_of_no_training_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe(tmp_path, **changes))
+
+
+def test_lengths_of_a_training_pass():
+    for steps, epochs in ((1, 3.0), (-1, 0.5), (5, 0)):
+        check_length(SimpleNamespace(max_steps=steps, num_train_epochs=epochs))
+
+
+FEW = [
+    ("tiny", grpo_pte, {"dataset_limit": 1, "num_generations": 4}, "has 1 prompts and a generation batch takes 2"),
+    ("tiny", grpo_pte, {"num_generations": 2, "steps_per_generation": 4}, "has 8 prompts and .* takes 16"),
+    ("distill_tiny", distill_pte, {"dataset_limit": 7}, "has 7 prompts and a generation batch takes 8"),
+    ("distill_tiny", distill_pte, {"gradient_accumulation_steps": 2}, "has 8 prompts and .* takes 16"),
+]
+
+
+@pytest.mark.parametrize(("name", "script", "changes", "message"), FEW)
+def test_too_few_prompts_for_one_step_are_refused_before_the_weights_load(
+    setting, tmp_path, monkeypatch, name, script, changes, message
+):
+    monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit, match=f"error: the training set {message}, so not one step could be made"):
+        script.main(argv(setting, tmp_path, name, **changes))
+    assert left(tmp_path) == []
+
+
+def test_just_enough_prompts_are_enough(tmp_path):
+    _, args = parse_recipe(recipe(tmp_path, per_device_train_batch_size=8, num_generations=4, max_steps=1))
+    assert prompts_per_batch(args) == 2
+    check_enough(args, 2)
+    with pytest.raises(ValueError, match="has 1 prompts"):
+        check_enough(args, 1)
+
+
+@pytest.mark.parametrize(("done", "asked", "saved"), [(0, -1, False), (0, 5, False), (3, 5, False), (5, 5, True)])
+def test_a_run_that_ended_too_early_is_not_saved_as_finished(tmp_path, done, asked, saved):
+    """Whatever it was that ended it: the trainer is asked how many steps it made."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    state = SimpleNamespace(global_step=done, save_to_json=lambda path: open(path, "w").close())
+    args = SimpleNamespace(output_dir=str(folder), max_steps=asked, device="cpu", world_size=1)
+    accelerator = SimpleNamespace(is_main_process=True, device="cpu", num_processes=1)
+    control = SimpleNamespace(should_training_stop=False)
+    trainer = SimpleNamespace(args=args, state=state, accelerator=accelerator, control=control, model=tiny())
+    trainer.save_model = lambda path: open(f"{path}/adapter_model.safetensors", "w").close()
+    if saved:
+        save_run(trainer, {})
+        assert (folder / "manifest.json").exists()
+        return
+    with pytest.raises(Fault, match=f"{done} steps were made"):
+        save_run(trainer, {})
+    assert not list(folder.iterdir())
+
+
+# ---- numbers that are not finite -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", ["no", "steps"])
+def test_a_spoilt_adapter_is_never_saved(setting, tmp_path, save):
+    """A rate at which one step makes all weights infinite, by the recipe; at the end and in a checkpoint."""
+    flags = {"learning_rate": 1e300, "save_strategy": save, "save_steps": 1}
+    with pytest.raises(
+        SystemExit, match=r"error: step 1, rank 0: the adapter is not finite, first in .*pte_.*1e\+300"
+    ):
+        distill_pte.main(argv(setting, tmp_path, "distill_tiny", **flags))
+    assert left(tmp_path) == [] and checkpoints(tmp_path) == []
+
+
+@pytest.fixture(scope="module", params=["pte", "lora"])
+def adapter(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = with_pte(tiny(dtype=torch.float32)) if request.param == "pte" else lora()
+    model.save_pretrained(folder)
+    return folder
+
+
+def lora():
+    return get_peft_model(tiny(dtype=torch.float32), LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+
+
+def changed(adapter, tmp_path, change) -> None:
+    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    save_file(change(load_file(adapter / "adapter_model.safetensors")), tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused_from_its_file(adapter, tmp_path, value):
+    def spoil(tensors):
+        next(iter(tensors.values())).view(-1)[-1] = value
+        return tensors
+
+    changed(adapter, tmp_path, spoil)
+    with pytest.raises(ValueError, match=r"adapter='.*': \S+ is not finite, so it was spoilt in training"):
+        check_adapter_file(tmp_path)
+    check_adapter_file(adapter)
+
+
+def test_a_file_that_is_no_adapter_is_refused(tmp_path):
+    for content in (b"", b"x" * 100):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors: cannot be read"):
+            check_adapter_file(tmp_path)
+
+
+@pytest.mark.parametrize("whole", ["half", "more", "deeper", "all"])
+def test_half_an_adapter_is_refused(adapter, tmp_path, whole):
+    def change(tensors):
+        names = sorted(tensors)
+        if whole == "more":
+            return tensors | {"base_model.model.bogus.weight": torch.ones(1)}
+        if whole == "deeper":  # of a model with a layer more
+            return tensors | {n.replace("layers.0.", "layers.9."): t.clone() for n, t in tensors.items()}
+        return {name: tensors[name] for name in (names[::2] if whole == "half" else names)}
+
+    changed(adapter, tmp_path, change)
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(tiny(dtype=torch.float32), str(tmp_path))
+    if whole == "all":
+        return check_adapter_whole(model, tmp_path)
+    what = "lacks" if whole == "half" else "has, and this model has no place for,"
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors {what} \d+ of \d+ tensors, first \S+; it is"):
+        check_adapter_whole(model, tmp_path)
+
+
+# ---- completions -----------------------------------------------------------------------------------------------
+
+
+def test_completions_go_to_a_new_file_only(tmp_path):
+    with pytest.raises(ValueError, match=r"sample_to='.*': is a folder; allowed is a file that is not there yet"):
+        check_new_file(str(tmp_path))
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ValueError, match=r"is there already; completions=\S+rows\.jsonl distils on it, and to sample"):
+        check_new_file(str(tmp_path / "rows.jsonl"))
+    check_new_file(str(tmp_path / "new.jsonl"))
