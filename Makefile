@@ -12,16 +12,17 @@ help:  ## this list
 
 setup: $(READY)  ## the pinned environment in .venv
 
-# Exactly the files of the lock, by their hashes (python tools/lock.py writes it). Packages that are built here are
-# built by the setuptools of the lock. torch's build for CUDA needs more than the one for CPUs.
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-$(READY): requirements.lock requirements-build.lock requirements-cuda.lock pyproject.toml
+# Exactly the files of the locks, by their hashes (tools/lock.py writes them). Source packages are built by the
+# setuptools of the lock. Where there is no GPU torch's build for CPUs is taken, if pip is told of a place that has it.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps
+LOCKED := $(PIP) --require-hashes --no-build-isolation --use-pep517
+TORCH := $(LOCKED) -r requirements-torch.lock
+$(READY): $(wildcard requirements*.lock) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --require-hashes --no-deps -r requirements-build.lock
-	$(PIP) --require-hashes --no-deps --no-build-isolation --use-pep517 -r requirements.lock
-	$(PY) -c "from importlib.metadata import version; raise SystemExit('+cpu' not in version('torch'))" || \
-		$(PIP) --require-hashes --no-deps -r requirements-cuda.lock
-	$(PIP) --no-deps --no-build-isolation --editable .
+	$(PIP) --require-hashes -r requirements-build.lock
+	$(if $(shell command -v nvidia-smi),$(TORCH),$(LOCKED) -r requirements-torch-cpu.lock || $(TORCH))
+	$(LOCKED) -r requirements.lock
+	$(PIP) --no-build-isolation --editable .
 	$(PY) -m pip check
 	touch $@
 

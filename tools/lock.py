@@ -2,9 +2,10 @@
 
     pip install uv && python tools/lock.py
 
-requirements-build.lock   what builds source packages, installed first
-requirements.lock         everything else that any machine needs
-requirements-cuda.lock    what torch's build for CUDA needs besides
+requirements-build.lock      what builds source packages, installed first
+requirements.lock            what any machine needs, torch excepted
+requirements-torch.lock      torch as the index has it (on Linux for CUDA), and what it needs there
+requirements-torch-cpu.lock  torch's build for CPUs, where pip is told of a place that has it
 """
 
 import hashlib
@@ -16,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "uv pip compile pyproject.toml --extra dev --constraint requirements.txt --universal --python-version 3.11"
 COMMAND += " --generate-hashes --no-annotate --no-header --no-emit-index-url --quiet"
-FILES = {"requirements-build.lock": r"setuptools", "requirements-cuda.lock": r"nvidia-.*|cuda-.*|triton"}
+FILES = {"requirements-build.lock": r"setuptools", "requirements-torch.lock": r"torch|nvidia-.*|cuda-.*|triton"}
+CPU = "requirements-torch-cpu.lock"
 HEAD = "# Written by tools/lock.py.\n"
 
 
@@ -26,26 +28,19 @@ def blocks(text: str) -> dict[str, str]:
     return {line: f"{line} \\\n{hashes}" for line, hashes in found}
 
 
-def local_hash(requirement: str) -> str | None:
-    """The hash of the file that pip takes on this machine, which may be a build that the index does not have."""
+def cpu_build(requirement: str) -> str | None:
+    """The requirement of the build for CPUs with its hash, None where pip finds none on this machine."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement], check=True)
+        command = ["pip", "download", "--quiet", "--no-deps", "--dest", folder, f"{requirement}+cpu"]
+        if subprocess.run(command).returncode:
+            return None
         (path,) = Path(folder).iterdir()
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def with_hash(block: str, digest: str) -> str:
-    return block if digest in block else f"{block.rstrip()} \\\n    --hash=sha256:{digest}\n"
+        return f"{requirement}+cpu \\\n    --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
 
 def main() -> None:
     text = subprocess.run(COMMAND.split(), cwd=ROOT, check=True, capture_output=True, text=True).stdout
     found = blocks(text)
-    (torch,) = (line for line in found if line.startswith("torch=="))
-    found[torch] = with_hash(found[torch], local_hash(torch.split(" ")[0]))
-    old = ROOT / "requirements.lock"
-    for digest in re.findall(r"sha256:(\w+)", blocks(old.read_text()).get(torch, "") if old.exists() else ""):
-        found[torch] = with_hash(found[torch], digest)  # of builds found on other machines
     parts: dict[str, list[str]] = {"requirements.lock": [], **{name: [] for name in FILES}}
     for line, block in found.items():
         name = line.split("==")[0]
@@ -54,6 +49,10 @@ def main() -> None:
     for file, lines in parts.items():
         (ROOT / file).write_text(HEAD + "".join(lines))
         print(f"{file}: {len(lines)} packages")
+    (torch,) = (line.split(" ")[0] for line in found if line.startswith("torch=="))
+    if (build := cpu_build(torch)) is not None:
+        (ROOT / CPU).write_text(HEAD + build)
+        print(f"{CPU}: {torch}+cpu")
 
 
 if __name__ == "__main__":
