@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -44,10 +45,11 @@ class MeetWatch:
     """Ends this process when the ranks of a run have not met `limit` seconds after it was ready to.
 
     A rank that dies before that leaves no connection that could break, and the others would wait for `ddp_timeout`,
-    half an hour as a rule. Where nodes start far apart PTE_MEET_LIMIT is set to more seconds.
+    half an hour as a rule. Only time in which this process does nothing counts: on a slow disk it may still be
+    importing. Where nodes start far apart PTE_MEET_LIMIT is set to more seconds.
     """
 
-    limit = 40.0  # s
+    limit, interval, idle = 40.0, 0.5, 0.02  # s; the last is CPU time within an interval
 
     def __init__(self):
         self._met = threading.Event()
@@ -59,11 +61,12 @@ class MeetWatch:
         self._met.set()
 
     def _watch(self) -> None:
-        waited = 0.0
+        waited, used = 0.0, time.process_time()
         while waited < self.limit:
-            if self._met.wait(0.5) or dist.is_initialized():
+            if self._met.wait(self.interval) or dist.is_initialized():
                 return
-            waited += 0.5
+            before, used = used, time.process_time()
+            waited += self.interval if used - before < self.idle else 0.0
         print(
             f"error: rank {os.environ.get('RANK', '0')}: the {os.environ['WORLD_SIZE']} ranks have not met at "
             f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} in {self.limit:.0f} s, so one "

@@ -185,13 +185,13 @@ def touched(path: Path) -> int | None:
 _owned: list[Owner] = []
 
 
-def own(path: str | Path, file: bool = False) -> None:
+def own(path: str | Path | None, file: bool = False) -> None:
     """Takes a path for this run until `release_all`; the main process does, for all.
 
     Raises:
         ValueError: as `Owner`; on every process.
     """
-    if not str(path):
+    if path is None or not str(path):
         raise ValueError("output_dir='': not given; a run needs a folder of its own")
     on_main(lambda: _owned.append(Owner(path, file)))
 

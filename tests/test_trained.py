@@ -10,10 +10,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import grpo_pte
-from pte_trl.checkpoints import checkpoints
+from pte_trl.checkpoints import checkpoints, is_finished
 from pte_trl.distill.completions import check_new_file
 from pte_trl.faults import Fault
 from pte_trl.manifest import save_run
+from pte_trl.ownership import Owner
 from pte_trl.parsing import parse_recipe
 from pte_trl.tiny.model import build
 from pte_trl.tiny.task import DIFFICULTIES, rows
@@ -192,6 +193,41 @@ def test_half_an_adapter_is_refused(adapter, tmp_path, whole):
     what = "lacks" if whole == "half" else "has, and this model has no place for,"
     with pytest.raises(ValueError, match=rf"adapter_model\.safetensors {what} \d+ of \d+ tensors, first \S+; it is"):
         check_adapter_whole(model, tmp_path)
+
+
+# ---- where a run lives -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "script"), [("tiny", grpo_pte), ("distill_tiny", distill_pte)])
+def test_two_trainings_do_not_share_a_folder(setting, tmp_path, name, script):
+    owner = Owner(tmp_path)
+    with pytest.raises(SystemExit, match=r"error: .*: this process is writing there; wait for it or end it, or take"):
+        script.main(
+            argv(setting, tmp_path, name, num_generations=4) if name == "tiny" else argv(setting, tmp_path, name)
+        )
+    owner.release()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: \S+/file: .* is a file where a folder is needed"):
+        script.main(argv(setting, tmp_path / "file", name))
+
+
+def test_completions_have_an_owner(setting, tmp_path):
+    owner = Owner(tmp_path / "rows.jsonl", file=True)
+    with pytest.raises(SystemExit, match=r"rows\.jsonl: this process is writing there"):
+        distill_pte.main(argv(setting, tmp_path, "distill_tiny", sample_to=tmp_path / "rows.jsonl"))
+    owner.release()
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "trainer_state.json"])
+@pytest.mark.parametrize("content", ["", "{", "5", "[]", "{}"])
+def test_a_finished_run_that_cannot_be_read_is_said_so(tmp_path, file, content):
+    (tmp_path / "manifest.json").write_text('{"settings": {"method": "pte"}}')
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    args = SimpleNamespace(output_dir=str(tmp_path), resume="auto", max_steps=2, process_index=0)
+    assert is_finished(args, {"method": "pte"})
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"{file}: damaged \(.*\); resume=never puts the earlier run aside"):
+        is_finished(args, {"method": "pte"})
 
 
 # ---- completions -----------------------------------------------------------------------------------------------

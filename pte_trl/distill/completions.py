@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pte_trl.data import open_jsonl, tokens_of
 from pte_trl.distill.config import PteDistillConfig
+from pte_trl.faults import check_finite
 from pte_trl.rollout import rollout
 
 
@@ -51,6 +53,12 @@ def write_completions(
                 eos_token_ids=ends_of(model, tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
                 seeds=[args.seed * 1_000_003 + start + n for n in range(len(rows))],
+            )
+            check_finite(
+                "log-probs",
+                torch.tensor([[sum(row)] for row in result.logprobs]),
+                f"sample_to={path}",
+                lambda i, start=start: f"prompt {start + i}; the model is spoilt",
             )
             for prompt, ids in zip(rows, result.completion_ids, strict=True):
                 row = {"prompt": prompt, "completion_ids": ids, "text": tokenizer.decode(ids)}

@@ -4,10 +4,12 @@ python -m pte_trl.evaluation.regrade outputs/eval
 """
 
 import argparse
-from importlib.metadata import version
 from pathlib import Path
 
+from pte_trl.entry import framed
 from pte_trl.evaluation.records import COMPLETE, read_records, write_records
+from pte_trl.identity import verdict_versions, versions_of
+from pte_trl.ownership import own
 from pte_trl.rewards import Grader
 
 
@@ -20,7 +22,7 @@ def regrade(folder: str | Path, grader: Grader | None = None) -> int:
     verdicts = grader.grade([r["gold"] for r in records], [r["completion"] for r in records])
     changed = sum(record["correct"] != verdict.correct for record, verdict in zip(records, verdicts, strict=True))
     graded = [
-        record | verdict._asdict() | {"math_verify": version("math-verify"), "pte_trl": version("pte_trl")}
+        record | verdict._asdict() | verdict_versions() | versions_of(["pte_trl"])
         for record, verdict in zip(records, verdicts, strict=True)
     ]
     write_records(folder, graded)
@@ -29,13 +31,18 @@ def regrade(folder: str | Path, grader: Grader | None = None) -> int:
     return changed
 
 
-def main() -> None:
+@framed
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="folders with records.jsonl somewhere below")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with Grader() as grader:
         for folder in sorted({path.parent for root in args.folders for path in root.rglob(COMPLETE)}):
-            print(f"{folder}: {regrade(folder, grader)} of {len(read_records(folder))} verdicts changed")
+            try:
+                own(folder)
+                print(f"{folder}: {regrade(folder, grader)} of {len(read_records(folder))} verdicts changed")
+            except ValueError as error:
+                raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
