@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,19 +16,8 @@ from pte_trl import checkpoints
 from pte_trl.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
 from pte_trl.grading import Job, WorkerPool
 from pte_trl.parsing import parse_recipe
-from tests.launches import ENGINES, run
 from tests.test_recipes import recipe
-from tests.test_resume import args_of, checkpoint, unkilled  # noqa: F401 (a fixture)
-
-
-class Poison:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
+from tests.test_resume import Poison, args_of, checkpoint
 
 
 def test_the_poison_works_where_nothing_is_in_its_way(tmp_path):
@@ -109,22 +97,6 @@ def test_a_listing_that_is_none_is_said(tmp_path, listing):
     path = checkpoint(tmp_path, 2)
     (path / LISTING).write_bytes(listing.encode("latin-1"))
     assert f"its {LISTING} cannot be read" in (fault_of(path) or "")
-
-
-def test_a_poisoned_checkpoint_of_zero_ends_the_run_and_runs_nothing(place, unkilled):  # noqa: F811
-    """By the recipe, on two processes; whoever changed the file has made the listing agree."""
-    shutil.copytree(place / unkilled("zero2") / "checkpoint-6", place / "foreign/checkpoint-6")
-    start = place / "foreign/checkpoint-6"
-    (poisoned,) = start.rglob("mp_rank_00_model_states.pt")
-    state = torch.load(poisoned, weights_only=False)
-    torch.save(state | {"poison": Poison(place / "marker")}, poisoned)
-    listing = start / LISTING
-    about = {key: value for key, value in checkpoints.json.loads(listing.read_text()).items() if key != "files"}
-    listing.unlink()
-    seal(start, about)
-    done = run(place, "from-foreign", "", ENGINES["zero2"], resume=str(start), max_steps=8)
-    assert done.codes == [1, 1] and not (place / "marker").exists()
-    assert "error: a file of the checkpoint names code to be run when it is read" in done.text
 
 
 # ---- a recipe's environment ------------------------------------------------------------------------------------
