@@ -12,12 +12,18 @@ help:  ## this list
 
 setup: $(READY)  ## the pinned environment in .venv
 
-# torch first: anything installed before it may pull another build.
-$(READY): requirements.txt pyproject.toml
+# Exactly the files of the locks, by their hashes (tools/lock.py writes them). Source packages are built by the
+# setuptools of the lock. Where there is no GPU torch's build for CPUs is taken, if pip is told of a place that has it.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps
+LOCKED := $(PIP) --require-hashes --no-build-isolation --use-pep517
+TORCH := $(LOCKED) -r requirements-torch.lock
+$(READY): $(wildcard requirements*.lock) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --require-hashes -r requirements-build.lock
+	$(if $(shell command -v nvidia-smi),$(TORCH),$(LOCKED) -r requirements-torch-cpu.lock || $(TORCH))
+	$(LOCKED) -r requirements.lock
+	$(PIP) --no-build-isolation --editable .
+	$(PY) -m pip check
 	touch $@
 
 demo: $(READY)  ## pretrain a tiny model, train it with PTE by GRPO, show what changed

@@ -1,13 +1,16 @@
 """Checkpoints that are whole or not there, and which of them a run goes on from.
 
 All ranks write a checkpoint into `partial/`, beside its final place. When they are done, one process lists its files
-with their sizes in `complete.json`, flushes them to the disk and renames the folder: a kill at any moment leaves the
-earlier checkpoints as they were. A checkpoint whose files are not those of its list is skipped, with a message.
+with their sizes and hashes in `complete.json`, flushes them to the disk and renames the folder: a kill at any moment
+leaves the earlier checkpoints as they were. A checkpoint whose files are not those of its list is skipped, with a
+message. Nothing in a checkpoint is unpickled but tensors and plain values, so none can run code, whoever wrote it.
 """
 
+import contextlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -17,15 +20,19 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from pte_trl.faults import Fault, is_lost_rank
+from pte_trl.identity import sha256_of
 from pte_trl.manifest import write_json
+from pte_trl.trained import check_trained
 
 LISTING, PARTIAL = "complete.json", "partial"
+# Where torch's sharded checkpoints keep what belongs where, as a pickle that torch reads without any check.
+PICKLED = ".metadata"
 # What a run leaves in its output folder, besides its checkpoints.
 LEFT = ("adapter_config.json", "adapter_model.safetensors", "efficiency.json", "manifest.json", "trainer_state.json")
 # A run may go on under other values of these: they change neither what is sampled nor what is learnt from it.
 FREE = re.compile(
     r"max_steps|num_train_epochs|output_dir|resume|resume_from_checkpoint|run_name|report_to|project|trackio_.*|hub_.*|push_.*"
-    r"|save_.*|log.*|eval_.*|do_.*|disable_tqdm|num_completions_to_print|ddp_timeout|dataloader_.*|grader_.*|offload_cache"
+    r"|save_.*|log.*|eval_.*|versions|do_.*|disable_tqdm|num_completions_to_print|ddp_timeout|dataloader_.*|grader_.*|offload_cache"
     r"|trust_remote_code|data_dir"
 )
 
@@ -78,6 +85,7 @@ class WholeCheckpoints(Trainer):
         return os.path.join(folder, PARTIAL) if self._saving else folder
 
     def _save_checkpoint(self, model, trial):
+        check_trained(self)
         output_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -102,6 +110,20 @@ class WholeCheckpoints(Trainer):
             self._saving = False
         self.accelerator.wait_for_everyone()  # no rank may leave, and so end the others, before the rename
 
+    def _prepare_for_training(self, *args, **kwargs):
+        try:
+            with tensors_only():  # transformers loads so by itself, DeepSpeed does not
+                return super()._prepare_for_training(*args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise Fault(
+                "a file of the checkpoint names code to be run when it is read, which no checkpoint of this project "
+                f"does, so nothing of it is used ({find_name(error)})"
+            ) from error
+
+    def _load_best_model(self):
+        with tensors_only():
+            return super()._load_best_model()
+
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(*args, **kwargs)
@@ -119,19 +141,59 @@ class WholeCheckpoints(Trainer):
         )
 
 
+def records_of_deepspeed() -> list:
+    """The classes in ZeRO's checkpoints beside tensors: they hold values, and making one runs nothing else."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError:
+        return []
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def find_name(error: Exception) -> str:
+    """What an unpickling was refused for, out of torch's page of advice."""
+    found = re.search(r"Unsupported (global|class|operand)[^.]*?([\w.]+\.\w+)|GLOBAL ([\w.]+)", str(error))
+    return found[0] if found else str(error).splitlines()[0]
+
+
+@contextlib.contextmanager
+def tensors_only():
+    """`torch.load` builds tensors, plain values and DeepSpeed's records, and calls nothing that a file names.
+
+    torch's own switch, since DeepSpeed asks for unpickling by name.
+    """
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with torch.serialization.safe_globals(records_of_deepspeed()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
+
+
 def seal(folder: Path, about: dict) -> None:
-    """Lists the files of a checkpoint in it, and flushes all to the disk.
+    """Lists the files of a checkpoint in it with their sizes and hashes, and flushes all to the disk.
 
     Raises:
         FileNotFoundError: a rank's random state is not there, so its node has written to a disk of its own.
+        ValueError: a file that could not be read again without running what it says.
     """
     ranks = about["processes"]
     for rank in range(ranks if ranks > 1 else 0):
         if not (folder / f"rng_state_{rank}.pth").exists():
             raise FileNotFoundError(f"what rank {rank} wrote is not here: all nodes must share the file system")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    write_json(folder / LISTING, about | {"files": sizes})
+    check_no_pickle(folder)
+    listing = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+    }
+    write_json(folder / LISTING, about | {"files": listing})
     for path in [*files, folder / LISTING, folder]:
         flush(path)
 
@@ -182,21 +244,41 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None for a complete one."""
+def fault_of(checkpoint: Path, contents: bool = False) -> str | None:
+    """What is wrong with a checkpoint; None for a complete one.
+
+    Args:
+        contents: compare the files' hashes as well, which reads them.
+    """
     try:
         listing = json.loads((checkpoint / LISTING).read_text())
+        files, _ = listing["files"].items(), {key: listing[key] for key in ("settings", "processes", "engine")}
     except FileNotFoundError:
         return f"has no {LISTING}, so it is half-written or of another trainer"
-    except ValueError:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {LISTING} cannot be read"
-    for name, size in listing["files"].items():
-        path = checkpoint / name
+    for name, known in files:
+        path, known = checkpoint / name, known if isinstance(known, dict) else {"size": known}
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+        if path.stat().st_size != known.get("size"):
+            return f"{name} has {path.stat().st_size:,} bytes instead of {known.get('size'):,}"
+        if contents and "sha256" in known and sha256_of(path) != known["sha256"]:
+            return f"{name} has been changed since it was written"
     return None
+
+
+def check_no_pickle(checkpoint: Path) -> None:
+    """Refuses torch's sharded format, whose index is unpickled without a check of what it calls.
+
+    Raises:
+        ValueError: naming the file and what to set.
+    """
+    for path in checkpoint.rglob(PICKLED):
+        raise ValueError(
+            f"{path}: could run any code when it is read; allowed is fsdp_state_dict_type: FULL_STATE_DICT, which "
+            "writes none"
+        )
 
 
 def complete(output_dir: Path) -> list[Path]:
@@ -211,7 +293,7 @@ def newest(output_dir: Path, steps: int, say=print) -> Path | None:
         steps: of `batch_steps`; the checkpoint at the end of a run may stand inside a generation batch.
     """
     for checkpoint in reversed(checkpoints(output_dir)):
-        fault = fault_of(checkpoint)
+        fault = fault_of(checkpoint, contents=True)
         if fault is None and step_of(checkpoint) % steps:
             fault = f"stands inside a generation batch of {steps} steps"
         if fault is None:
@@ -256,15 +338,30 @@ def is_finished(args, settings: dict) -> bool:
     folder = Path(args.output_dir)
     if args.resume != "auto" or not ((folder / "manifest.json").exists() and (folder / "trainer_state.json").exists()):
         return False
-    before = json.loads((folder / "manifest.json").read_text())["settings"]
+    before = read_object(folder / "manifest.json", "settings")
     refuse_differences(f"{folder} holds a finished run", differences(before, settings))
     if args.max_steps > 0:
-        finished = json.loads((folder / "trainer_state.json").read_text())["global_step"] >= args.max_steps
+        finished = read_object(folder / "trainer_state.json", "global_step") >= args.max_steps
     else:
         finished = before.get("num_train_epochs") == settings["num_train_epochs"]
     if finished and args.process_index == 0:
         print(f"{folder} holds this run, finished; resume=never trains it anew")
     return finished
+
+
+def read_object(path: Path, key: str):
+    """What stands under a key of a JSON file of a finished run.
+
+    Raises:
+        ValueError: it cannot be read; says what to do.
+    """
+    try:
+        return json.loads(path.read_text())[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: damaged ({type(error).__name__}: {error}); resume=never puts the earlier run aside and begins "
+            "anew, and without that file the run goes on from its last complete checkpoint"
+        ) from error
 
 
 def refuse_differences(what: str, found: list[str]) -> None:
@@ -292,8 +389,9 @@ def starting_point(args, settings: dict, say=print) -> Path | None:
     start = newest(output_dir, batch_steps(args), say) if args.resume == "auto" else Path(args.resume)
     if start is None:
         return None
-    if args.resume != "auto" and (fault := fault_of(start) if start.is_dir() else "no such folder"):
+    if args.resume != "auto" and (fault := fault_of(start, contents=True) if start.is_dir() else "no such folder"):
         raise ValueError(f"resume={args.resume!r}: {fault}; allowed are auto, never or a complete checkpoint")
+    check_no_pickle(start)
     about = json.loads((start / LISTING).read_text())
     here = world(args)
     if other := [f"{key}: {about[key]} -> {here[key]}" for key in here if about[key] != here[key]]:
@@ -302,6 +400,8 @@ def starting_point(args, settings: dict, say=print) -> Path | None:
             "adapter=PATH starts a new run from its adapter"
         )
     found = differences(about["settings"], settings)
+    if others := differences(about["settings"].get("versions", {}), settings.get("versions", {})):
+        say(f"goes on under other versions: {'; '.join(others)}")
     if args.resume == "auto":
         refuse_differences(f"{start} is of a run", found)
     elif found:

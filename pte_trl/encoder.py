@@ -103,8 +103,8 @@ class Encoder(nn.Module):
     def whiteners_as_parameters(self) -> None:
         """Frozen parameters instead of buffers, for an engine that cannot load buffers."""
         for name in WHITENERS:
-            if (whitener := self._buffers.pop(name, None)) is not None:
-                self.register_parameter(name, nn.Parameter(whitener, requires_grad=False))
+            if self._buffers.get(name) is not None:  # without whitening the buffer stays, as None
+                self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))
 
     @torch.no_grad()
     def set_whiteners_(self, keys: Tensor, values: Tensor) -> None:

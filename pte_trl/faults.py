@@ -22,6 +22,7 @@ from pte_trl.rewards import completion_text
 
 GOODBYE = 1 << 40  # more than anyone counts to
 TERMINATED = 128 + signal.SIGTERM  # exit status, as a shell gives it
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Fault(RuntimeError):
@@ -83,40 +84,56 @@ def samples_without_gradient(loss_of: Callable[[int], Tensor], count: int, param
     return bad
 
 
-# ---- SIGTERM ---------------------------------------------------------------------------------------------------
+# ---- SIGTERM and Ctrl-C ----------------------------------------------------------------------------------------
+
+# A scheduler signals the launcher and all ranks, and the launcher then signals its ranks again; so does a terminal at
+# Ctrl-C. Within this time, in seconds, it is the same signal; later it is a second one, which ends the run at once.
+SAME_SIGNAL = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0}
 
 
 class StopOnTerm(TrainerCallback):
-    """SIGTERM to any rank: all save a checkpoint at the end of the generation batch and leave the training.
+    """SIGTERM or Ctrl-C to any rank: all save a checkpoint at the end of the generation batch and leave the training.
 
     Args:
         steps: optimizer steps of a generation batch; a checkpoint inside one would lose what is left of it.
+
+    Attributes:
+        stopped: the signal that the training was left for, None if it was not.
     """
 
     def __init__(self, steps: int):
-        self.steps, self.asked, self.stopped, self._before = steps, False, False, None
+        self.steps, self.asked, self.stopped = steps, 0, None
+        self._since, self._before = 0.0, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+            self._before = {number: signal.signal(number, self._ask) for number in SAME_SIGNAL}
 
-    def _ask(self, *_) -> None:
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # os.write, since the signal may have come in the middle of a print
-        message = "SIGTERM: a checkpoint is saved at the end of this generation batch; a second one ends the run now\n"
-        os.write(2, message.encode())
+    def _ask(self, number: int, _) -> None:
+        if not self.asked:
+            self.asked, self._since = number, time.monotonic()
+            # os.write, since the signal may have come in the middle of a print
+            name = signal.Signals(number).name
+            message = (
+                f"{name}: a checkpoint is saved at the end of this generation batch; a second one ends the run now"
+            )
+            os.write(2, f"{message}\n".encode())
+        elif time.monotonic() - self._since > SAME_SIGNAL[number]:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor(float(self.asked), device=args.device)
+        asked = torch.tensor([float(self.asked == number) for number in SAME_SIGNAL], device=args.device)
         if args.world_size > 1:
             asked = reduce(asked, "sum")
-        if asked.item() and state.global_step % self.steps == 0 and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = self.stopped = True
+        if asked.any() and state.global_step % self.steps == 0 and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            self.stopped = [*SAME_SIGNAL][int(asked.argmax())]
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+    def on_train_end(self, *_, **kwargs):
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
 
 
 # ---- a rank that is gone ---------------------------------------------------------------------------------------

@@ -37,10 +37,13 @@ SPARE_MEMORY_MB = 16  # for the comparison itself
 NO_MATH_VERIFY = 77  # exit code of a worker that cannot import its libraries
 # The packages that decide a verdict, with the names under which their versions stand in records.
 DECIDING = ("math-verify", "sympy", "latex2sympy2_extended", "antlr4-python3-runtime")
+# A worker gets what this process was started with. What a recipe's `env` has added since could run code in it.
+_ENVIRONMENT = dict(os.environ)
 # The package without its __init__, which would import torch. The current folder (""), whose files could shadow a
 # module, is no place to import from; those of PYTHONPATH are, but last, and without running their sitecustomize.
 _PROGRAM = """
-import json, sys, types
+import json, signal, sys, types
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = [*filter(None, sys.path), *json.loads(sys.argv[2])]
 package = sys.modules["pte_trl"] = types.ModuleType("pte_trl")
 package.__path__ = [sys.argv[1]]
@@ -104,10 +107,10 @@ class _Worker:
 
     def __init__(self, time_limit: float, memory_limit_mb: int | None):
         self.connection, theirs = Pipe()
-        theirs_from = json.dumps([path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path])
+        theirs_from = json.dumps([path for path in _ENVIRONMENT.get("PYTHONPATH", "").split(os.pathsep) if path])
         arguments = [str(Path(__file__).parent), theirs_from, str(theirs.fileno()), str(time_limit)]
         # sympy's order of terms follows the hash seed: the same verdict in every run
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        kept = {key: value for key, value in _ENVIRONMENT.items() if not key.startswith("PYTHON")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, *arguments, str(memory_limit_mb or 0)],
             stdin=subprocess.DEVNULL,

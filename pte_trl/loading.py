@@ -19,8 +19,9 @@ from pte_trl.checkpoint_config import neutral_generation_config
 from pte_trl.config import ADAPTER_KEYS, PteGRPOConfig, RecipeArguments
 from pte_trl.engine import left_pad
 from pte_trl.evaluation.config import ModelSource
+from pte_trl.hub import reachable
 from pte_trl.launch import named_launch
-from pte_trl.needs import check_needs
+from pte_trl.needs import model_needs
 from pte_trl.replay import MASKED_ATTENTION
 from pte_trl.rollout import rollout
 from pte_trl.schedule import Schedule, resolve_window
@@ -40,7 +41,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
             folder or an adapter that is not whole; an adapter of another method, model or setting; a model with code
             of its own, unless the recipe trusts it.
     """
-    check_needs(script)
+    reachable(*model_needs(script))
     check_engine(args, named_launch(args).engine)
     config = check_base(script.model_name_or_path, args.trust_remote_code)
     if args.method == "lora":
@@ -81,7 +82,7 @@ def check_evaluation_model(args: ModelSource) -> None:
     Raises:
         ValueError: an unsupported architecture, a model folder or an adapter that is not whole, or not the model's.
     """
-    check_needs(args)
+    reachable(*model_needs(args))
     config = check_base(args.model_name_or_path, args.trust_remote_code)
     check_supported(config)
     if args.adapter is not None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from pte_trl.trained import check_finished
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pte_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "math-verify")
 
@@ -74,7 +76,12 @@ def write_manifest(folder: str | Path, device: str | torch.device, processes: in
 
 
 def save_run(trainer, settings: dict) -> None:
-    """What a finished training leaves: the adapter, the course of its metrics, and last the manifest."""
+    """What a finished training leaves: the adapter, the course of its metrics, and last the manifest.
+
+    Raises:
+        Fault: no step was made, or the adapter is not finite: nothing is written then.
+    """
+    check_finished(trainer)
     folder = trainer.args.output_dir
     trainer.save_model(folder)
     if trainer.accelerator.is_main_process:

@@ -9,6 +9,7 @@ import yaml
 from trl import TrlParser
 
 from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.environment import check_environment
 from pte_trl.limits import fault_of
 
 EXCLUSIVE = ("window", "budget")  # a flag for one of them takes the place of the recipe's other
@@ -61,7 +62,8 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
         at = argv.index("--config")
         recipe = read_recipe("config", *argv[at + 1 : at + 2])
         argv = argv[:at] + argv[at + 2 :]
-        set_environment(recipe.pop("env", None))
+        # As TrlParser does; `read_recipe` has looked at the names.
+        os.environ.update({name: str(value) for name, value in (recipe.pop("env", None) or {}).items()})
         check_types(recipe, classes)
         recipe = without_replaced(recipe, argv)
         parser.set_defaults_with_config(**recipe)
@@ -87,14 +89,8 @@ def read_recipe(key: str, name: str = "") -> dict:
         raise ValueError(f"--{key} {name}: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"--{key} {name}: must hold `key: value` lines, found {type(recipe).__name__}")
+    check_environment(recipe.get("env"))
     return recipe
-
-
-def set_environment(variables) -> None:
-    """Exports a recipe's `env`, as TrlParser does."""
-    if variables is not None and not isinstance(variables, dict):
-        raise ValueError(f"env={variables!r}: must be a mapping of variables to values")
-    os.environ.update({name: str(value) for name, value in (variables or {}).items()})
 
 
 def without_replaced(recipe: dict, argv: list[str]) -> dict:

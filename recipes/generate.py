@@ -20,11 +20,12 @@ from pte_trl import BoundedCache
 from pte_trl.checkpoint_config import end_tokens
 from pte_trl.data import make_prompt, tokens_of
 from pte_trl.engine import Sampling
+from pte_trl.entry import framed, run, settings_checked
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.evaluation.runner import ROUND, window_of
 from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
+from pte_trl.needs import check_needs
 from pte_trl.parsing import parse
-from pte_trl.scripts import run, settings_checked
 from pte_trl.streaming import stream
 
 
@@ -145,9 +146,11 @@ def answer(model, tokenizer, ids: list[int], window: int, args: GenerateArgument
     return tokenizer.decode(written, skip_special_tokens=True)
 
 
+@framed
 def main(argv: list[str] | None = None) -> list[str]:
     with settings_checked():
         (args,) = parse((GenerateArguments,), argv)
+        check_needs(args)
         check_evaluation_model(args)
         tokenizer = load_tokenizer(args, args.trust_remote_code)
         prepared = [(question, *prepare(tokenizer, question, args)) for question in args.questions()]

@@ -7,6 +7,7 @@
 Every key of a recipe is a flag as well; the flag beats the recipe. `--help` lists them.
 """
 
+import signal
 import sys
 
 from accelerate.utils import broadcast_object_list
@@ -15,13 +16,18 @@ from pte_trl.checkpoints import batch_steps, is_finished, starting_point
 from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
 from pte_trl.efficiency import EfficiencyCallback
-from pte_trl.faults import TERMINATED, Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
+from pte_trl.entry import framed, run, settings_checked
+from pte_trl.faults import Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
+from pte_trl.identity import training_identity
 from pte_trl.launch import check_launch
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.manifest import recipe_settings, save_run
+from pte_trl.needs import check_needs
+from pte_trl.ownership import own
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import AccuracyReward, FormatReward, Grader, check_golds
 from pte_trl.startup import StartupGuard
+from pte_trl.trained import check_enough
 from pte_trl.trainer import PteGRPOTrainer
 
 
@@ -83,29 +89,35 @@ def train_and_save(trainer, start: str | None, settings: dict, stop: StopOnTerm)
             f"error: rank {trainer.args.process_index}: another rank is gone, so this one ends as well; the same "
             f"command goes on from the last complete checkpoint ({error})"
         )
+    finally:
+        stop.on_train_end()  # transformers does not say so where an error ends the training
     if stop.stopped:
-        trainer.accelerator.print(f"stopped by SIGTERM at step {trainer.state.global_step}; the same command goes on")
-        sys.exit(TERMINATED)
+        name = signal.Signals(stop.stopped).name
+        trainer.accelerator.print(f"stopped by {name} at step {trainer.state.global_step}; the same command goes on")
+        sys.exit(128 + stop.stopped)
     save_run(trainer, settings)
     return trainer
 
 
+@framed
 def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
     """Trains; returns the trainer, None where the run is finished already."""
-    try:
+    with settings_checked():
         script, args = parse_recipe(argv)
+        check_needs(script)
+        own(args.output_dir)
         settings = recipe_settings(script, args)
-        if is_finished(args, settings):
-            return None
         check_launch(args)
         grader = Grader(script.grader_workers, script.grader_time_limit, answer_after=script.answer_after)
         check_model(script, args)
         tokenizer = load_tokenizer(script, args.trust_remote_code)
         with args.main_process_first(desc="data"):
             dataset = load_data(script, args, tokenizer, grader)
+        check_enough(args, len(dataset))
+        settings |= training_identity(script, tokenizer, dataset)
+        if is_finished(args, settings):
+            return None
         start = find_start(args, settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
     rewards = [AccuracyReward(grader)]
     if script.format_reward_weight:
@@ -113,15 +125,16 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
         args.reward_weights = [1.0, script.format_reward_weight]
 
     stop = StopOnTerm(batch_steps(args))
-    trainer = PteGRPOTrainer(
-        model=load_model(script, args.trust_remote_code),
-        reward_funcs=rewards,
-        args=args,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=None if script.adapter else script.adapter_config(args.method),
-        callbacks=[EfficiencyCallback(), stop, RankWatch()],
-    )
+    with settings_checked():
+        trainer = PteGRPOTrainer(
+            model=load_model(script, args.trust_remote_code),
+            reward_funcs=rewards,
+            args=args,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=None if script.adapter else script.adapter_config(args.method),
+            callbacks=[EfficiencyCallback(), stop, RankWatch()],
+        )
     trainer.settings, trainer.answer_after = settings, script.answer_after
     tolerate_trackers(trainer)
     trainer.add_callback(StartupGuard(trainer, script.max_prompt_tokens))
@@ -131,4 +144,4 @@ def main(argv: list[str] | None = None) -> PteGRPOTrainer | None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ from pte_trl.evaluation.records import read_records
 from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import seed_of, window_of
 from pte_trl.eviction import STRATEGIES
+from pte_trl.ownership import own
 from pte_trl.tiny.model import build
 from pte_trl.tiny.task import DIFFICULTIES, rows
 from tests.models import randomise_up
@@ -57,7 +58,7 @@ def argv(setting, out, **changes) -> list[str]:
         "batch_size": 4,
         "use_cpu": "true",
     } | changes
-    return [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+    return [str(part) for key, value in options.items() if value is not None for part in (f"--{key}", value)]
 
 
 def content(out) -> str:
@@ -209,7 +210,87 @@ def test_prompts_beyond_the_budget_are_recorded_as_such(setting, tmp_path):
     assert not any(r["correct"] for r in without)
 
 
+# ---- what is no evaluation -------------------------------------------------------------------------------------
+
+
+def spoilt(setting, folder, name: str, change) -> Path:
+    """A copy of the model or the adapter with other weights."""
+    copy = shutil.copytree(setting / name, folder / name)
+    (file,) = copy.glob("*.safetensors")
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return copy
+
+
+def nan_in_last(tensors: dict) -> dict:
+    tensors[max(tensors)].view(-1)[0] = float("nan")
+    return tensors
+
+
+def finished_files(folder) -> list:
+    return [path.name for name in ("records.jsonl", "manifest.json") for path in folder.rglob(name)]
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": None}, {"temperature": 0}, {"eviction": "h2o"}])
+def test_a_model_that_is_not_finite_is_not_recorded_as_wrong(setting, tmp_path, options):
+    model = spoilt(setting, tmp_path, "model", nan_in_last)
+    message = (
+        r"error: .*sums.jsonl, rank 0: log-probs are not finite \(nan\) in 2 of 2 samples, first in problem .*prompt"
+    )
+    with pytest.raises(SystemExit, match=message):
+        main(
+            argv(setting, tmp_path / "out", model_name_or_path=model, limit=2, samples=1, max_new_tokens=4, **options)
+        )
+    assert finished_files(tmp_path) == []
+
+
+ADAPTERS = {
+    "is not finite, so it was spoilt in training": nan_in_last,
+    "lacks": lambda tensors: {name: tensors[name] for name in sorted(tensors)[::2]},
+}
+
+
+@pytest.mark.parametrize("message", ADAPTERS)
+def test_an_adapter_that_is_not_whole_is_refused(setting, tmp_path, message):
+    adapter = spoilt(setting, tmp_path, "adapter", ADAPTERS[message])
+    with pytest.raises(SystemExit, match=message):
+        main(argv(setting, tmp_path / "out", adapter=adapter))
+    assert finished_files(tmp_path) == []
+
+
+def test_a_base_model_whose_weights_changed_is_another_setting(setting, finished, tmp_path):
+    """The first half of the records is there; the other must not be another model's."""
+    model = spoilt(setting, tmp_path, "model", lambda tensors: {n: t + 1e-3 for n, t in tensors.items()})
+    (tmp_path / "out/sums").mkdir(parents=True)
+    lines = content(finished).replace(json.dumps(str(setting / "model")), json.dumps(str(model)))
+    (tmp_path / "out/sums/part-0.jsonl").write_text("".join(lines.splitlines(keepends=True)[:9]))
+    with pytest.raises(SystemExit, match=r"holds records with base_sha256='\w+', this evaluation has '\w+'"):
+        main(argv(setting, tmp_path / "out", model_name_or_path=model))
+    assert finished_files(tmp_path) == []
+
+
+def test_a_budget_that_no_prompt_fits_is_refused(setting, tmp_path):
+    message = r"budget=16: .*sums.jsonl has no prompt that leaves room in it, the shortest has \d+ tokens; allowed are"
+    with pytest.raises(SystemExit, match=message):
+        main(argv(setting, tmp_path, budget=16))
+    assert finished_files(tmp_path) == []
+
+
+def test_a_second_evaluation_in_the_same_place_is_refused(setting, tmp_path):
+    own(tmp_path / "sums")
+    with pytest.raises(SystemExit, match=r"sums: this process is writing there; wait for it or end it"):
+        main(argv(setting, tmp_path))
+
+
+def test_a_damaged_line_ends_an_evaluation_with_its_file_and_number(setting, finished, tmp_path):
+    shutil.copytree(finished / "sums", tmp_path / "sums")
+    records = tmp_path / "sums/records.jsonl"
+    records.write_text(records.read_text() + '{"a": 1}\n')
+    with pytest.raises(SystemExit, match=r"error: .*records\.jsonl, line 22: a record without a proper problem_id"):
+        main(argv(setting, tmp_path))
+
+
 BAD = [
+    ({"eviction": "h2o", "budget": None}, "eviction='h2o': nothing is evicted from a full cache"),
     ({"budget": 1}, "budget=1"),
     ({"window": 8}, "budget=48, window=8"),
     ({"temperature": -1}, "temperature=-1"),

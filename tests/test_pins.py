@@ -2,10 +2,13 @@
 
 import inspect
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
+import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers.cache_utils import Cache, CacheLayerMixin
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -14,14 +17,98 @@ ROOT = Path(__file__).resolve().parent.parent
 PINS = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def locked() -> list[tuple[Requirement, list[str]]]:
+    """Every requirement of the lock files, with its hashes."""
+    text = "\n".join(path.read_text() for path in sorted(ROOT.glob("requirements*.lock"))).replace("\\\n", " ")
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    return [
+        (
+            Requirement(" ".join(word for word in line if not word.startswith("--hash"))),
+            [word for word in line if word.startswith("--hash")],
+        )
+        for line in lines
+    ]
+
+
+def version_of(requirement: Requirement) -> str:
+    (pin,) = requirement.specifier
+    assert pin.operator == "=="
+    return pin.version
+
+
+def locked_here() -> dict[str, str]:
+    """Name -> version of what the lock files install on this machine."""
+    here = [(each, version_of(each)) for each, _ in locked() if each.marker is None or each.marker.evaluate()]
+    return {canonicalize_name(each.name): found.split("+")[0] for each, found in here}
+
+
 @pytest.mark.parametrize(("package", "pinned"), PINS)
 def test_installed_is_what_is_pinned(package, pinned):
     assert version(package).split("+")[0] == pinned
+    assert locked_here()[canonicalize_name(package)] == pinned
 
 
 def test_every_requirement_is_pinned():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert len(PINS) == sum(bool(line.strip()) and not line.startswith("#") for line in lines)
+
+
+def test_what_is_installed_is_what_is_locked():
+    """Everything that the lock files name for this machine; of CUDA's packages only where they are."""
+    wrong = {}
+    for name, pinned in locked_here().items():
+        try:
+            if version(name).split("+")[0] != pinned:
+                wrong[name] = (version(name), pinned)
+        except PackageNotFoundError:
+            if not re.fullmatch("nvidia-.*|cuda-.*|triton", name):
+                wrong[name] = (None, pinned)
+    assert wrong == {}
+
+
+def test_everything_that_is_needed_is_locked():
+    """Requirements of what is locked, followed to the end, from the packages that are installed."""
+    known, open_, seen = locked_here(), ["pte_trl"], set()
+    while open_:
+        name = open_.pop()
+        seen.add(name)
+        for line in requires(name) or []:
+            needed = Requirement(line)
+            extra = "dev" if name == "pte_trl" else ""
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                key = canonicalize_name(needed.name)
+                assert key in known, f"{name} needs {needed}"
+                assert needed.specifier.contains(known[key], prereleases=True), (
+                    f"{name} needs {needed}, not {known[key]}"
+                )
+                open_ += [key] if key not in seen and key not in open_ else []
+    assert len(seen) > 60
+
+
+def test_every_locked_file_has_a_hash_and_no_address():
+    everything = locked()
+    assert len(everything) > 90 and all(hashes for _, hashes in everything)
+    assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for _, hashes in everything for each in hashes)
+    for path in ROOT.glob("requirements*"):
+        assert "//" not in path.read_text() and "--index" not in path.read_text()
+
+
+@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *EXTRAS["vllm"]])
+def test_ranges_begin_at_what_is_locked_and_have_an_end(line):
+    needed = Requirement(line)
+    least = [each.version for each in needed.specifier if each.operator == ">="]
+    assert len(least) == 1 and any(each.operator == "<" for each in needed.specifier)
+    if needed.name != "vllm":  # not installed here
+        pinned = dict(PINS)[needed.name]
+        assert needed.specifier.contains(pinned) and pinned.startswith(least[0]), line
+
+
+def test_ranges_and_pins_name_the_same_packages():
+    assert {Requirement(line).name for line in PROJECT["dependencies"]} == {name for name, _ in PINS}
 
 
 def parameters(function) -> list[str]:

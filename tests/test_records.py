@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import multiprocessing
+import resource
 
 import pytest
 
 from pte_trl.evaluation.metrics import pass_at_k, standard_error, summarise, table
 from pte_trl.evaluation.records import Parts, read_records, write_records
+from pte_trl.faults import Fault
 
 
 def row(problem: str, sample: int, correct: bool, **changes) -> dict:
@@ -75,7 +78,7 @@ def test_a_line_cut_by_a_kill_is_dropped_and_the_rest_kept(tmp_path):
 def test_lost_and_doubled_samples_are_refused(tmp_path, samples):
     parts = Parts(tmp_path)
     parts.append(0, [row(problem, number, True) for problem, number in samples])
-    with pytest.raises(RuntimeError, match="2 were expected"):
+    with pytest.raises(ValueError, match="2 were expected"):
         parts.merge([("a", 0), ("a", 1)])
     assert not (tmp_path / "records.jsonl").exists()
 
@@ -91,16 +94,59 @@ def test_a_second_writer_is_refused(tmp_path):
     with Parts(tmp_path).writing(0):
         with Parts(tmp_path).writing(1):
             pass
-        with pytest.raises(RuntimeError, match="another evaluation is writing here"), Parts(tmp_path).writing(0):
+        with pytest.raises(ValueError, match="another evaluation is writing here"), Parts(tmp_path).writing(0):
             pass
     with Parts(tmp_path).writing(0):
         pass
 
 
-def test_a_broken_line_is_named(tmp_path):
-    (tmp_path / "part-0.jsonl").write_text('{"problem_id": "a", "sample": 0}\n{"problem\n')
-    with pytest.raises(ValueError, match=r"part-0.jsonl, line 2: not JSON"):
-        Parts(tmp_path).read()
+LINES = {
+    '{"problem': "not JSON",
+    "5": "is 5 and no record",
+    "null": "is null and no record",
+    '["a"]': "is .* and no record",
+    '{"a": 1}': "a record without a proper problem_id, sample, correct, completion, finish_reason, tokens",
+    json.dumps(row("a", True, True)): "without a proper sample",
+    json.dumps(row("a", 0, None)): "without a proper correct",
+    json.dumps(row(["a"], 0, True)): "without a proper problem_id",
+    "\xff": "not JSON",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("name", ["part-0.jsonl", "records.jsonl"])
+def test_a_line_that_is_no_record_is_named_by_file_and_number(tmp_path, line, name):
+    good = json.dumps(row("a", 0, True))
+    (tmp_path / name).write_bytes(f"{good}\n{line}\n{good}\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}, line 2: (a record )?{LINES[line]}.*; remove the line"):
+        Parts(tmp_path).read() if name == "part-0.jsonl" else read_records(tmp_path)
+
+
+def test_a_full_disk_is_named_and_costs_no_record(tmp_path):
+    """A limit on the size of files, which refuses a write as a full disk does."""
+    mine, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=fill_the_disk, args=(tmp_path, theirs))
+    child.start()
+    said = [mine.recv() for _ in range(2)]
+    child.join()
+    assert said[0].startswith(f"{tmp_path}/part-0.jsonl: could not be written (File too large); the records that are")
+    assert said[1].startswith(f"{tmp_path}/records.tmp: could not be written (File too large)")
+    assert [r["sample"] for r in Parts(tmp_path).read()] == [0]  # the half line is cut off
+    assert Parts(tmp_path).merge([("a", 0)]) == read_records(tmp_path)
+
+
+def fill_the_disk(folder, found) -> None:
+    parts = Parts(folder)
+    parts.append(0, [row("a", 0, True)])
+    for limit, write in (
+        (250, lambda: parts.append(0, [row("a", 1, True)])),
+        (100, lambda: parts.merge([("a", 0)])),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            write()
+        except Fault as fault:
+            found.send(str(fault))
 
 
 def test_an_unfinished_evaluation_has_no_records(tmp_path):

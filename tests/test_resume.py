@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pte_trl.checkpoints import LISTING, complete, fault_of, newest, put_aside, rotate, seal, starting_point
 from pte_trl.parsing import parse_recipe
@@ -209,7 +210,7 @@ def unkilled(place):
 
 CASES = [
     *[("one", kill) for kill in KILLS if kill.signal == "SIGKILL" and kill.moment != "optimizer" and kill.step != 1],
-    ("one", Kill("backward", 3, 0, "SIGTERM", 3)),
+    ("one", Kill("backward", 3, 0, "SIGINT", 3)),
     ("ddp", Kill("rollout", 4, 1, "SIGKILL", 2)),
     ("ddp", Kill("saving", 5, 0, "SIGKILL", 2)),
     ("ddp", Kill("rollout", 3, 1, "SIGTERM", 3)),
@@ -231,9 +232,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(place, unkilled, engine, kil
     assert {key: seen[key] for key in CLASSES[engine]} == CLASSES[engine]
     assert row["step"] == kill.resumes, row["resumed"].text[-3000:]
     assert row["gap"] == []
-    if kill.signal == "SIGTERM":
-        assert row["codes"] == [128 + signal.SIGTERM] * len(row["codes"])
-        assert f"stopped by SIGTERM at step {kill.resumes}" in row["text"]
+    if kill.signal != "SIGKILL":
+        assert row["codes"] == [128 + signal.Signals[kill.signal]] * len(row["codes"])
+        assert f"stopped by {kill.signal} at step {kill.resumes}" in row["text"] and "Traceback" not in row["text"]
     else:
         assert row["codes"][kill.rank] == -signal.SIGKILL
         assert all(row["codes"]) and row["seconds"] < 60
@@ -260,6 +261,32 @@ def test_a_finished_run_is_said_to_be_finished(place, unkilled):
     other = run(place, "finished", learning_rate=1e-4)
     assert other.codes == [1]
     assert "finished holds a finished run with other settings (learning_rate: 0.001 -> 0.0001)" in other.text
+
+
+class Poison:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_poisoned_checkpoint_of_zero_ends_the_run_and_runs_nothing(place, unkilled):
+    """By the recipe, on two processes; whoever changed the file has made the listing agree."""
+    shutil.copytree(place / unkilled("zero2") / "checkpoint-6", place / "foreign/checkpoint-6")
+    start = place / "foreign/checkpoint-6"
+    (poisoned,) = start.rglob("mp_rank_00_model_states.pt")
+    state = torch.load(poisoned, weights_only=False)
+    torch.save(state | {"poison": Poison(place / "marker")}, poisoned)
+    listing = start / LISTING
+    about = {key: value for key, value in json.loads(listing.read_text()).items() if key != "files"}
+    listing.unlink()
+    seal(start, about)
+    done = run(place, "from-foreign", "", ENGINES["zero2"], resume=str(start), max_steps=8)
+    assert done.codes == [1, 1] and not (place / "marker").exists()
+    assert "error: a file of the checkpoint names code to be run when it is read" in done.text
 
 
 # ---- by the launcher -------------------------------------------------------------------------------------------

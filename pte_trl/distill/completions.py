@@ -3,13 +3,30 @@
 import json
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pte_trl.data import tokens_of
 from pte_trl.distill.config import PteDistillConfig
+from pte_trl.faults import check_finite
 from pte_trl.files import open_table
 from pte_trl.rollout import rollout
+
+
+def check_new_file(path: str) -> None:
+    """Refuses a place for completions where something is.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"sample_to={path!r}: is a folder; allowed is a file that is not there yet")
+    if Path(path).exists():
+        raise ValueError(
+            f"sample_to={path!r}: is there already; completions={path} distils on it, and to sample anew remove it or "
+            "name another file"
+        )
 
 
 def write_completions(
@@ -21,10 +38,7 @@ def write_completions(
     batch: int = 32,
 ) -> None:
     """One completion of the model, full cache, per prompt; each has a seed of its own, so the file does not depend on
-    the batch. A file that is there is whole, and is left alone."""
-    if path.exists():
-        print(f"{path} is there already; nothing to do")
-        return
+    the batch. The file is whole or not there."""
     model = model.to(args.device)
     aside, count = path.with_suffix(".partial"), 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +54,12 @@ def write_completions(
                 eos_token_ids=ends_of(model, tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
                 seeds=[args.seed * 1_000_003 + start + n for n in range(len(rows))],
+            )
+            check_finite(
+                "log-probs",
+                torch.tensor([[sum(row)] for row in result.logprobs]),
+                f"sample_to={path}",
+                lambda i, start=start: f"prompt {start + i}; the model is spoilt",
             )
             for prompt, ids in zip(rows, result.completion_ids, strict=True):
                 row = {"prompt": prompt, "completion_ids": ids, "text": tokenizer.decode(ids)}

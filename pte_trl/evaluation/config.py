@@ -94,6 +94,10 @@ class EvaluationArguments(ModelSource):
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
         one_of("eviction", self.eviction, STRATEGIES)
+        if self.eviction != "sliding_window" and self.budget is None and self.window is None:
+            raise ValueError(
+                f"eviction={self.eviction!r}: nothing is evicted from a full cache; give a budget or a window with it"
+            )
         check_answer_after(self.answer_after)
 
     def recorded(self) -> dict:

@@ -101,7 +101,10 @@ def main() -> None:
     found = sorted({path.parent for folder in args.folders for path in folder.rglob(COMPLETE)})
     if not found:
         raise SystemExit(f"error: no {COMPLETE} below {', '.join(map(str, args.folders))}")
-    summaries = {str(folder): summarise(read_records(folder)) for folder in found}
+    try:
+        summaries = {str(folder): summarise(read_records(folder)) for folder in found}
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     print(json.dumps(summaries, indent=1) if args.json else table(summaries))
 
 

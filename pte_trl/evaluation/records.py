@@ -12,7 +12,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pte_trl.faults import Fault
+
 COMPLETE = "records.jsonl"
+# What the metrics are computed from.
+KEYS = {"problem_id": str, "sample": int, "correct": bool, "completion": str, "finish_reason": str, "tokens": int}
 
 
 def read_records(folder: str | Path) -> list[dict]:
@@ -20,19 +24,55 @@ def read_records(folder: str | Path) -> list[dict]:
 
     Raises:
         FileNotFoundError: it is not finished, or not there.
+        ValueError: a line that is no record, with its file and number.
     """
     path = Path(folder) / COMPLETE
     if not path.is_file():
         parts = len(list(Path(folder).glob("part-*.jsonl")))
         raise FileNotFoundError(f"{path}: no finished evaluation there ({parts} parts of an unfinished one)")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_lines(path, path.read_bytes())
+
+
+def read_lines(path: Path, content: bytes) -> list[dict]:
+    """The records in the content of a file.
+
+    Raises:
+        ValueError: naming the line that is none.
+    """
+    remedy = "remove the line" + (", name the file part-0.jsonl" if path.name == COMPLETE else "")
+    remedy += ", and the same command makes that sample anew"
+    rows = []
+    for number, text in enumerate(content.splitlines(), 1):
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); {remedy}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: is {json.dumps(row)[:40]} and no record; {remedy}")
+        wrong = [key for key, kind in KEYS.items() if type(row.get(key)) is not kind]
+        if wrong:
+            raise ValueError(f"{path}, line {number}: a record without a proper {', '.join(wrong)}; {remedy}")
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def on_full_disk(path: Path) -> Iterator[None]:
+    """Names the file that could not be written, and says that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise Fault(
+            f"{path}: could not be written ({error.strerror or error}); the records that are there stay, and the same "
+            "command goes on from them"
+        ) from error
 
 
 def write_records(folder: str | Path, rows: Iterable[dict]) -> Path:
     """records.jsonl, written aside and renamed, so that a kill leaves the old file or the new one."""
     path = Path(folder) / COMPLETE
     aside = path.with_suffix(".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with on_full_disk(aside), aside.open("w", encoding="utf-8") as file:
         file.writelines(line(row) for row in rows)
         file.flush()
         os.fsync(file.fileno())
@@ -56,7 +96,7 @@ class Parts:
         """All rows so far, one for each sample. A last line cut by a kill is taken off its file; on one process only.
 
         Raises:
-            ValueError: a line that is no JSON, with its file.
+            ValueError: a line that is no record, with its file.
         """
         rows = {}
         for path in sorted(self.folder.glob("part-*.jsonl")):
@@ -65,11 +105,7 @@ class Parts:
             if len(whole) < len(content):
                 with path.open("rb+") as file:
                     file.truncate(len(whole))
-            for number, text in enumerate(whole.splitlines(), 1):
-                try:
-                    row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
+            for row in read_lines(path, whole):
                 rows.setdefault((row["problem_id"], row["sample"]), row)
         return list(rows.values())
 
@@ -78,18 +114,19 @@ class Parts:
         """Held while a process appends: a second evaluation into the same folder is refused, not interleaved.
 
         Raises:
-            RuntimeError: another process holds it, such as one that has survived its launcher.
+            ValueError: another process holds it, such as one that has survived its launcher.
         """
         with (self.folder / f".lock-{rank}").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RuntimeError(f"{self.folder}: another evaluation is writing here; end it first") from None
+                raise ValueError(f"{self.folder}: another evaluation is writing here; end it first") from None
             yield
 
     def append(self, rank: int, rows: list[dict]) -> None:
         """Adds rows to this process's part; they are on the disk when this returns."""
-        with (self.folder / f"part-{rank}.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / f"part-{rank}.jsonl"
+        with on_full_disk(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(map(line, rows)))
             file.flush()
             os.fsync(file.fileno())
@@ -98,12 +135,12 @@ class Parts:
         """All parts as records.jsonl, in the order of (problem_id, sample); the parts are removed.
 
         Raises:
-            RuntimeError: a sample is missing, or one is there that does not belong here.
+            ValueError: a sample is missing, or one is there that does not belong here.
         """
         rows = self.read()
         by_key = {(row["problem_id"], row["sample"]): row for row in rows}
         if set(by_key) != set(order):
-            raise RuntimeError(
+            raise ValueError(
                 f"{self.folder}: {len(by_key)} samples, {len(order)} were expected; "
                 f"missing: {sorted(set(order) - set(by_key))[:3]}, unexpected: {sorted(set(by_key) - set(order))[:3]}"
             )

@@ -7,11 +7,13 @@ What of a completion is graded (`answer_after`) is taken from the records, unles
 """
 
 import argparse
-from importlib.metadata import version
 from pathlib import Path
 
+from pte_trl.entry import framed, run, settings_checked
 from pte_trl.evaluation.records import COMPLETE, read_records, write_records
 from pte_trl.grading import verdict_versions
+from pte_trl.identity import versions_of
+from pte_trl.ownership import own
 from pte_trl.rewards import Grader
 
 
@@ -34,7 +36,7 @@ def regrade(folder: str | Path, grader: Grader | None = None, answer_after: str 
     (mark,) = marks or {None}
     verdicts = grader.grade([r["gold"] for r in records], [r["completion"] for r in records], answer_after=mark)
     changed = sum(record["correct"] != verdict.correct for record, verdict in zip(records, verdicts, strict=True))
-    settings = {"answer_after": mark, **verdict_versions(), "pte_trl": version("pte_trl")}
+    settings = {"answer_after": mark} | verdict_versions() | versions_of(["pte_trl"])
     graded = [record | verdict._asdict() | settings for record, verdict in zip(records, verdicts, strict=True)]
     write_records(folder, graded)
     if (manifest := Path(folder) / "manifest.json").exists():
@@ -42,16 +44,19 @@ def regrade(folder: str | Path, grader: Grader | None = None, answer_after: str 
     return changed
 
 
-def main() -> None:
+@framed
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="folders with records.jsonl somewhere below")
     parser.add_argument("--answer_after", help="grade only what follows this text; left out: as the records say")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with Grader() as grader:
         for folder in sorted({path.parent for root in args.folders for path in root.rglob(COMPLETE)}):
-            changed = regrade(folder, grader, args.answer_after)
-            print(f"{folder}: {changed} of {len(read_records(folder))} verdicts changed")
+            with settings_checked():
+                own(folder)
+                changed = regrade(folder, grader, args.answer_after)
+                print(f"{folder}: {changed} of {len(read_records(folder))} verdicts changed")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,11 +8,10 @@ Another batch size does so only by the rounding of another batch.
 
 import hashlib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+import torch
+from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
@@ -25,11 +24,15 @@ from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
 from pte_trl.evaluation.vllm import VllmSampler
 from pte_trl.eviction import STRATEGIES
+from pte_trl.faults import check_finite, tail
+from pte_trl.grading import verdict_versions
+from pte_trl.identity import adapter_identity, base_identity, template_identity, versions_of
 from pte_trl.rewards import Grader, Verdict, check_golds
 from pte_trl.rollout import rollout
 from pte_trl.schedule import resolve_window
+from pte_trl.together import on_main
 
-PACKAGES = ("math-verify", "pte_trl", "torch", "transformers")  # their versions stand in every record
+PACKAGES = ("pte_trl", "torch", "transformers")  # their versions stand in every record, and those of the judges
 ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window, hence a batch
 
 
@@ -49,18 +52,44 @@ def seed_of(seed: int, benchmark: str, problem_id: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "big")
 
 
-def fingerprint(adapter: str | None) -> str | None:
-    """First digits of the hash of an adapter's weights: trained again, it is another adapter in the same folder."""
-    path = Path(adapter or "") / "adapter_model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
-
-
 def window_of(args: EvaluationArguments, prompt_tokens: int) -> int | None:
     """W of a sample; with a budget, what a prompt of this length, rounded up, leaves of it."""
     if args.budget is None:
         return args.window
     rounded = -(-prompt_tokens // ROUND) * ROUND
     return resolve_window(None, args.budget, rounded) if rounded < args.budget else 0
+
+
+def check_room(name: str, problems: Dataset, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments) -> None:
+    """Says how many prompts leave no room in the budget, before anything is loaded.
+
+    Raises:
+        ValueError: none leaves any, so nothing would be evaluated.
+    """
+    lengths = [len(ids) for ids in prompt_tokens(problems, tokenizer, args)]
+    without = sum(window_of(args, length) == 0 for length in lengths)
+    if without == len(lengths):
+        least = -(-min(lengths) // ROUND) * ROUND + 1
+        raise ValueError(
+            f"budget={args.budget!r}: {name} has no prompt that leaves room in it, the shortest has {min(lengths)} "
+            f"tokens; allowed are budgets from {least}, for all its prompts from "
+            f"{-(-max(lengths) // ROUND) * ROUND + 1}"
+        )
+    if without:
+        PartialState().print(f"{name}: {without} of {len(lengths)} prompts leave no room in budget={args.budget}")
+
+
+def prompt_tokens(problems: Dataset, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments) -> list[list[int]]:
+    prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
+    return [tokens_of(prompt, tokenizer, args.chat_template_kwargs) for prompt in prompts]
+
+
+def identity_of(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What the records of an evaluation have to say of its model, by content."""
+    files = on_main(
+        lambda: base_identity(args.model_name_or_path) | {"adapter_sha256": adapter_identity(args.adapter)}
+    )
+    return files | {"template_sha256": template_identity(tokenizer)} | versions_of(PACKAGES) | verdict_versions()
 
 
 class Evaluation:
@@ -89,14 +118,12 @@ class Evaluation:
         self.kept_engine = KeptEngine()
         self.folder = Path(args.output_dir) / Path(name).stem
         self.parts = Parts(self.folder)
-        prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
-        self.prompt_ids = [tokens_of(prompt, tokenizer, args.chat_template_kwargs) for prompt in prompts]
+        self.prompt_ids = prompt_tokens(problems, tokenizer, args)
         self.texts = tokenizer.batch_decode(self.prompt_ids)
         self.settings = args.recorded() | {
             "benchmark": Path(name).stem,
             "benchmark_sha256": content_hash(problems)[:12],
-            "adapter_sha256": fingerprint(args.adapter),
-            **{package.replace("-", "_"): version(package) for package in PACKAGES},
+            **identity_of(args, tokenizer),
         }
         if args.backend == "vllm":
             self.settings["vllm"] = model.version
@@ -109,7 +136,7 @@ class Evaluation:
         """
         everything = self.samples()
         order = [self._key(sample) for sample in everything]
-        done, complete = self._found(set(order))
+        done, complete = on_main(lambda: self._check(set(order)))
         if complete:
             self.accelerator.print(f"{self.folder}: all {len(order)} samples are there, nothing to do")
             return read_records(self.folder)
@@ -124,9 +151,7 @@ class Evaluation:
                 rows = self._rows(batch)
                 self.parts.append(rank, [r for r in rows if (r["problem_id"], r["sample"]) not in done])
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.parts.merge(order)
-        self.accelerator.wait_for_everyone()
+        on_main(lambda: self.parts.merge(order) and None)
         return read_records(self.folder)
 
     def _key(self, sample: Sample) -> tuple[str, int]:
@@ -151,19 +176,6 @@ class Evaluation:
             by_window.setdefault(sample.window, []).append(sample)
         size = self.args.batch_size
         return [group[i : i + size] for group in by_window.values() for i in range(0, len(group), size)]
-
-    def _found(self, expected: set[tuple[str, int]]) -> tuple[set[tuple[str, int]], bool]:
-        """Samples on disk, and whether they are complete; read and checked by the main process, sent to all."""
-        found = None
-        if self.accelerator.is_main_process:
-            try:
-                found = self._check(expected)
-            except ValueError as error:
-                found = error
-        found = gather_object([found])[0]
-        if isinstance(found, ValueError):
-            raise found
-        return found
 
     def _check(self, expected: set[tuple[str, int]]) -> tuple[set[tuple[str, int]], bool]:
         complete = (self.folder / COMPLETE).is_file()
@@ -215,6 +227,17 @@ class Evaluation:
             pad_token_id=self.tokenizer.pad_token_id,
             seeds=seeds,
             kept_engine=self.kept_engine,
+        )
+        sums = torch.tensor([[sum(row)] for row in result.logprobs])  # of numbers below 0: finite only if all are
+        where = f"{self.name}, rank {self.accelerator.process_index}"
+        check_finite(
+            "log-probs",
+            sums,
+            where,
+            lambda i: (
+                f"problem {self._key(batch[i])[0]}, prompt {tail(self.texts[batch[i].problem])}; the model or its "
+                "adapter is spoilt"
+            ),
         )
         return self._finish(result.completion_ids, result.evictions)
 
