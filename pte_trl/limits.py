@@ -13,8 +13,7 @@ import typing
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 # Strict: true is no number, 2.5 no integer, 7 no text. NaN and infinity are no numbers, either.
 CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -40,15 +39,15 @@ def _object(value):
     return value
 
 
-COUNT = Limit(Annotated[int, Ge(1)], "an integer of at least 1")
-NATURAL = Limit(Annotated[int, Ge(0)], "an integer of at least 0")
-POSITIVE = Limit(Annotated[float, Gt(0)], "a finite number above 0")
-NOT_NEGATIVE = Limit(Annotated[float, Ge(0)], "a finite number of at least 0")
-SHARE = Limit(Annotated[float, Ge(0), Le(1)], "a number from 0 to 1")
-BELOW_ONE = Limit(Annotated[float, Ge(0), Lt(1)], "a number of at least 0 and below 1")
-POSITIVE_SHARE = Limit(Annotated[float, Gt(0), Le(1)], "a number above 0 and at most 1")
-SEED = Limit(Annotated[int, Ge(0), Lt(2**32)], "an integer from 0 to 4294967295")
-PORT = Limit(Annotated[int, Ge(1), Le(65535)], "a port, an integer from 1 to 65535")
+COUNT = Limit(Annotated[int, Field(ge=1)], "an integer of at least 1")
+NATURAL = Limit(Annotated[int, Field(ge=0)], "an integer of at least 0")
+POSITIVE = Limit(Annotated[float, Field(gt=0)], "a finite number above 0")
+NOT_NEGATIVE = Limit(Annotated[float, Field(ge=0)], "a finite number of at least 0")
+SHARE = Limit(Annotated[float, Field(ge=0, le=1)], "a number from 0 to 1")
+BELOW_ONE = Limit(Annotated[float, Field(ge=0, lt=1)], "a number of at least 0 and below 1")
+POSITIVE_SHARE = Limit(Annotated[float, Field(gt=0, le=1)], "a number above 0 and at most 1")
+SEED = Limit(Annotated[int, Field(ge=0, lt=2**32)], "an integer from 0 to 4294967295")
+PORT = Limit(Annotated[int, Field(ge=1, le=65535)], "a port, an integer from 1 to 65535")
 OBJECT = Limit(Annotated[Any, BeforeValidator(_object)], "a mapping, or the text of a JSON object")
 
 
@@ -78,7 +77,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("seed", "data_seed"), SEED),
     **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor"), NATURAL),
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), COUNT),
-    "local_rank": Limit(Annotated[int, Ge(-1)], "an integer of at least -1"),
+    "local_rank": Limit(Annotated[int, Field(ge=-1)], "an integer of at least -1"),
     "log_level": choice("debug", "info", "warning", "error", "critical", "passive"),
     "log_level_replica": choice("debug", "info", "warning", "error", "critical", "passive"),
     "train_sampling_strategy": choice("random", "sequential", "group_by_length"),
@@ -89,7 +88,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("generation_kwargs", "chat_template_kwargs"), OBJECT),
     "transformers_continuous_batching_config": OBJECT,
     "router_aux_loss_coef": NOT_NEGATIVE,
-    "num_generations": Limit(Annotated[int, Ge(2)], "an integer of at least 2: rewards are compared in a group"),
+    "num_generations": Limit(Annotated[int, Field(ge=2)], "an integer of at least 2: rewards are compared in a group"),
     "num_generations_eval": COUNT,
     **dict.fromkeys(("max_completion_length", "generation_batch_size", "steps_per_generation"), COUNT),
     "pad_to_multiple_of": Limit(Literal["auto"] | COUNT.type, "auto, or an integer of at least 1"),
@@ -130,7 +129,7 @@ LIMITS: dict[str, Limit] = {
     # ours
     "method": choice(*METHODS),
     "window": Limit(Literal["auto", "full"] | COUNT.type, "auto, full (method=lora), or an integer of at least 1"),
-    "budget": Limit(Annotated[int, Ge(2)], "an integer of at least 2 (a prompt token and a thought token)"),
+    "budget": Limit(Annotated[int, Field(ge=2)], "an integer of at least 2 (a prompt token and a thought token)"),
     "evict_ratio": POSITIVE_SHARE,
     "rollout_batch_size": Limit(Literal["auto"] | COUNT.type, "auto, or an integer of at least 1"),
     "replay": choice("one_pass", "segments"),
