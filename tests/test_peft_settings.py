@@ -133,7 +133,7 @@ QO = ("o_proj", "q_proj")
             {(0, QO[0]), (2, QO[0]), (2, QO[1])},
         ),
     ],
-    ids=str,
+    ids=["a linear", "a pattern", "one layer", "a linear of a layer"],
 )
 def test_which_linears_are_adapted(config, expected, recwarn):
     model = small(**config)
