@@ -17,7 +17,7 @@ from pte_trl.data import build_prompts, load_problems
 from pte_trl.decontaminate import load_eval_problems, remove_overlap
 from pte_trl.efficiency import EfficiencyCallback
 from pte_trl.entry import framed, run, settings_checked
-from pte_trl.faults import Fault, RankWatch, StopOnTerm, is_lost_rank, tolerate_trackers
+from pte_trl.faults import RankWatch, StopOnTerm, tolerate_trackers
 from pte_trl.identity import training_identity
 from pte_trl.launch import check_launch
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
@@ -73,22 +73,13 @@ def find_start(args, settings: dict) -> str | None:
 
 
 def train_and_save(trainer, start: str | None, settings: dict, stop: StopOnTerm):
-    """Trains from `start` on and leaves the whole run; what ends it too early is said in a sentence.
+    """Trains from `start` on and leaves the whole run; `framed` says what ends it too early.
 
     Raises:
-        SystemExit: with that sentence, or after SIGTERM.
+        SystemExit: after SIGTERM or Ctrl-C.
     """
     try:
         trainer.train(resume_from_checkpoint=start)
-    except Fault as fault:
-        sys.exit(f"error: {fault}")
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        sys.exit(
-            f"error: rank {trainer.args.process_index}: another rank is gone, so this one ends as well; the same "
-            f"command goes on from the last complete checkpoint ({error})"
-        )
     finally:
         stop.on_train_end()  # transformers does not say so where an error ends the training
     if stop.stopped:
