@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pte_trl.config import PteGRPOConfig, RecipeArguments
 from pte_trl.distill import PteDistillConfig
-from pte_trl.parsing import parse, parse_recipe
+from pte_trl.entry import REPORT
+from pte_trl.parsing import parse, parse_recipe, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -107,10 +109,53 @@ def run(tmp_path, *flags):
 
 
 def test_the_script_stops_in_one_line_before_weights_load(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text('{"model_type": "gpt2"}')  # a configuration, and no weights
-    done = run(tmp_path, "--model_name_or_path", str(tmp_path / "model"))
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16, n_positions=8))
+    model.save_pretrained(tmp_path / "model")
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"problem": "1+1", "answer": "2"}\n')
+    done = run(tmp_path, "--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(data))
     assert done.returncode != 0
     assert (
         done.stderr.strip().splitlines()[-1] == "error: model_type='gpt2': PTE supports llama, mistral, qwen2, qwen3"
     )
+
+
+def test_what_nobody_has_foreseen_says_where_to_report_it(tmp_path):
+    code = "from pte_trl.entry import run; run(lambda: {}['nothing'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and "KeyError: 'nothing'" in lines[-2] and lines[-1] == REPORT
+
+
+MERGED = "defaults: &defaults\n  beta: 0.1\n"
+
+
+def test_a_merge_key_is_yaml(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &a {beta: 0.1, seed: 3}\nb:\n  <<: *a\n  seed: 4\n")
+    assert read_recipe("config", str(path))["b"] == {"beta": 0.1, "seed": 4}
+
+
+ODD_FILES = {
+    "": "must hold `key: value` lines, found NoneType",
+    "5": "must hold `key: value` lines, found int",
+    "? [a, b]\n: 1\n": r"\['a', 'b'\]: must be text to be a key",
+    "1: 2\n": "1: must be text to be a key",
+    "a: [": "not plain YAML",
+    "env: {PYTHONPATH: /x}": "a recipe may not set it",
+}
+
+
+@pytest.mark.parametrize("text", ODD_FILES)
+def test_an_odd_recipe_file_is_named(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=ODD_FILES[text]):
+        parse_recipe(["--config", str(path)])
+
+
+@pytest.mark.parametrize(("flag", "kept"), [("window", "budget"), ("budget", "window")])
+def test_a_flag_takes_the_place_of_the_recipes_other_cache_key(tmp_path, flag, kept):
+    script, args = parse_recipe([*recipe(tmp_path, **{"window": None, "budget": None, kept: 40}), f"--{flag}", "24"])
+    assert (getattr(args, flag), getattr(args, kept)) == (24, None)
+    assert flag in script.given and kept not in script.given
