@@ -85,6 +85,7 @@ SHARED_RUNS = {
         "trackio_bucket_id": "a/bucket",
         "trackio_static_space_id": False,
     },
+    # tracemalloc, which it switches on, is slow
     "memory": {"skip_memory_metrics": False, "max_completion_length": 2, "max_steps": 1},
     "evaluation": {
         "eval_strategy": "steps",

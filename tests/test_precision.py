@@ -19,7 +19,7 @@ from tests.models import FAMILIES, VOCAB, randomise_up, tiny
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 AUTOCAST = (None, torch.bfloat16)
 METHODS = ("pte", "lora_c")
-WINDOW, NEW, EOS = 6, 15, VOCAB + 1  # nothing ends a completion: all are NEW tokens long, with three evictions
+WINDOW, NEW, EOS = 4, 9, VOCAB + 1  # nothing ends a completion: all are NEW tokens long, with four evictions
 PROMPTS = [[5, 9, 17, 33, 4], [7, 8, 3], [21, 2, 40, 41, 42, 43]]
 # Largest difference of a log-prob, and of a gradient relative to its norm; what the grid showed is in the comments.
 LOG_PROBS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 0.1}  # 9.5e-7, 4.6e-3, 0.03
@@ -36,7 +36,7 @@ def under(autocast):
 
 def made(family: str, method: str, weights: torch.dtype):
     """A model with an adapter as PEFT makes it by default: in float32 beside weights in low precision."""
-    model = tiny(family, dtype=weights, attn_implementation="blockwise")
+    model = tiny(family, dtype=weights, attn_implementation="blockwise", num_hidden_layers=2)
     torch.manual_seed(1)
     if method == "pte":
         model = get_peft_model(model, PteConfig(rank=5, num_global_tokens=6, alpha=5.0)).eval()
