@@ -244,7 +244,7 @@ def test_a_model_that_is_not_finite_is_not_recorded_as_wrong(setting, tmp_path, 
 
 
 ADAPTERS = {
-    "is not finite, so it was spoilt in training": nan_in_last,
+    "hold NaN or infinity, first": nan_in_last,
     "lacks": lambda tensors: {name: tensors[name] for name in sorted(tensors)[::2]},
 }
 
@@ -301,7 +301,7 @@ BAD = [
     ({"eviction": "youngest"}, "eviction='youngest'"),
     ({"adapter": "/nowhere"}, "/nowhere"),
     ({"benchmarks": "math5000"}, "math5000"),
-    ({"chat_template_kwargs": "{"}, "Expecting property name"),
+    ({"chat_template_kwargs": "{"}, "must be a mapping, or the text of a JSON object"),
 ]
 
 

@@ -362,9 +362,10 @@ def test_a_marker_that_marks_nothing_is_refused(marker):
 
 
 def test_records_are_graded_again_as_they_say_or_as_is_asked(tmp_path, grader):
+    made = {"problem_id": "p", "finish_reason": "stop", "tokens": 5}
     rows = [
-        {"gold": "5", "completion": text, "correct": right, "answer_after": "</think>"}
-        for text, right in ((r"<think> \boxed{5} </think> \boxed{4}", False), (r"\boxed{5}", False))
+        made | {"sample": n, "gold": "5", "completion": text, "correct": right, "answer_after": "</think>"}
+        for n, (text, right) in enumerate(((r"<think> \boxed{5} </think> \boxed{4}", False), (r"\boxed{5}", False)))
     ]
     write_records(tmp_path, rows)
     assert regrade(tmp_path, grader) == 0
@@ -383,8 +384,8 @@ def test_records_are_graded_again_as_they_say_or_as_is_asked(tmp_path, grader):
     [
         ({"answer_after": " "}, "answer_after=' ': must be a text such as '</think>', or left out"),
         ({"grader_workers": 0}, "grader_workers=0: must be an integer of at least 1"),
-        ({"grader_time_limit": math.nan}, "grader_time_limit=nan: must be a finite number of seconds above 0"),
-        ({"grader_time_limit": math.inf}, "grader_time_limit=inf: must be a finite number of seconds above 0"),
+        ({"grader_time_limit": math.nan}, "grader_time_limit=nan: must be a finite number above 0"),
+        ({"grader_time_limit": math.inf}, "grader_time_limit=inf: must be a finite number above 0"),
     ],
 )
 def test_an_evaluation_checks_its_grader_before_weights_load(settings, message):

@@ -76,9 +76,9 @@ def evaluate(setting, out: Path, **changes) -> list[dict]:
     [
         ({"budget": 48}, "budget=48: not with backend='vllm', vLLM keeps every token"),
         ({"window": 8}, "window=8: not with backend='vllm', vLLM keeps every token"),
-        ({"eviction": "h2o"}, "eviction='h2o': not with backend='vllm'"),
+        ({"eviction": "h2o"}, "eviction='h2o': nothing is evicted from a full cache"),
         ({"adapter": "pte"}, "is PTE, backend='vllm' takes LORA: vLLM keeps every token"),
-        ({"backend": "sglang"}, "backend='sglang': allowed are 'transformers', 'vllm'"),
+        ({"backend": "sglang"}, "backend='sglang': must be one of transformers, vllm"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_with_the_reason(setting, tmp_path, monkeypatch, changes, message):
@@ -96,7 +96,7 @@ def settings_of(tmp_path, **changes) -> PteGRPOConfig:
 
 @pytest.mark.parametrize("method", ["pte", "lora_c"])
 def test_bounded_training_is_refused_with_the_reason(tmp_path, method):
-    with pytest.raises(ValueError, match=r"use_vllm=true: method=.*vLLM keeps every token in its cache"):
+    with pytest.raises(ValueError, match=r"use_vllm=True: method=.*vLLM keeps every token in its cache"):
         settings_of(tmp_path, method=method, window=8)
 
 
