@@ -11,6 +11,17 @@ from .units import NO_UNIT
 
 _REASON = re.compile(r"[\s,;]+(?:because|since|so|which|hence|thus|therefore|by)\s")
 
+# What changes the value behind it: "less than 5", "minus 5", "half of 5", "10 - 5".
+_CHANGED = re.compile(
+    r"""(?:\b(?:than|least|most|up\sto|under|over|below|above|minus|negative|plus|half|twice|double|triple|thrice|times
+        |exceeds?|divided\sby|multiplied\sby|(?:to|until|through|till)
+        |(?:half|thirds?|quarters?|fifths?|multiples?|factors?|divisors?|square|cube|root|power|percent|logarithm|log
+        |factorial|reciprocal|inverse|opposite|negative|double|twice|remainder|%)\s+of)
+        |(?:\b[a-z]|[\d)}\]])\s*[-+*/\u00d7\u00f7\u00b7\u2212\u2013])\s*[$(\[\\]*\s*$""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_SIGN = re.compile(r"(?<=\S)[^\S\n]+([-+\u2212\u2013]\s*[$(\[\\]*\s*)$")  # at the start of a line it is a bullet
+
 
 @lru_cache(maxsize=1)
 def _patterns() -> list[tuple[re.Pattern, int]]:
@@ -34,15 +45,17 @@ def find_answer(text: str) -> str | None:
     start = min(begin for begin, _ in groups.values())
     while start and text[start - 1] in "$([\\-+":  # the delimiters and the sign before it
         start -= 1
+    if (sign := _SIGN.search(text[:start])) and not _CHANGED.search(text[:start]):
+        start = sign.start(1)
     sentence = re.split(r"[.!?]\s|\n", text[:start])[-1]
-    if denies(sentence):
+    if denies(sentence) or _CHANGED.search(sentence):
         return None
     end = max(end for _, end in groups.values())
     rest = re.match(r"[^\n]*?(?=[.!?](?:\s|$)|\n|$|\s+I hope)", text[end:])[0]
     rest = _REASON.split(rest)[0]
     whole = text[start:end] + rest
     for candidate in (whole, text[start : max(end, match.end())]):
-        candidate = candidate.strip().strip("*").strip()
+        candidate = re.sub(r"\*+\.?$", "", candidate.strip()).strip("*").strip()
         try:
             read(candidate)
         except Unreadable:

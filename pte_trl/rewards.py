@@ -137,10 +137,14 @@ class Grader:
 
         `answer_after`, if given, is taken instead of the grader's own.
 
-        Raises ValueError if the lengths differ or math-verify cannot read a gold (see `check_golds`).
+        Raises ValueError if the lengths differ, one is no text, or math-verify cannot read a gold (see `check_golds`).
         """
         if len(golds) != len(completions):
             raise ValueError(f"{len(golds)} gold answers for {len(completions)} completions")
+        for name, texts in (("golds", golds), ("completions", completions)):
+            for index, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise ValueError(f"{name}[{index}]={text!r}: must be a text")
         mark = self.answer_after if answer_after is None else answer_after
         check_answer_after(mark)
         completions = [answer_part(completion, mark) for completion in completions]
@@ -244,11 +248,13 @@ class AccuracyReward:
         self,
         prompts: list,
         completions: list,
-        answer: list,
+        answer: list | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **kwargs,
     ) -> list[float]:
-        """Rewards, one per completion. Raises ValueError for a gold that math-verify cannot read."""
+        """Rewards, one per completion. Raises ValueError without a column `answer`, and for a gold it cannot read."""
+        if answer is None:
+            raise ValueError("the dataset has no column 'answer', with which AccuracyReward compares completions")
         texts = [completion_text(completion) for completion in completions]
         verdicts = self.grader.grade([str(gold) for gold in answer], texts)
         crashed = [gold for gold, verdict in zip(answer, verdicts, strict=True) if verdict.reason == "crashed"]

@@ -57,7 +57,7 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             self.model.delete_adapter("ref")
         for layer in pte_layers(self.model):
             layer.watch_updates = True
-        self._check_segments()
+        self._check_dropout()
         zero, fsdp = self._dist.zero_stage, self._dist.fsdp_version
         check_engine(self.args, f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None)
         prepare_engine(self)
@@ -66,14 +66,26 @@ class PteGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def bounded(self) -> bool:
         return self.args.method != "lora"
 
-    def _check_segments(self) -> None:
-        """Segment-wise scoring runs the model again inside backward, where nothing may be random."""
-        if self.args.replay != "segments":
-            return
-        random = [name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        if random:
+    def _check_dropout(self) -> None:
+        """Segment-wise scoring runs the model again inside backward, where nothing may be random.
+
+        In one pass a dropout of the user's stands, but training then is not on the log-probs that were sampled.
+        """
+        random = [
+            f"{name}{'' if isinstance(module, nn.Dropout) else '.attention_dropout'}"
+            for name, module in self.model.named_modules()
+            if (module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0))
+        ]
+        if random and self.args.replay == "segments":
             raise ValueError(
                 f"replay='segments': dropout in {random[0]} would differ between the two passes; set it to 0"
+            )
+        if random and self.bounded:
+            logger.warning(
+                "dropout in %d modules, first %s: log-probs in training differ from the sampled ones (mismatch/mean); "
+                "with 0 they agree",
+                len(random),
+                random[0],
             )
 
     # ---- rollout -------------------------------------------------------------------------------------------

@@ -69,9 +69,9 @@ _NO_UNIT = (
     "since mod modulo plus minus times divided multiplied over under below above negative positive choose root "
     "factorial more less fewer most least half halves third thirds quarter quarters dozen dozens of is are was "
     "were isn isnt be wrong false incorrect true correct remainder between to from through until up down off "
-    "increase decrease power exponent percent percentage pct one two three four five six seven eight nine ten "
-    "eleven twelve zero twice double triple maybe perhaps either both all any some with for which that hundred "
-    "thousand million billion trillion base binary hex octal"
+    "increase decrease power exponent squared cubed percent percentage pct one two three four five six seven eight "
+    "nine ten eleven twelve zero twice double triple maybe perhaps either both all any some with for which that "
+    "hundred thousand million billion trillion base binary hex octal"
 )
 NO_UNIT = frozenset(_NO_UNIT.split())
 # Words before a value that say nothing about it.

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from pte_trl.evaluation.vllm import WHY
+from pte_trl.given import check_given
 
 
 class Only(NamedTuple):
@@ -92,17 +93,17 @@ def check_arguments(trainer: type, config: type, args: tuple, kwargs: dict) -> N
         args, kwargs: as the trainer was given them.
 
     Raises:
-        ValueError: another config, an adapter of another method, or what a bounded method cannot honour.
+        ValueError: another config, a model or an adapter that does not fit it, or what a bounded method cannot honour.
     """
     given = inspect.signature(trainer.__init__).bind(None, *args, **kwargs).arguments
     settings = given.get("args")
     if not isinstance(settings, config):
         raise ValueError(f"args={type(settings).__name__}: must be a {config.__name__}, which has method and window")
-    if settings.method == "lora":
-        return
-    for key, only in ARGUMENTS.items():
-        if key in given:
-            refuse_other(key, given[key], only, settings.method)
+    if settings.method != "lora":
+        for key, only in ARGUMENTS.items():
+            if key in given:
+                refuse_other(key, given[key], only, settings.method)
+    check_given(settings, given["model"], given.get("peft_config"))
 
 
 def refuse_other(key: str, value, only: Only, method: str) -> None:

@@ -487,4 +487,19 @@ PROSE = [
     ("the answer is $2+2=42$", False),
     ("I do not know", False),
     ("It is 41? No: the answer is 42", True),
+    ("The final answer is **42**.", True),
+    ("So she has half of 84. The answer is 42.", True),
+    ("Half of 84 is 42", True),
+    ("10 minus 2 times 21 - 74 = 42", True),
+    ("The answer is:\n\n- 42", True),
+    *(
+        (f"The answer is {words} 42", False)
+        for words in (
+            *("less than", "at least", "more than", "at most", "up to", "over", "below", "minus", "negative", "-"),
+            *("half of", "twice", "a multiple of", "the square of", "the square root of", "greater than or equal to"),
+        )
+    ),
+    ("so it is x - 42", False),
+    ("from 1 to 42", False),
+    ("The answer is 42 squared", False),
 ]

@@ -199,6 +199,14 @@ def test_a_half_loaded_adapter_is_an_error_and_not_a_warning(folders):
         set_peft_model_state_dict(model, half)
 
 
+def test_saved_modules_that_transformers_would_leave_out_are_refused(folders, tmp_path):
+    root, _ = folders
+    with_pte(load_base(root), modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(load_base(root), tmp_path)
+    with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head'\]: transformers' from_pretrained"):
+        load_base(root).load_adapter(str(tmp_path))
+
+
 # ---- what PEFT tells ----------------------------------------------------------------------------------------------
 
 

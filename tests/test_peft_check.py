@@ -61,7 +61,7 @@ def test_the_adapter_a_model_runs_with(tmp_path):
 @pytest.mark.parametrize(
     ("method", "config"),
     [
-        *(("pte", PTE), ("lora", LORA), ("lora_c", LORA), ("lora", None), ("lora_c", None)),
+        *(("pte", PTE), ("lora", LORA), ("lora_c", LORA), ("lora", None)),
         *(("lora", IA3Config()), ("lora_c", IA3Config()), ("lora", PromptTuningConfig(num_virtual_tokens=3))),
     ],
 )
@@ -71,6 +71,7 @@ def test_a_method_takes_its_adapter(method, config):
 
 MISMATCHED = [
     ("pte", None, {}, "method='pte': there is no adapter; give a PteConfig as peft_config"),
+    ("lora_c", None, {}, "method='lora_c': there is no adapter; give a LoraConfig as peft_config"),
     ("pte", LORA, {}, "method='pte': peft_config is a LORA adapter, which takes method 'lora' or 'lora_c'"),
     ("pte", IA3Config(), {}, "peft_config is a IA3 adapter"),
     ("lora", PTE, {}, "method='lora': peft_config is a PTE adapter, which takes method 'pte'"),

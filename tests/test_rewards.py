@@ -354,6 +354,15 @@ def test_only_what_follows_the_marker_is_graded(grader):
     assert [has_boxed(text, "</think>") for text in texts] == [bool(share) for share in boxed]
 
 
+def test_what_is_no_text_is_named(grader):
+    with pytest.raises(ValueError, match=r"golds\[1\]=5: must be a text"):
+        grader.grade(["5", 5], ["5", "5"])
+    with pytest.raises(ValueError, match=r"completions\[0\]=None: must be a text"):
+        grader.grade(["5"], [None])
+    with pytest.raises(ValueError, match="the dataset has no column 'answer'"):
+        AccuracyReward(grader)(["prompt"], ["5"])
+
+
 @pytest.mark.parametrize("marker", ["", "  ", 5])
 def test_a_marker_that_marks_nothing_is_refused(marker):
     for make in (lambda: Grader(answer_after=marker), lambda: FormatReward(marker)):

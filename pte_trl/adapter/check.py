@@ -55,7 +55,8 @@ def check_adapter(
 
     Args:
         method: "pte", "lora" or "lora_c".
-        config: of the adapter that will be trained or used; None where there is none.
+        config: of the adapter that will be trained or used; None where there is none, as only `lora` may do: the
+            reference of the bounded methods is the model with its adapter off.
         settings: the adapter's keys that were set on purpose (in the recipe or as flags), by the recipe's names; keys
             that are no setting of the adapter's kind are passed over.
         model_config: of the base model; compared with a PTE adapter's own.
@@ -65,10 +66,11 @@ def check_adapter(
         ValueError: in one sentence, with the values of both sides.
     """
     if config is None:
-        if method == "pte":
+        if method != "lora":  # which then trains the whole model, as TRL does
+            kind = "PteConfig" if method == "pte" else "LoraConfig"
             raise ValueError(
-                "method='pte': there is no adapter; give a PteConfig as peft_config, a model that has a PTE adapter, "
-                "or the folder of one"
+                f"method={method!r}: there is no adapter; give a {kind} as peft_config, or a model that has such an "
+                "adapter"
             )
         return
     found = method_of(config)

@@ -32,6 +32,15 @@ class PteModel(BaseTuner):
     tuner_layer_cls = (PteAttention, PteLinear)
     target_module_mapping: dict = {}  # noqa: RUF012 (PEFT's own attribute)
 
+    def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs):
+        # A mapping comes from a PeftModel; a config alone from inject_adapter_in_model, as transformers calls it.
+        if isinstance(peft_config, PteConfig) and peft_config.modules_to_save:
+            raise ValueError(
+                f"modules_to_save={peft_config.modules_to_save}: transformers' from_pretrained, load_adapter and "
+                "pipeline would leave these modules as the base has them; use PeftModel.from_pretrained(model, FOLDER)"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         check_adapter_name(model, adapter_name, [name for name in self.peft_config if name != adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -37,8 +37,6 @@ class PteDistillationTrainer(WholeCheckpoints, DistillationTrainer):
     def __init__(self, *args, **kwargs):
         check_arguments(DistillationTrainer, PteDistillConfig, args, kwargs)
         super().__init__(*args, **kwargs)
-        if not hasattr(self.model, "disable_adapter"):
-            raise ValueError("a distillation needs an adapter: give a peft_config, or a model that has one")
         self.kept_engine = KeptEngine()
         self._given: list[list[int]] | None = None  # completions that the dataset brings
         self._window = 0
