@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from evaluate import main
 from pte_trl import PteConfig
 from pte_trl.evaluation.benchmarks import load_benchmark
+from pte_trl.evaluation.config import EvaluationArguments, ModelSource, short_name
 from pte_trl.evaluation.records import read_records
 from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import seed_of, window_of
@@ -301,7 +302,8 @@ BAD = [
     ({"eviction": "youngest"}, "eviction='youngest'"),
     ({"adapter": "/nowhere"}, "/nowhere"),
     ({"benchmarks": "math5000"}, "math5000"),
-    ({"chat_template_kwargs": "{"}, "Expecting property name"),
+    ({"chat_template_kwargs": "{"}, "chat_template_kwargs='{'"),
+    ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2': allowed are"),
 ]
 
 
@@ -319,6 +321,23 @@ def test_every_strategy_can_be_evaluated(setting, finished, tmp_path, eviction):
     assert [r["eviction"] for r in records] == [eviction] * 2
     same = [r["completion"] for r in records] == [r["completion"] for r in read_records(finished / "sums")[:4:3]]
     assert same == (eviction == "sliding_window")
+
+
+def test_a_benchmark_is_called_by_its_files_name_without_any_known_ending(setting, tmp_path, monkeypatch):
+    names = {"org/set": "set", "org/set-1.5": "set-1.5", "d/sums.jsonl": "sums", "d/sums.csv.gz": "sums"}
+    assert {name: short_name(name) for name in names} == names
+    monkeypatch.chdir(tmp_path)
+    assert short_name(".") == tmp_path.name
+    with pytest.raises(ValueError, match="same folder"):
+        EvaluationArguments(model_name_or_path="m", output_dir="o", benchmarks=["a/x.jsonl.gz", "b/x.csv"])
+
+
+def test_what_is_graded_comes_from_the_recipe_unless_it_is_said(tmp_path):
+    (tmp_path / "r.yaml").write_text('model_name_or_path: m\nanswer_after: "</think>"\nlearning_rate: 1.0e-3\n')
+    given = {"recipe": str(tmp_path / "r.yaml"), "output_dir": "o", "benchmarks": ["math500"]}
+    assert EvaluationArguments(**given).answer_after == "</think>"
+    assert EvaluationArguments(**given, answer_after="</t>").answer_after == "</t>"
+    assert not hasattr(ModelSource(recipe=given["recipe"]), "answer_after")
 
 
 def test_seeds_and_windows_belong_to_the_sample():

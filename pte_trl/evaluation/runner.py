@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from pte_trl.batching import KeptEngine
 from pte_trl.data import build_prompts, tokens_of
 from pte_trl.evaluation.benchmarks import content_hash
-from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.config import EvaluationArguments, short_name
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
 from pte_trl.evaluation.vllm import VllmSampler
 from pte_trl.eviction import STRATEGIES
@@ -116,12 +116,12 @@ class Evaluation:
         plain = args.eviction == "sliding_window"
         self.eviction = args.eviction if plain else STRATEGIES[args.eviction]()
         self.kept_engine = KeptEngine()
-        self.folder = Path(args.output_dir) / Path(name).stem
+        self.folder = Path(args.output_dir) / short_name(name)
         self.parts = Parts(self.folder)
         self.prompt_ids = prompt_tokens(problems, tokenizer, args)
         self.texts = tokenizer.batch_decode(self.prompt_ids)
         self.settings = args.recorded() | {
-            "benchmark": Path(name).stem,
+            "benchmark": short_name(name),
             "benchmark_sha256": content_hash(problems)[:12],
             **identity_of(args, tokenizer),
         }
