@@ -41,6 +41,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
             folder or an adapter that is not whole; an adapter of another method, model or setting; a model with code
             of its own, unless the recipe trusts it.
     """
+    check_no_evaluation(args)
     reachable(*model_needs(script))
     check_engine(args, named_launch(args).engine)
     config = check_base(script.model_name_or_path, args.trust_remote_code)
@@ -58,6 +59,21 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
     adapter = check_adapter_folder(script.adapter, config, args.trust_remote_code)
     stated = {key: getattr(script, key) for key in ADAPTER_KEYS if key in getattr(script, "given", ())}
     check_adapter(args.method, adapter, settings=stated, model_config=config, source=f"adapter={name!r}")
+
+
+def check_no_evaluation(args: PteGRPOConfig) -> None:
+    """The scripts hand the trainer no set to evaluate on, which it finds out with the weights in memory, or later.
+
+    Raises:
+        ValueError: naming what does that.
+    """
+    for key, allowed in (("eval_strategy", "no"), ("eval_on_start", False)):
+        if getattr(args, key) != allowed:
+            shown = getattr(getattr(args, key), "value", getattr(args, key))
+            raise ValueError(
+                f"{key}={shown!r}: a recipe has no set to evaluate on while it trains; allowed is {allowed!r}, and "
+                "recipes/evaluate.py evaluates the checkpoints"
+            )
 
 
 def check_base(name: str, trust_remote_code: bool):
@@ -83,6 +99,7 @@ def check_evaluation_model(args: ModelSource) -> None:
         ValueError: an unsupported architecture, a model folder or an adapter that is not whole, or not the model's.
     """
     reachable(*model_needs(args))
+    one_of("attn_implementation", args.attn_implementation, MASKED_ATTENTION)
     config = check_base(args.model_name_or_path, args.trust_remote_code)
     check_supported(config)
     if args.adapter is not None:

@@ -16,6 +16,7 @@ from pte_trl.faults import FiniteReward, Tolerant, check_finite, is_lost_rank
 from pte_trl.grading import Job, WorkerPool
 from pte_trl.loading import adapter_folder, check_evaluation_model, check_model
 from pte_trl.parsing import parse_recipe
+from pte_trl.tiny.model import build
 from tests.launches import ENGINES, course, gap, run, start
 from tests.test_recipes import recipe
 
@@ -220,3 +221,11 @@ def test_code_that_comes_with_a_model_runs_only_where_the_recipe_says_so(tmp_pat
     with pytest.raises(ValueError, match="model_type='own': PTE supports"):
         check_model(*parse_recipe(recipe(tmp_path, model_name_or_path=str(model), trust_remote_code=True)))
     assert marker.exists()
+
+
+@pytest.mark.parametrize("change", [{"eval_strategy": "steps"}, {"eval_on_start": True}])
+def test_an_evaluation_without_a_set_is_refused(tmp_path, change):
+    build(seed=0)[0].save_pretrained(tmp_path / "model")
+    arguments = parse_recipe(recipe(tmp_path, model_name_or_path=str(tmp_path / "model"), **change))
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.*no set to evaluate on"):
+        check_model(*arguments)
