@@ -340,6 +340,12 @@ def test_what_is_graded_comes_from_the_recipe_unless_it_is_said(tmp_path):
     assert not hasattr(ModelSource(recipe=given["recipe"]), "answer_after")
 
 
+def test_text_is_no_leave_to_run_code(tmp_path):
+    (tmp_path / "r.yaml").write_text('model_name_or_path: m\ntrust_remote_code: "false"\n')
+    with pytest.raises(ValueError, match="trust_remote_code='false': must be true or false"):
+        ModelSource(recipe=str(tmp_path / "r.yaml"))
+
+
 def test_seeds_and_windows_belong_to_the_sample():
     assert seed_of(0, "a", "b", 0) == seed_of(0, "a", "b", 0) < 2**32
     assert len({seed_of(s, b, p, n) for s in (0, 1) for b in "ab" for p in "cd" for n in (0, 1)}) == 16

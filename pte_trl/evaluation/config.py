@@ -57,7 +57,7 @@ class ModelSource:
                     setattr(self, key, values[key])
         self.dtype = self.dtype or "bfloat16"
         self.attn_implementation = self.attn_implementation or "blockwise"
-        self.trust_remote_code = bool(self.trust_remote_code)
+        self.trust_remote_code = False if self.trust_remote_code is None else self.trust_remote_code
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
         check_values(self, window=COUNT)
