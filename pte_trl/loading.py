@@ -41,7 +41,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
             folder or an adapter that is not whole; an adapter of another method, model or setting; a model with code
             of its own, unless the recipe trusts it.
     """
-    check_no_evaluation(args)
+    check_without_effect(args)
     reachable(*model_needs(script))
     check_engine(args, named_launch(args).engine)
     config = check_base(script.model_name_or_path, args.trust_remote_code)
@@ -61,19 +61,21 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
     check_adapter(args.method, adapter, settings=stated, model_config=config, source=f"adapter={name!r}")
 
 
-def check_no_evaluation(args: PteGRPOConfig) -> None:
-    """The scripts hand the trainer no set to evaluate on, which it finds out with the weights in memory, or later.
+def check_without_effect(args: PteGRPOConfig) -> None:
+    """Refuses what the trainers know and the scripts do not hand them; they find it out late, or ignore it.
 
     Raises:
         ValueError: naming what does that.
     """
-    for key, allowed in (("eval_strategy", "no"), ("eval_on_start", False)):
-        if getattr(args, key) != allowed:
-            shown = getattr(getattr(args, key), "value", getattr(args, key))
-            raise ValueError(
-                f"{key}={shown!r}: a recipe has no set to evaluate on while it trains; allowed is {allowed!r}, and "
-                "recipes/evaluate.py evaluates the checkpoints"
-            )
+    no_set = "a recipe has no set to evaluate on while it trains; recipes/evaluate.py evaluates what is saved"
+    for key, allowed, why in (
+        ("eval_strategy", "no", no_set),
+        ("eval_on_start", False, no_set),
+        ("model_init_kwargs", None, "the keys dtype, attn_implementation and trust_remote_code say how it is loaded"),
+    ):
+        value = getattr(getattr(args, key), "value", getattr(args, key))
+        if value != allowed:
+            raise ValueError(f"{key}={value!r}: {why}; allowed is {allowed!r}")
 
 
 def check_base(name: str, trust_remote_code: bool):
