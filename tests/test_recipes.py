@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pte_trl.config import PteGRPOConfig, RecipeArguments
 from pte_trl.distill import PteDistillConfig
@@ -78,6 +79,7 @@ BAD = [
     ({"max_steps": 2.5}, "max_steps=2.5.*integer"),
     ({"beta": True}, "beta=True.*number"),
     ({"rank": "many"}, "rank='many'"),
+    ({"save_strategy": False}, "save_strategy=False.* not in quotes"),
     ({"windw": 16}, "windw=16: no such key"),
     ({"per_device_train_batch_size": 3}, "divisible"),
 ]
@@ -96,6 +98,12 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
         parse_recipe(["--config", str(path)])
 
 
+@pytest.mark.parametrize("flag", ["--budg", "--budg=20", "--windw"])
+def test_a_flag_is_written_out_and_known(tmp_path, flag):
+    with pytest.raises(ValueError, match=f"{flag.partition('=')[0]}: no such flag"):
+        parse_recipe([*recipe(tmp_path, window=None, budget=40), flag, *([] if "=" in flag else ["20"])])
+
+
 def test_a_missing_recipe_is_named():
     with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
         parse_recipe(["--config", "nowhere.yaml"])
@@ -107,9 +115,9 @@ def run(tmp_path, *flags):
 
 
 def test_the_script_stops_in_one_line_before_weights_load(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text('{"model_type": "gpt2"}')  # a configuration, and no weights
-    done = run(tmp_path, "--model_name_or_path", str(tmp_path / "model"))
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16)).save_pretrained(tmp_path / "model")
+    (tmp_path / "sums.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    done = run(tmp_path, "--model_name_or_path", str(tmp_path / "model"), "--dataset_name", "sums.jsonl")
     assert done.returncode != 0
     assert (
         done.stderr.strip().splitlines()[-1] == "error: model_type='gpt2': PTE supports llama, mistral, qwen2, qwen3"
