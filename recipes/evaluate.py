@@ -52,14 +52,18 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             for name, rows in problems.items():
                 check_problems(name, rows, grader)
 
-    sample_with_vllm = args.backend == "vllm"
-    with settings_checked():
-        model = VllmSampler(args, accelerator) if sample_with_vllm else load_for_evaluation(args, accelerator.device)
-    summaries = {}
-    for name, rows in problems.items():
+        evaluations = [Evaluation(name, rows, tokenizer, args, accelerator, grader) for name, rows in problems.items()]
+        missing = [evaluation for evaluation in evaluations if not evaluation.look()]
+
+    model = None
+    if missing:
         with settings_checked():
-            evaluation = Evaluation(name, rows, model, tokenizer, args, accelerator, grader)
-            summaries[name] = summarise(evaluation.run())
+            vllm = args.backend == "vllm"
+            model = VllmSampler(args, accelerator) if vllm else load_for_evaluation(args, accelerator.device)
+    summaries = {}
+    for name, evaluation in zip(problems, evaluations, strict=True):
+        with settings_checked():
+            summaries[name] = summarise(evaluation.run(model))
         if accelerator.is_main_process and not (evaluation.folder / "manifest.json").is_file():
             settings = asdict(args) | {"benchmark": name}
             write_manifest(evaluation.folder, accelerator.device, accelerator.num_processes, settings)

@@ -18,6 +18,7 @@ from pte_trl import PteConfig
 from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments, ModelSource, short_name
 from pte_trl.evaluation.records import read_records
+from pte_trl.evaluation.regrade import main as regrade_command
 from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import seed_of, window_of
 from pte_trl.eviction import STRATEGIES
@@ -141,6 +142,23 @@ def test_a_folder_of_other_settings_is_refused(setting, finished, key, value):
     with pytest.raises(SystemExit, match=f"{key}={value}|{key}=48|{key}=1.0|{key}=0"):
         main(argv(setting, finished, **{key: value}))
     assert content(finished) == before
+
+
+def test_what_is_there_is_looked_at_before_the_weights_load(setting, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("evaluate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
+    main(argv(setting, finished))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"temperature=1\.0, this evaluation has 0\.5"):
+        main(argv(setting, finished, temperature=0.5))
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out/sums/records.jsonl").write_text("5\n")
+    with pytest.raises(SystemExit, match=r"records\.jsonl, line 1: is 5 and no record"):
+        main(argv(setting, tmp_path / "out"))
+
+
+def test_nothing_to_grade_again_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match=r"no records\.jsonl below"):
+        regrade_command([str(tmp_path)])
 
 
 def test_an_adapter_trained_anew_is_another_setting(setting, finished, tmp_path):
