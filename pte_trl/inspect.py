@@ -222,6 +222,7 @@ def written(args: argparse.Namespace, model: PeftModel, tokenizer) -> tuple[list
 def main(argv: list[str] | None = None) -> None:
     with settings_checked():
         args = parse(argv)
+        args.output.mkdir(parents=True, exist_ok=True)
         source, tokenizer = check(args.model, args.adapter)
         row = row_of(args, tokenizer)
     model = load(source)
@@ -231,7 +232,6 @@ def main(argv: list[str] | None = None) -> None:
     words = [tokenizer.decode([token]) for token in completion]
     found["movers"] = movers(found, words)
     found["kl_by_distance"] = by_distance(found["kl"], found["since_eviction"])
-    args.output.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     about = {"environment": environment(), "settings": settings, "text": tokenizer.decode(completion)}
     write_json(args.output / "inspect.json", about | found)
