@@ -7,7 +7,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, get_scheduler
 
 from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.check import check_adapter, check_adapter_folder, expected_shapes, load_adapter
@@ -42,6 +42,7 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
             of its own, unless the recipe trusts it.
     """
     check_without_effect(args)
+    check_optimizer(args)
     reachable(*model_needs(script))
     check_engine(args, named_launch(args).engine)
     config = check_base(script.model_name_or_path, args.trust_remote_code)
@@ -76,6 +77,26 @@ def check_without_effect(args: PteGRPOConfig) -> None:
         value = getattr(getattr(args, key), "value", getattr(args, key))
         if value != allowed:
             raise ValueError(f"{key}={value!r}: {why}; allowed is {allowed!r}")
+
+
+def check_optimizer(args: PteGRPOConfig) -> None:
+    """Makes the optimizer's class and, for one weight, the schedule: packages or arguments may be missing.
+
+    Raises:
+        ValueError: naming the setting, with what transformers says.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"optim={args.optim.value!r}: {error}") from error
+    name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    try:
+        weight = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        get_scheduler(name, weight, num_warmup_steps=1, num_training_steps=9, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={getattr(name, 'value', name)!r} with lr_scheduler_kwargs={options!r}: {error}"
+        ) from error
 
 
 def check_base(name: str, trust_remote_code: bool):

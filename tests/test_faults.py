@@ -14,7 +14,7 @@ from pte_trl.data import load_problems
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.faults import FiniteReward, Tolerant, check_finite, is_lost_rank
 from pte_trl.grading import Job, WorkerPool
-from pte_trl.loading import adapter_folder, check_evaluation_model, check_model
+from pte_trl.loading import adapter_folder, check_evaluation_model, check_model, check_optimizer
 from pte_trl.parsing import parse_recipe
 from pte_trl.tiny.model import build
 from tests.launches import ENGINES, course, gap, run, start
@@ -232,3 +232,21 @@ def test_what_a_script_does_not_hand_to_the_trainer_is_refused(tmp_path, change)
     ((key, value),) = change.items()
     with pytest.raises(ValueError, match=f"^{key}={value!r}: .*; allowed is"):
         check_model(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": "lomo"}, "^optim='lomo': .*install"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "^lr_scheduler_type='cosine_with_min_lr' with .*min_lr"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"foo": 1}}, "^lr_scheduler_type='cosine' with .*foo"),
+    ],
+)
+def test_an_optimizer_or_a_schedule_that_cannot_be_made_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        check_optimizer(parse_recipe(recipe(tmp_path, **change))[1])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial"])
+def test_a_usual_schedule_passes(tmp_path, schedule):
+    check_optimizer(parse_recipe(recipe(tmp_path, lr_scheduler_type=schedule))[1])
