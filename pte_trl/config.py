@@ -34,7 +34,9 @@ class RecipeArguments:
     dataset_name: str = field(default="dapo_math_17k", metadata={"help": "Known name, hub name, folder or file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Hub configuration of the dataset."})
     dataset_split: str | None = field(default=None, metadata={"help": "Split of the dataset."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of NAME.jsonl files instead of the hub."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of files NAME.jsonl, .csv, ...; no hub then."}
+    )
     problem_column: str | None = field(default=None, metadata={"help": "Column of the problem."})
     answer_column: str | None = field(default=None, metadata={"help": "Column of the gold answer."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Only the first so many rows."})

@@ -31,6 +31,8 @@ def check_environment(env) -> None:
     if not isinstance(env, dict):
         raise ValueError(f"env={env!r}: must hold `NAME: value` lines")
     for name, value in env.items():
+        if not isinstance(value, (str, int, float)):
+            raise ValueError(f"env: {name}={value!r}: must be text or a number")
         if name not in ALLOWED:
             raise ValueError(
                 f"env: {name}={value!r}: a recipe may not set it, since it could run code or change what is run; "

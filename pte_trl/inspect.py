@@ -15,18 +15,22 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from pte_trl.adapter import PteConfig
+from pte_trl.adapter.check import method_of, read_config
 from pte_trl.adapter.layer import PteAttention
 from pte_trl.adapter.model import active_layers
 from pte_trl.distill.completions import ends_of, read_completions, tokens_of
 from pte_trl.engine import left_pad
+from pte_trl.entry import framed, run, settings_checked
+from pte_trl.hub import reachable
 from pte_trl.inspect_plots import draw
+from pte_trl.limits import COUNT, check_value
+from pte_trl.loading import adapter_folder
 from pte_trl.manifest import environment, write_json
+from pte_trl.needs import repository
 from pte_trl.replay import ReplayPlan, replay_inputs
 from pte_trl.rollout import rollout
-from pte_trl.study.kl import kl_per_token, load
+from pte_trl.study.kl import check, kl_per_token, load
 
 QUESTION = "Explain step by step how to add 347 and 586, then check the result another way."
 
@@ -146,7 +150,12 @@ def movers(found: dict, words: list[str], count: int = 20) -> list[dict]:
     return sorted(rows, key=lambda row: -row["moved"])[:count]
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: a number out of its range, or a folder that holds no PTE adapter.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="folder of a PTE adapter")
     parser.add_argument("--model", help="its base model; where it was trained, if not given")
@@ -159,20 +168,40 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.prompt and args.completions:
         parser.error("--prompt and --completions: one of them at most")
     args.prompt = args.prompt or (None if args.completions else QUESTION)
     args.output = args.output or Path(args.adapter) / "inspect"
-    args.model = args.model or PteConfig.from_pretrained(args.adapter).base_model_name_or_path
+    for key in ("window", "evict_ratio", "max_new_tokens", "temperature", "seed"):
+        check_value(key, getattr(args, key), COUNT if key == "window" else None)
+    hub = repository("adapter", "adapter", args.adapter)
+    reachable(*([] if hub is None else [hub]))
+    args.adapter = str(adapter_folder(args.adapter))
+    config = read_config(args.adapter)
+    if method_of(config) != "pte":
+        raise ValueError(f"{args.adapter}: is a {method_of(config).upper()} adapter; only PTE has an S to look at")
+    args.model = args.model or config.base_model_name_or_path
     return args
 
 
-def text_of(args: argparse.Namespace, model: PeftModel, tokenizer) -> tuple[list[int], list[int]]:
-    """Prompt and completion ids: a row of the file, or what the model writes under the window."""
-    if args.completions:
-        row = read_completions(args.completions, tokenizer)[args.row]
-        return tokens_of(row["prompt"], tokenizer), row["completion_ids"]
+def row_of(args: argparse.Namespace, tokenizer) -> tuple[list[int], list[int]] | None:
+    """Prompt and completion ids of the file's row, None where there is no file.
+
+    Raises:
+        ValueError: what `read_completions` refuses, or no such row.
+    """
+    if not args.completions:
+        return None
+    rows = read_completions(args.completions, tokenizer)
+    if not 0 <= args.row < len(rows):
+        raise ValueError(f"row={args.row}: {args.completions} has {len(rows)} rows; allowed are 0 to {len(rows) - 1}")
+    row = rows[args.row]
+    return tokens_of(row["prompt"], tokenizer), row["completion_ids"]
+
+
+def written(args: argparse.Namespace, model: PeftModel, tokenizer) -> tuple[list[int], list[int]]:
+    """Prompt and completion ids of what the model writes under the window."""
     chat = tokenizer.chat_template is not None
     prompt = tokens_of([{"role": "user", "content": args.prompt}] if chat else args.prompt, tokenizer)
     done = rollout(
@@ -189,22 +218,20 @@ def text_of(args: argparse.Namespace, model: PeftModel, tokenizer) -> tuple[list
     return prompt, done.completion_ids[0]
 
 
-def main() -> None:
-    try:
-        args = parse()
-    except (ValueError, OSError) as error:  # no adapter there, or one of another kind
-        raise SystemExit(f"error: {error}") from error
-    tokenizer, model = AutoTokenizer.from_pretrained(args.model), load(args.model, args.adapter)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    try:
-        prompt, completion = text_of(args, model, tokenizer)
+@framed
+def main(argv: list[str] | None = None) -> None:
+    with settings_checked():
+        args = parse(argv)
+        args.output.mkdir(parents=True, exist_ok=True)
+        source, tokenizer = check(args.model, args.adapter)
+        row = row_of(args, tokenizer)
+    model = load(source)
+    with settings_checked():
+        prompt, completion = row or written(args, model, tokenizer)
         found = inspect(model, prompt, completion, args.window, args.evict_ratio, tokenizer.pad_token_id)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     words = [tokenizer.decode([token]) for token in completion]
     found["movers"] = movers(found, words)
     found["kl_by_distance"] = by_distance(found["kl"], found["since_eviction"])
-    args.output.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     about = {"environment": environment(), "settings": settings, "text": tokenizer.decode(completion)}
     write_json(args.output / "inspect.json", about | found)
@@ -218,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

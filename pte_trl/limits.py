@@ -177,6 +177,20 @@ def fault_of(cls: type, key: str, value, limit: Limit | None = None) -> str | No
         if value is None:
             return None
         limit = Limit(limit.type, f"{limit.words}, or left out")
+    return _fault(key, value, limit)
+
+
+def check_value(key: str, value, limit: Limit | None = None) -> None:
+    """Refuses a value that stands in no dataclass, such as a flag of argparse.
+
+    Raises:
+        ValueError: as `check_values`.
+    """
+    if fault := _fault(key, value, limit or LIMITS[key]):
+        raise ValueError(fault)
+
+
+def _fault(key: str, value, limit: Limit) -> str | None:
     try:
         _adapter(limit.type).validate_python(value)
     except ValidationError:

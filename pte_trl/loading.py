@@ -7,7 +7,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, get_scheduler
 
 from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.check import check_adapter, check_adapter_folder, expected_shapes, load_adapter
@@ -41,6 +41,8 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
             folder or an adapter that is not whole; an adapter of another method, model or setting; a model with code
             of its own, unless the recipe trusts it.
     """
+    check_without_effect(args)
+    check_optimizer(args)
     reachable(*model_needs(script))
     check_engine(args, named_launch(args).engine)
     config = check_base(script.model_name_or_path, args.trust_remote_code)
@@ -58,6 +60,43 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
     adapter = check_adapter_folder(script.adapter, config, args.trust_remote_code)
     stated = {key: getattr(script, key) for key in ADAPTER_KEYS if key in getattr(script, "given", ())}
     check_adapter(args.method, adapter, settings=stated, model_config=config, source=f"adapter={name!r}")
+
+
+def check_without_effect(args: PteGRPOConfig) -> None:
+    """Refuses what the trainers know and the scripts do not hand them; they find it out late, or ignore it.
+
+    Raises:
+        ValueError: naming what does that.
+    """
+    no_set = "a recipe has no set to evaluate on while it trains; recipes/evaluate.py evaluates what is saved"
+    for key, allowed, why in (
+        ("eval_strategy", "no", no_set),
+        ("eval_on_start", False, no_set),
+        ("model_init_kwargs", None, "the keys dtype, attn_implementation and trust_remote_code say how it is loaded"),
+    ):
+        value = getattr(getattr(args, key), "value", getattr(args, key))
+        if value != allowed:
+            raise ValueError(f"{key}={value!r}: {why}; allowed is {allowed!r}")
+
+
+def check_optimizer(args: PteGRPOConfig) -> None:
+    """Makes the optimizer's class and, for one weight, the schedule: packages or arguments may be missing.
+
+    Raises:
+        ValueError: naming the setting, with what transformers says.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"optim={args.optim.value!r}: {error}") from error
+    name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    try:
+        weight = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        get_scheduler(name, weight, num_warmup_steps=1, num_training_steps=9, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={getattr(name, 'value', name)!r} with lr_scheduler_kwargs={options!r}: {error}"
+        ) from error
 
 
 def check_base(name: str, trust_remote_code: bool):
@@ -83,6 +122,7 @@ def check_evaluation_model(args: ModelSource) -> None:
         ValueError: an unsupported architecture, a model folder or an adapter that is not whole, or not the model's.
     """
     reachable(*model_needs(args))
+    one_of("attn_implementation", args.attn_implementation, MASKED_ATTENTION)
     config = check_base(args.model_name_or_path, args.trust_remote_code)
     check_supported(config)
     if args.adapter is not None:

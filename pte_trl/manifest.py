@@ -91,7 +91,9 @@ def save_run(trainer, settings: dict) -> None:
 
 def recipe_settings(script, args) -> dict:
     """The settings of a run, as they stand in its manifest."""
-    return asdict(script) | {key: value for key, value in args.to_dict().items() if value is not None}
+    stated = {key: value for key, value in args.to_dict().items() if value is not None}
+    # A distillation shares most of its keys with a GRPO, and is not it.
+    return asdict(script) | stated | {"config_class": type(args).__name__}
 
 
 def write_json(path: Path, content) -> Path:

@@ -57,7 +57,7 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
     argv = list(sys.argv[1:] if argv is None else argv)
     # `--config=f.yaml` is the same as `--config f.yaml`; TrlParser knows the second only.
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    parser, recipe = Parser(classes), {}
+    parser, recipe = Parser(classes, allow_abbrev=False), {}  # `given` would not know --budg for budget
     if "--config" in argv:
         at = argv.index("--config")
         recipe = read_recipe("config", *argv[at + 1 : at + 2])
@@ -67,6 +67,10 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
         check_types(recipe, classes)
         recipe = without_replaced(recipe, argv)
         parser.set_defaults_with_config(**recipe)
+    for flag in (arg.partition("=")[0] for arg in argv if arg.startswith("--") and " " not in arg):
+        # Not left to argparse, which reads all the values first and refuses one of them.
+        if flag not in parser._option_string_actions:
+            raise ValueError(f"{flag}: no such flag; --help lists those there are")
     parsed = parser.parse_args_into_dataclasses(args=argv)
     for settings in parsed:
         settings.given = {*recipe, *flags(argv)}
@@ -114,6 +118,8 @@ def check_types(recipe: dict, classes: tuple[type, ...]) -> None:
         # PyYAML reads 1e-5 as text, and `window` may be text; argparse and __post_init__ turn both into numbers.
         if fault and (number := as_number(value)) is not None:
             fault = fault_of(owners[key], key, number)
+        if fault and isinstance(value, bool):
+            fault += "; YAML takes yes, no, on and off for true and false where they are not in quotes"
         if fault:
             raise ValueError(fault)
 

@@ -32,7 +32,8 @@ def plain(value: Any) -> str:
         ValueError: a list, an object, a boolean, NaN, an infinite number, or text such as "nan" or "None".
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
-        raise ValueError(f"{value!r} is a {type(value).__name__}; text or a number is needed")
+        kind = "mapping" if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{value!r} is a {kind}; text or a number is needed")
     if isinstance(value, NotANumber):
         raise ValueError(f"{value} is no number; text or a number is needed")
     if not isinstance(value, str) or isinstance(value, Number):

@@ -9,11 +9,13 @@ transformers fills what is missing in a checkpoint with random numbers and says 
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -146,6 +148,13 @@ def read_shapes(file: Path, setting: str) -> dict[str, list[int]]:
     return shapes
 
 
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models are built on the meta device, under ZeRO-3 too, which would divide the weights that are not there."""
+    with torch.device("meta"), set_zero3_state():
+        yield
+
+
 def check_shapes(config: PreTrainedConfig, found: dict[str, list[int]], setting: str) -> None:
     """Names and shapes in the files against those of the model that the configuration describes.
 
@@ -154,7 +163,7 @@ def check_shapes(config: PreTrainedConfig, found: dict[str, list[int]], setting:
     transformers may convert while loading: where there are such, what is missing is left to `check_loaded`.
     """
     try:
-        with torch.device("meta"):
+        with without_memory():
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # a model's class may raise anything on a configuration that makes no sense
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

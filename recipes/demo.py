@@ -12,16 +12,18 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from grpo_pte import main as train
+from pte_trl.adapter.check import load_adapter
 from pte_trl.data import build_prompts, load_problems
+from pte_trl.entry import framed, run, settings_checked
 from pte_trl.parsing import parse_recipe
 from pte_trl.rewards import Grader
 from pte_trl.rollout import rollout
 from pte_trl.tiny.task import DIFFICULTIES, rows
+from pte_trl.tokens import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SEED, TRAIN_SEED = 1, 2
@@ -87,29 +89,35 @@ def plot_rewards(history: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+@framed
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tier", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--data_dir", help="folder of JSONL files, where no hub can be reached (smollm2)")
     parser.add_argument("--test_problems", type=int, default=None, help="problems of the evaluation")
-    options, extra = parser.parse_known_args()
+    options, extra = parser.parse_known_args(argv)
     count = options.test_problems or (200 if options.tier == "tiny" else 20)
     argv = ["--config", str(ROOT / f"recipes/{options.tier}.yaml"), "--resume", "never", *extra]
+    if options.tier == "smollm2":
+        argv += ["--data_dir", options.data_dir] if options.data_dir else []
+    with settings_checked():
+        parse_recipe(argv)
     if options.tier == "tiny":
         prepare_tiny(count)
-        test = load_problems("outputs/tiny-data/test.jsonl", limit=count)
+        source, folder = "outputs/tiny-data/test.jsonl", None
     else:
         prepare_smollm2()
-        argv += ["--data_dir", options.data_dir] if options.data_dir else []
-        test = load_problems("gsm8k_test", data_dir=options.data_dir, limit=count)
+        source, folder = "gsm8k_test", options.data_dir
+    with settings_checked():
+        test = load_problems(source, data_dir=folder, limit=count)
 
     trainer = train(argv)
     script, args = parse_recipe(argv)
-    tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
+    tokenizer = load_tokenizer(script)
     base = AutoModelForCausalLM.from_pretrained(script.model_name_or_path, dtype=torch.float32).eval()
     full, _ = accuracy(base, tokenizer, test, script, args, args.max_completion_length, "base, full cache")
     before, _ = accuracy(base, tokenizer, test, script, args, args.window, "base, window")
-    trained = PeftModel.from_pretrained(base, args.output_dir).eval()
+    trained = load_adapter(base, args.output_dir).eval()
     after, texts = accuracy(trained, tokenizer, test, script, args, args.window, "PTE, window")
 
     curve = Path(args.output_dir) / "reward.png"
@@ -126,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from pte_trl.entry import framed, run, settings_checked
 from pte_trl.evaluation.benchmarks import load_benchmark
-from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.config import EvaluationArguments, short_name
 from pte_trl.evaluation.metrics import summarise, table
 from pte_trl.evaluation.runner import Evaluation, check_problems, check_room
 from pte_trl.evaluation.vllm import VllmSampler, check_vllm
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         accelerator = Accelerator(cpu=args.use_cpu, kwargs_handlers=[patience])
         check_world(accelerator.num_processes)
         for name in args.benchmarks:
-            own(Path(args.output_dir) / Path(name).stem)
+            own(Path(args.output_dir) / short_name(name))
         check_evaluation_model(args)
         if args.backend == "vllm":
             check_vllm(args)
@@ -52,18 +52,22 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
             for name, rows in problems.items():
                 check_problems(name, rows, grader)
 
-    sample_with_vllm = args.backend == "vllm"
-    with settings_checked():
-        model = VllmSampler(args, accelerator) if sample_with_vllm else load_for_evaluation(args, accelerator.device)
-    summaries = {}
-    for name, rows in problems.items():
+        evaluations = [Evaluation(name, rows, tokenizer, args, accelerator, grader) for name, rows in problems.items()]
+        missing = [evaluation for evaluation in evaluations if not evaluation.look()]
+
+    model = None
+    if missing:
         with settings_checked():
-            evaluation = Evaluation(name, rows, model, tokenizer, args, accelerator, grader)
-            summaries[name] = summarise(evaluation.run())
+            vllm = args.backend == "vllm"
+            model = VllmSampler(args, accelerator) if vllm else load_for_evaluation(args, accelerator.device)
+    summaries = {}
+    for name, evaluation in zip(problems, evaluations, strict=True):
+        with settings_checked():
+            summaries[name] = summarise(evaluation.run(model))
         if accelerator.is_main_process and not (evaluation.folder / "manifest.json").is_file():
             settings = asdict(args) | {"benchmark": name}
             write_manifest(evaluation.folder, accelerator.device, accelerator.num_processes, settings)
-    accelerator.print(table({f"{Path(args.output_dir).name}/{Path(name).stem}": s for name, s in summaries.items()}))
+    accelerator.print(table({f"{Path(args.output_dir).name}/{short_name(name)}": s for name, s in summaries.items()}))
     accelerator.end_training()
     return summaries
 

@@ -155,7 +155,8 @@ def main(argv: list[str] | None = None) -> list[str]:
         tokenizer = load_tokenizer(args, args.trust_remote_code)
         prepared = [(question, *prepare(tokenizer, question, args)) for question in args.questions()]
     device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
-    model = load_for_evaluation(args, device)
+    with settings_checked():
+        model = load_for_evaluation(args, device)
     answers = []
     for question, ids, window in prepared:
         print(f"question: {question}", flush=True)

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from evaluate import main
 from pte_trl import PteConfig
 from pte_trl.evaluation.benchmarks import load_benchmark
+from pte_trl.evaluation.config import EvaluationArguments, ModelSource, short_name
 from pte_trl.evaluation.records import read_records
+from pte_trl.evaluation.regrade import main as regrade_command
 from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import seed_of, window_of
 from pte_trl.eviction import STRATEGIES
@@ -140,6 +142,23 @@ def test_a_folder_of_other_settings_is_refused(setting, finished, key, value):
     with pytest.raises(SystemExit, match=f"{key}={value}|{key}=48|{key}=1.0|{key}=0"):
         main(argv(setting, finished, **{key: value}))
     assert content(finished) == before
+
+
+def test_what_is_there_is_looked_at_before_the_weights_load(setting, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("evaluate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
+    main(argv(setting, finished))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"temperature=1\.0, this evaluation has 0\.5"):
+        main(argv(setting, finished, temperature=0.5))
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out/sums/records.jsonl").write_text("5\n")
+    with pytest.raises(SystemExit, match=r"records\.jsonl, line 1: is 5 and no record"):
+        main(argv(setting, tmp_path / "out"))
+
+
+def test_nothing_to_grade_again_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match=r"no records\.jsonl below"):
+        regrade_command([str(tmp_path)])
 
 
 def test_an_adapter_trained_anew_is_another_setting(setting, finished, tmp_path):
@@ -301,7 +320,8 @@ BAD = [
     ({"eviction": "youngest"}, "eviction='youngest'"),
     ({"adapter": "/nowhere"}, "/nowhere"),
     ({"benchmarks": "math5000"}, "math5000"),
-    ({"chat_template_kwargs": "{"}, "must be a mapping, or the text of a JSON object"),
+    ({"chat_template_kwargs": "{"}, "chat_template_kwargs='{'"),
+    ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2': allowed are"),
 ]
 
 
@@ -319,6 +339,29 @@ def test_every_strategy_can_be_evaluated(setting, finished, tmp_path, eviction):
     assert [r["eviction"] for r in records] == [eviction] * 2
     same = [r["completion"] for r in records] == [r["completion"] for r in read_records(finished / "sums")[:4:3]]
     assert same == (eviction == "sliding_window")
+
+
+def test_a_benchmark_is_called_by_its_files_name_without_any_known_ending(setting, tmp_path, monkeypatch):
+    names = {"org/set": "set", "org/set-1.5": "set-1.5", "d/sums.jsonl": "sums", "d/sums.csv.gz": "sums"}
+    assert {name: short_name(name) for name in names} == names
+    monkeypatch.chdir(tmp_path)
+    assert short_name(".") == tmp_path.name
+    with pytest.raises(ValueError, match="same folder"):
+        EvaluationArguments(model_name_or_path="m", output_dir="o", benchmarks=["a/x.jsonl.gz", "b/x.csv"])
+
+
+def test_what_is_graded_comes_from_the_recipe_unless_it_is_said(tmp_path):
+    (tmp_path / "r.yaml").write_text('model_name_or_path: m\nanswer_after: "</think>"\nlearning_rate: 1.0e-3\n')
+    given = {"recipe": str(tmp_path / "r.yaml"), "output_dir": "o", "benchmarks": ["math500"]}
+    assert EvaluationArguments(**given).answer_after == "</think>"
+    assert EvaluationArguments(**given, answer_after="</t>").answer_after == "</t>"
+    assert not hasattr(ModelSource(recipe=given["recipe"]), "answer_after")
+
+
+def test_text_is_no_leave_to_run_code(tmp_path):
+    (tmp_path / "r.yaml").write_text('model_name_or_path: m\ntrust_remote_code: "false"\n')
+    with pytest.raises(ValueError, match="trust_remote_code='false': must be true or false"):
+        ModelSource(recipe=str(tmp_path / "r.yaml"))
 
 
 def test_seeds_and_windows_belong_to_the_sample():

@@ -14,8 +14,9 @@ from pte_trl.data import load_problems
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.faults import FiniteReward, Tolerant, check_finite, is_lost_rank
 from pte_trl.grading import Job, WorkerPool
-from pte_trl.loading import adapter_folder, check_evaluation_model, check_model
+from pte_trl.loading import adapter_folder, check_evaluation_model, check_model, check_optimizer
 from pte_trl.parsing import parse_recipe
+from pte_trl.tiny.model import build
 from tests.launches import ENGINES, course, gap, run, start
 from tests.test_recipes import recipe
 
@@ -220,3 +221,32 @@ def test_code_that_comes_with_a_model_runs_only_where_the_recipe_says_so(tmp_pat
     with pytest.raises(ValueError, match="model_type='own': PTE supports"):
         check_model(*parse_recipe(recipe(tmp_path, model_name_or_path=str(model), trust_remote_code=True)))
     assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"eval_strategy": "steps"}, {"eval_on_start": True}, {"model_init_kwargs": {"a": 1}}]
+)
+def test_what_a_script_does_not_hand_to_the_trainer_is_refused(tmp_path, change):
+    build(seed=0)[0].save_pretrained(tmp_path / "model")
+    arguments = parse_recipe(recipe(tmp_path, model_name_or_path=str(tmp_path / "model"), **change))
+    ((key, value),) = change.items()
+    with pytest.raises(ValueError, match=f"^{key}={value!r}: .*; allowed is"):
+        check_model(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": "lomo"}, "^optim='lomo': .*install"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "^lr_scheduler_type='cosine_with_min_lr' with .*min_lr"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"foo": 1}}, "^lr_scheduler_type='cosine' with .*foo"),
+    ],
+)
+def test_an_optimizer_or_a_schedule_that_cannot_be_made_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        check_optimizer(parse_recipe(recipe(tmp_path, **change))[1])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial"])
+def test_a_usual_schedule_passes(tmp_path, schedule):
+    check_optimizer(parse_recipe(recipe(tmp_path, lr_scheduler_type=schedule))[1])

@@ -100,7 +100,8 @@ def test_the_text_is_the_evaluation_s_whatever_the_checkpoint_says(model, hostil
     )
     loaded = AutoModelForCausalLM.from_pretrained(hostile).eval()
     tokenizer = AutoTokenizer.from_pretrained(hostile, padding_side="left")
-    evaluation = Evaluation("sums", problems, loaded, tokenizer, args, Accelerator(cpu=True), grader=None)
+    evaluation = Evaluation("sums", problems, tokenizer, args, Accelerator(cpu=True), grader=None)
+    evaluation.model = loaded
     (sample,) = evaluation.samples()
     texts, *_ = evaluation._generate([type(sample)(0, 0, options.get("seed", 0), sample.window)])
     assert texts == [written]

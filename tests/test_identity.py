@@ -11,6 +11,8 @@ from datasets import Dataset
 
 from pte_trl import identity
 from pte_trl.checkpoints import differences, starting_point
+from pte_trl.config import PteGRPOConfig, RecipeArguments
+from pte_trl.distill import PteDistillConfig
 from pte_trl.identity import (
     adapter_identity,
     base_identity,
@@ -20,6 +22,7 @@ from pte_trl.identity import (
     training_identity,
     verdict_versions,
 )
+from pte_trl.manifest import recipe_settings
 from tests.test_resume import args_of, checkpoint
 
 
@@ -183,3 +186,10 @@ def test_a_training_that_goes_on_under_another_content_is_refused(tmp_path, key)
 def test_no_template_is_none(tmp_path):
     assert template_identity(SimpleNamespace(chat_template=None)) is None
     assert json.dumps(template_identity(SimpleNamespace(chat_template={"default": "x"})))
+
+
+def test_a_distillation_is_not_the_finished_run_of_a_grpo(tmp_path):
+    common = {"window": 8, "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    script = RecipeArguments(model_name_or_path="m")
+    settings = [recipe_settings(script, cls(**common)) for cls in (PteGRPOConfig, PteDistillConfig)]
+    assert "config_class: 'PteGRPOConfig' -> 'PteDistillConfig'" in differences(*settings)

@@ -79,7 +79,7 @@ def test_what_it_cannot_look_at():
         inspect(with_pte(tiny(), target_modules=["k_proj"]), PROMPT, COMPLETION, WINDOW, 0.25, pad=0)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
     from pte_trl.tiny.model import build
 
     model, tokenizer = build(0)
@@ -102,4 +102,19 @@ def test_the_command(tmp_path):
     assert found["settings"]["model"] == "base"  # where the adapter was trained
     for name in ("states", "tokens", "distance"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "error" in run("nowhere").stderr
+    from pte_trl import inspect as command
+
+    with_lora(build(0)[0]).save_pretrained(str(tmp_path / "lora"))
+    bad = {
+        ("nowhere",): "'nowhere'",
+        (str(tmp_path / "lora"),): "is a LORA adapter",
+        (str(tmp_path / "adapter"), "--window", "0"): "window=0: must be an integer of at least 1",
+        (str(tmp_path / "adapter"), "--temperature", "-1"): "temperature=-1.0: must be",
+        (str(tmp_path / "adapter"), "--model", str(tmp_path / "lora")): "config.json",
+        (str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--completions", "no.jsonl"): "no.jsonl",
+    }
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("weights were loaded"))
+    for words, sentence in bad.items():
+        with pytest.raises(SystemExit, match=r"^error: ") as stopped:
+            command.main(list(words))
+        assert sentence in str(stopped.value), (words, stopped.value)

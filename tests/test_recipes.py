@@ -80,6 +80,7 @@ BAD = [
     ({"max_steps": 2.5}, "max_steps=2.5.*integer"),
     ({"beta": True}, "beta=True.*number"),
     ({"rank": "many"}, "rank='many'"),
+    ({"save_strategy": False}, "save_strategy=False.* not in quotes"),
     ({"windw": 16}, "windw=16: no such key"),
     ({"per_device_train_batch_size": 3}, "divisible"),
 ]
@@ -96,6 +97,12 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     path.write_text((ROOT / "recipes/tiny.yaml").read_text() + "\nwindow: 99\n")
     with pytest.raises(ValueError, match="window: stands twice"):
         parse_recipe(["--config", str(path)])
+
+
+@pytest.mark.parametrize("flag", ["--budg", "--budg=20", "--windw"])
+def test_a_flag_is_written_out_and_known(tmp_path, flag):
+    with pytest.raises(ValueError, match=f"{flag.partition('=')[0]}: no such flag"):
+        parse_recipe([*recipe(tmp_path, window=None, budget=40), flag, *([] if "=" in flag else ["20"])])
 
 
 def test_a_missing_recipe_is_named():

@@ -14,7 +14,7 @@ from pte_trl.faults import Fault
 
 def row(problem: str, sample: int, correct: bool, **changes) -> dict:
     usual = {"completion": r"\boxed{1}", "finish_reason": "stop", "tokens": 10, "evictions": 2}
-    usual |= {"contaminated": False, "gold_note": None}
+    usual |= {"contaminated": False, "gold": "1", "gold_note": None}
     return {"problem_id": problem, "sample": sample, "correct": correct} | usual | changes
 
 
@@ -105,7 +105,7 @@ LINES = {
     "5": "is 5 and no record",
     "null": "is null and no record",
     '["a"]': "is .* and no record",
-    '{"a": 1}': "a record without a proper problem_id, sample, correct, completion, finish_reason, tokens",
+    '{"a": 1}': "a record without a proper problem_id, sample, correct, completion, finish_reason, tokens, evictions",
     json.dumps(row("a", True, True)): "without a proper sample",
     json.dumps(row("a", 0, None)): "without a proper correct",
     json.dumps(row(["a"], 0, True)): "without a proper problem_id",

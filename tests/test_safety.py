@@ -14,6 +14,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from pte_trl import checkpoints
 from pte_trl.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
+from pte_trl.environment import check_environment
 from pte_trl.grading import Job, WorkerPool
 from pte_trl.parsing import parse_recipe
 from tests.test_recipes import recipe
@@ -112,6 +113,11 @@ def test_a_recipe_does_not_set_what_could_run_code(tmp_path, name, monkeypatch):
     with pytest.raises(ValueError, match=f"env: {name}='/x': a recipe may not set it"):
         parse_recipe(recipe(tmp_path, env={name: "/x"}))
     assert name not in os.environ
+
+
+def test_a_variable_is_text_or_a_number():
+    with pytest.raises(ValueError, match=r"env: OMP_NUM_THREADS=.*: must be text or a number"):
+        check_environment({"OMP_NUM_THREADS": {"a": 1}})
 
 
 def test_what_a_recipe_may_set_is_set(tmp_path, monkeypatch):

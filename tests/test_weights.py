@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from pte_trl import PteConfig
+from pte_trl.adapter.check import expected_shapes
 from pte_trl.weights import check_loaded, check_model_folder
 from tests.models import FAMILIES, tiny
 
@@ -195,3 +198,15 @@ def test_what_transformers_reports_is_an_error(saved, tmp_path):
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
     with pytest.raises(ValueError, match=r"6 \(model\.layers\.0\.mlp.* have another shape"):
         check_loaded(info, "x")
+
+
+def test_a_model_is_looked_at_under_zero3_too(saved, tmp_path):
+    put(tmp_path / "model", saved())
+    held = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        assert held.is_zero3()
+        check_model_folder(str(tmp_path / "model"))
+        config = AutoConfig.from_pretrained(tmp_path / "model")
+        assert expected_shapes(PteConfig(rank=2, num_global_tokens=2), config)[0]
+    finally:
+        unset_hf_deepspeed_config()

@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from pte_trl.adapter.fit import check_geometry, check_supported
 from pte_trl.adapter.peft_type import PTE
+from pte_trl.weights import without_memory
 
 # A recipe's keys -> what PteConfig and LoraConfig call them, where it is something else.
 PTE_NAMES = {"adapter_dropout": "dropout"}
@@ -157,7 +157,7 @@ def expected_shapes(
     config = copy.deepcopy(config)  # PEFT writes the model's name into it
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # shapes are the same, and an SVD needs weights
-    with torch.device("meta"), warnings.catch_warnings():
+    with without_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to warn of is said when the weights load
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         # No hub is asked what the vocabulary of the base was: embeddings in the file are let pass by their names.

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pte_trl.adapter.config import one_of
 from pte_trl.eviction import STRATEGIES
+from pte_trl.files import stem
 from pte_trl.limits import COUNT, check_values
 from pte_trl.parsing import read_recipe
 from pte_trl.rewards import check_answer_after
 
 FROM_RECIPE = (
     *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code"),
-    *("system_prompt", "chat_template_kwargs", "data_dir"),
+    *("system_prompt", "chat_template_kwargs", "data_dir", "answer_after"),
 )
 # What decides the text of a sample, and what of it is graded. A folder has one set of them, and so has every record.
 RECORDED = (
@@ -20,6 +21,12 @@ RECORDED = (
     *("budget", "window", "evict_ratio", "eviction", "max_new_tokens", "temperature", "top_p", "seed", "backend"),
     "answer_after",
 )
+
+
+def short_name(benchmark: str) -> str:
+    """What a benchmark is called in records and folders: org/set is set, and sums.jsonl.gz is sums."""
+    path = Path(benchmark).expanduser()
+    return stem(path.resolve() if path.is_dir() else path)
 
 
 @dataclass
@@ -38,17 +45,19 @@ class ModelSource:
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "More for the chat template, as JSON: '{\"enable_thinking\": false}'."}
     )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of NAME.jsonl files instead of the hub."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of files NAME.jsonl, .csv, ...; no hub then."}
+    )
 
     def __post_init__(self):
         if self.recipe is not None:
             values = read_recipe("recipe", self.recipe)
             for key in FROM_RECIPE:
-                if getattr(self, key) is None and key in values:
+                if getattr(self, key, "no such key") is None and key in values:
                     setattr(self, key, values[key])
         self.dtype = self.dtype or "bfloat16"
         self.attn_implementation = self.attn_implementation or "blockwise"
-        self.trust_remote_code = bool(self.trust_remote_code)
+        self.trust_remote_code = False if self.trust_remote_code is None else self.trust_remote_code
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
         check_values(self, window=COUNT)
@@ -61,7 +70,7 @@ class EvaluationArguments(ModelSource):
     """An evaluation of one model, with or without an adapter, on one or more benchmarks."""
 
     output_dir: str = field(default="", metadata={"help": "Records go to OUTPUT_DIR/BENCHMARK/records.jsonl."})
-    benchmarks: list[str] = field(default_factory=list, metadata={"help": "Names, .jsonl files or hub names."})
+    benchmarks: list[str] = field(default_factory=list, metadata={"help": "Known names, data files, or hub names."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
 
     budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept."})
@@ -89,7 +98,7 @@ class EvaluationArguments(ModelSource):
             raise ValueError("output_dir: not given")
         if not self.benchmarks:
             raise ValueError(f"benchmarks={self.benchmarks!r}: must name at least one")
-        if len({Path(name).stem for name in self.benchmarks}) < len(self.benchmarks):
+        if len(set(map(short_name, self.benchmarks))) < len(self.benchmarks):
             raise ValueError(f"benchmarks={self.benchmarks!r}: two would write into the same folder")
         if self.budget is not None and self.window is not None:
             raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")

@@ -23,7 +23,7 @@ def find(train: list[str], eval_sets: dict[str, list[str]]) -> dict[str, list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", help="folder of NAME.jsonl files instead of the hub")
+    parser.add_argument("--data_dir", help="folder of data files NAME.jsonl, .csv, ... instead of the hub")
     args = parser.parse_args()
     sets = load_eval_problems(args.data_dir)
     sets["gsm8k_test"] = list(load_problems("gsm8k_test", data_dir=args.data_dir)["problem"])

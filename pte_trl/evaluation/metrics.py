@@ -72,7 +72,7 @@ def summarise(records: list[dict]) -> dict:
         "mean_tokens": fmean(row["tokens"] for row in records),
         "mean_evictions": fmean(row["evictions"] for row in records),
         "contaminated": sum(row["contaminated"] for row in first.values()),
-        "doubtful_golds": sum(row["gold_note"] is not None for row in first.values()),
+        "doubtful_golds": sum(row.get("gold_note") is not None for row in first.values()),
     }
 
 
@@ -101,10 +101,16 @@ def main() -> None:
     found = sorted({path.parent for folder in args.folders for path in folder.rglob(COMPLETE)})
     if not found:
         raise SystemExit(f"error: no {COMPLETE} below {', '.join(map(str, args.folders))}")
-    try:
-        summaries = {str(folder): summarise(read_records(folder)) for folder in found}
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    summaries = {}
+    for folder in found:
+        try:
+            records = read_records(folder)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from error
+        try:
+            summaries[str(folder)] = summarise(records)
+        except ValueError as error:
+            raise SystemExit(f"error: {folder}: {error}") from error
     print(json.dumps(summaries, indent=1) if args.json else table(summaries))
 
 

@@ -17,6 +17,7 @@ from pte_trl.faults import Fault
 COMPLETE = "records.jsonl"
 # What the metrics are computed from.
 KEYS = {"problem_id": str, "sample": int, "correct": bool, "completion": str, "finish_reason": str, "tokens": int}
+KEYS |= {"evictions": int, "contaminated": bool, "gold": str}
 
 
 def read_records(folder: str | Path) -> list[dict]:

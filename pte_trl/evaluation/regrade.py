@@ -50,8 +50,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders with records.jsonl somewhere below")
     parser.add_argument("--answer_after", help="grade only what follows this text; left out: as the records say")
     args = parser.parse_args(argv)
+    found = sorted({path.parent for root in args.folders for path in root.rglob(COMPLETE)})
+    if not found:
+        raise SystemExit(f"error: no {COMPLETE} below {', '.join(map(str, args.folders))}")
     with Grader() as grader:
-        for folder in sorted({path.parent for root in args.folders for path in root.rglob(COMPLETE)}):
+        for folder in found:
             with settings_checked():
                 own(folder)
                 changed = regrade(folder, grader, args.answer_after)

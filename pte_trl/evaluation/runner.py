@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from pte_trl.batching import KeptEngine
 from pte_trl.data import build_prompts, tokens_of
 from pte_trl.evaluation.benchmarks import content_hash
-from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.config import EvaluationArguments, short_name
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
-from pte_trl.evaluation.vllm import VllmSampler
+from pte_trl.evaluation.vllm import VllmSampler, vllm_version
 from pte_trl.eviction import STRATEGIES
 from pte_trl.faults import check_finite, tail
 from pte_trl.grading import verdict_versions
@@ -104,36 +104,48 @@ class Evaluation:
         self,
         name: str,
         problems: Dataset,
-        model: nn.Module | VllmSampler,
         tokenizer: PreTrainedTokenizerBase,
         args: EvaluationArguments,
         accelerator: Accelerator,
         grader: Grader,
     ):
-        self.name, self.problems, self.model, self.tokenizer = name, problems, model, tokenizer
+        self.name, self.problems, self.tokenizer, self.model = name, problems, tokenizer, None
         self.args, self.accelerator, self.grader = args, accelerator, grader
         # One object for all batches: HeadKV measures the model's heads once.
         plain = args.eviction == "sliding_window"
         self.eviction = args.eviction if plain else STRATEGIES[args.eviction]()
         self.kept_engine = KeptEngine()
-        self.folder = Path(args.output_dir) / Path(name).stem
+        self.folder = Path(args.output_dir) / short_name(name)
         self.parts = Parts(self.folder)
         self.prompt_ids = prompt_tokens(problems, tokenizer, args)
         self.texts = tokenizer.batch_decode(self.prompt_ids)
         self.settings = args.recorded() | {
-            "benchmark": Path(name).stem,
+            "benchmark": short_name(name),
             "benchmark_sha256": content_hash(problems)[:12],
             **identity_of(args, tokenizer),
         }
         if args.backend == "vllm":
-            self.settings["vllm"] = model.version
+            self.settings["vllm"] = vllm_version()
 
-    def run(self) -> list[dict]:
-        """The records of the benchmark, all of them, on every process.
+    def look(self) -> bool:
+        """Whether all samples are there already; needs no model.
 
         Raises:
             ValueError: the folder holds records of other settings; names the key.
         """
+        _, complete = on_main(lambda: self._check({self._key(sample) for sample in self.samples()}))
+        return complete
+
+    def run(self, model: nn.Module | VllmSampler | None) -> list[dict]:
+        """The records of the benchmark, all of them, on every process.
+
+        Args:
+            model: None where all samples are there.
+
+        Raises:
+            ValueError: as `look`.
+        """
+        self.model = model
         everything = self.samples()
         order = [self._key(sample) for sample in everything]
         done, complete = on_main(lambda: self._check(set(order)))

@@ -36,6 +36,12 @@ def check_vllm(args) -> None:
         raise ValueError("backend='vllm': vLLM is not installed; pip install 'pte_trl[vllm]'")
 
 
+def vllm_version() -> str:
+    from vllm import __version__
+
+    return __version__
+
+
 class VllmSampler:
     """One engine of this process.
 
@@ -46,10 +52,10 @@ class VllmSampler:
     """
 
     def __init__(self, args, accelerator: Accelerator, **options):
-        from vllm import LLM, __version__
+        from vllm import LLM
         from vllm.lora.request import LoRARequest
 
-        self.lora, self.version = None, __version__
+        self.lora = None
         if args.adapter is not None:
             rank = PeftConfig.from_pretrained(args.adapter).r
             options |= {"enable_lora": True, "max_lora_rank": min(size for size in RANKS if size >= rank)}

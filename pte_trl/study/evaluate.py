@@ -7,11 +7,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import pte_trl.attention  # noqa: F401 (registers the attention)
+from pte_trl.adapter.check import load_adapter
 from pte_trl.manifest import environment, write_json
 from pte_trl.replay import replay_inputs
 from pte_trl.schedule import Schedule
@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32, attn_implementation="blockwise")
     if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter)
+        model = load_adapter(model, args.adapter)
     model.eval()
     lengths = {window: countdown(Schedule(window), args.names) for window in args.windows}
     found = {str(w): accuracy(model, args.names, w, length, args.samples) for w, length in lengths.items()}

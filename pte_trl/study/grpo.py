@@ -8,19 +8,22 @@ the data, as the base model would have drawn it; the loss is on the answer alone
 taken from one replay, which is what a decode gives (tests/test_exactness.py).
 """
 
-import sys
-
 import torch
 from trl.trainer.utils import pad
 
 from pte_trl.data import load_problems
 from pte_trl.engine import left_pad
+from pte_trl.entry import framed, run, settings_checked
+from pte_trl.identity import training_identity
 from pte_trl.loading import calibrate_encoders, check_model, load_model, load_tokenizer
 from pte_trl.manifest import recipe_settings, save_run
+from pte_trl.needs import check_needs
+from pte_trl.ownership import own
 from pte_trl.parsing import parse_recipe
 from pte_trl.replay import replay_inputs
 from pte_trl.rollout import eval_mode
 from pte_trl.schedule import resolve_window
+from pte_trl.trained import check_enough
 from pte_trl.trainer import PteGRPOTrainer
 
 
@@ -78,30 +81,35 @@ class RightAnswer:
         return [float(word == gold) for word, gold in zip(written, answer, strict=True)]
 
 
+@framed
 def main(argv: list[str] | None = None) -> GivenThoughtTrainer:
-    try:
+    with settings_checked():
         script, args = parse_recipe(argv)
+        check_needs(script)
+        own(args.output_dir)
+        settings = recipe_settings(script, args)
         check_model(script, args)
+        tokenizer = load_tokenizer(script, args.trust_remote_code)
         # The column thought: see pte_trl.study.recall.
         data = load_problems(script.dataset_name, limit=script.dataset_limit, keep=["thought"])
         data = data.rename_column("problem", "prompt")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    tokenizer = load_tokenizer(script)
-    trainer = GivenThoughtTrainer(
-        model=load_model(script),
-        reward_funcs=RightAnswer(tokenizer),
-        args=args,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=None if script.adapter else script.adapter_config(args.method),
-    )
+        check_enough(args, len(data))
+        settings |= training_identity(script, tokenizer, data)
+    with settings_checked():
+        trainer = GivenThoughtTrainer(
+            model=load_model(script, args.trust_remote_code),
+            reward_funcs=RightAnswer(tokenizer),
+            args=args,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=None if script.adapter else script.adapter_config(args.method),
+        )
     if script.adapter is None:
         calibrate_encoders(trainer)
     trainer.train()
-    save_run(trainer, recipe_settings(script, args))
+    save_run(trainer, settings)
     return trainer
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,26 +18,39 @@ from statistics import fmean, stdev
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
-import pte_trl.attention  # noqa: F401 (registers the attention)
-from pte_trl.adapter import PteConfig  # noqa: F401 (registers the method with PEFT)
 from pte_trl.distill.completions import read_completions, tokens_of
 from pte_trl.distill.divergence import divergence
 from pte_trl.distill.policies import hidden_states, tokens_since_eviction
 from pte_trl.engine import left_pad
+from pte_trl.entry import framed, run, settings_checked
+from pte_trl.evaluation.config import ModelSource
 from pte_trl.files import open_table
+from pte_trl.limits import COUNT, check_value
+from pte_trl.loading import check_evaluation_model, load_for_evaluation, load_tokenizer
 from pte_trl.manifest import environment, write_json
+from pte_trl.needs import check_needs
 
 
-def load(base: str, adapter: str | None, dtype: str = "float32") -> PeftModel:
+def check(base: str, adapter: str | None) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """What to load, and the base's tokenizer; loads no weights.
+
+    Raises:
+        ValueError, OSError: a model, a tokenizer or an adapter that cannot be used.
+    """
+    source = ModelSource(model_name_or_path=base, adapter=adapter, dtype="float32")
+    check_needs(source)
+    check_evaluation_model(source)
+    return source, load_tokenizer(source)
+
+
+def load(source: ModelSource) -> PeftModel:
     """The base with its adapter, on the CPU or the GPU there is; without one, with a LoRA that does nothing."""
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=getattr(torch, dtype), attn_implementation="blockwise"
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
-    if adapter is None:
+    model = load_for_evaluation(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if source.adapter is None:
         return get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
-    return PeftModel.from_pretrained(model, adapter).eval()
+    return model
 
 
 @torch.no_grad()
@@ -71,7 +84,8 @@ def summary(values: list[float]) -> dict:
     return {"mean": fmean(values), "se": error, "texts": len(values)}
 
 
-def main() -> None:
+@framed
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter")
@@ -80,17 +94,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--evict_ratio", type=float, default=0.25)
     parser.add_argument("--limit", type=int, help="only the first so many texts")
-    args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = list(read_completions(args.completions, tokenizer))[: args.limit]
-    asked = [row.get("asked", []) for row in open_table(Path(args.completions), ["asked"]).rows]
-    model, values = load(args.model, args.adapter), {}
+    args = parser.parse_args(argv)
+    with settings_checked():
+        for window in args.windows:
+            check_value("windows", window, COUNT)
+        check_value("evict_ratio", args.evict_ratio)
+        source, tokenizer = check(args.model, args.adapter)
+        texts = list(read_completions(args.completions, tokenizer))[: args.limit]
+        asked = [row.get("asked", []) for row in open_table(Path(args.completions), ["asked"]).rows]
+    model, values = load(source), {}
     for window in args.windows:
         means = defaultdict(list)
         for row, places in zip(texts, asked, strict=False):
             prompt = tokens_of(row["prompt"], tokenizer)
             found = kl_per_token(
-                model, prompt, row["completion_ids"], window, args.evict_ratio, tokenizer.pad_token_id or 0, places
+                model, prompt, row["completion_ids"], window, args.evict_ratio, tokenizer.pad_token_id, places
             )
             late = found["since"] >= 0
             if late.any():  # shorter texts are never evicted from
@@ -110,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
