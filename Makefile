@@ -5,7 +5,7 @@ PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 DATA_DIR ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-fast lint bench bench-gpu clean report
+.PHONY: help setup demo demo-smollm2 test test-all test-fast lint bench bench-gpu clean report
 
 help:  ## this list
 	@grep -hE '^[a-zA-Z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,11 +32,14 @@ demo: $(READY)  ## pretrain a tiny model, train it with PTE by GRPO, show what c
 demo-smollm2: $(READY)  ## the same run on a real pretrained model and real rows (DATA_DIR=folder without a hub)
 	$(PY) recipes/demo.py --tier smollm2 $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 
-test: $(READY)  ## all tests
+test: $(READY)  ## the tests; of large grids every value once
 	$(PY) -m pytest -n 2
 
+test-all: $(READY)  ## the same with every cell of the grids
+	$(PY) -m pytest -n 2 -m ""
+
 test-fast: $(READY)  ## all tests that take less than a minute
-	$(PY) -m pytest -n 2 -m "not slow"
+	$(PY) -m pytest -n 2 -m "not slow and not thorough"
 
 lint: $(READY)  ## ruff, lint and format
 	$(VENV)/bin/ruff check .
