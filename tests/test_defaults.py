@@ -28,8 +28,17 @@ def with_trls_defaults(config, tmp_path, method: str):
     return args
 
 
-@pytest.mark.parametrize("method", ["pte", "lora_c"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("llama", "pte"),
+        ("qwen2", "lora_c"),
+        ("qwen3", "pte"),
+        ("mistral", "lora_c"),
+        *(pytest.param(*cell, marks=pytest.mark.thorough) for cell in (("llama", "lora_c"), ("qwen2", "pte"))),
+        *(pytest.param(*cell, marks=pytest.mark.thorough) for cell in (("qwen3", "lora_c"), ("mistral", "pte"))),
+    ],
+)
 def test_float32_weights_train_under_trls_bf16(tmp_path, method, family):
     model = model_of(len(build_tokenizer()), family)
     args = with_trls_defaults(PteGRPOConfig, tmp_path, method)
