@@ -45,7 +45,15 @@ def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
     check_optimizer(args)
     reachable(*model_needs(script))
     check_engine(args, named_launch(args).engine)
-    config = check_base(script.model_name_or_path, args.trust_remote_code)
+    check_fits(script, args, check_base(script.model_name_or_path, args.trust_remote_code))
+
+
+def check_fits(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
+    """Compares the recipe and its adapter with the configuration of the base model.
+
+    Raises:
+        ValueError: as `check_model`.
+    """
     if args.method == "lora":
         if script.attn_implementation == NAME and config.model_type not in FAMILIES:
             script.attn_implementation = None  # `lora` trains any architecture, by transformers' own choice

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import (
     CONFIG_NAME,
@@ -70,6 +70,10 @@ def read_config(folder: Path, setting: str, trust_remote_code: bool) -> PreTrain
         raise ValueError(f"{setting}: {CONFIG_NAME} is not JSON ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str) or not content["model_type"]:
         raise ValueError(f"{setting}: {CONFIG_NAME} names no model_type, so nobody can tell which architecture it is")
+    if "auto_map" in content and not trust_remote_code and content["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{setting}: comes with Python code of its own, which is run only with trust_remote_code: true"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration class may raise anything on values it does not expect

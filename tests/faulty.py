@@ -200,15 +200,15 @@ def in_gradient(fault: Fault) -> None:
 
 def in_reward(fault: Fault) -> None:
     """One reward of the format reward."""
-    original = grpo_pte.format_reward
+    original = grpo_pte.FormatReward.__call__
 
-    def format_reward(completions, trainer_state=None, **kwargs):
-        rewards = original(completions, **kwargs)
+    def spoilt(self, completions, trainer_state=None, **kwargs):
+        rewards = original(self, completions, **kwargs)
         if fault.now():
             rewards[1] = None if fault.what == "none" else float(fault.what)
         return rewards
 
-    grpo_pte.format_reward = format_reward
+    grpo_pte.FormatReward.__call__ = spoilt
 
 
 MOMENTS = {

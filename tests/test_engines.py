@@ -142,10 +142,10 @@ def assert_same_run(reports: list[dict], folder: Path, expected: dict, expected_
     ("config", "options"),
     [
         ("ddp", ""),
-        ("ddp", f"{SEGMENTS} {CHECKPOINTED}"),
+        pytest.param("ddp", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),
         ("zero1", SEGMENTS),
         ("zero2", CHECKPOINTED),
-        ("zero3", ""),
+        pytest.param("zero3", "", marks=pytest.mark.thorough),
         ("zero3", f"{WALK} {CHECKPOINTED}"),
         ("fsdp2", f"{WALK} {CHECKPOINTED}"),
         ("multi_node_zero2", SEGMENTS),

@@ -110,9 +110,13 @@ def autocast(job: Job):
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.dtype == torch.bfloat16)
 
 
+# bfloat16 is slow on a CPU, and rounds no count
+CELLS = [x if x == torch.float32 else pytest.param(x, marks=pytest.mark.thorough) for x in PRECISIONS]
+
+
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("dtype", CELLS, ids=str)
 def test_activations_of_one_pass(method, dtype, checkpointing):
     for shape in SHAPES_TRIED:
         job = small_job(shape, method, dtype, checkpointing=checkpointing)
@@ -128,7 +132,7 @@ def test_activations_of_one_pass(method, dtype, checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
-@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("dtype", CELLS, ids=str)
 def test_activations_of_segments(dtype, checkpointing):
     for shape in SHAPES_TRIED:
         job = small_job(shape, "pte", dtype, replay="segments", checkpointing=checkpointing)

@@ -129,7 +129,7 @@ def test_what_stands_in_a_column_that_nobody_uses_does_not_matter(tmp_path):
         *((value, "is a bool; text or a number") for value in ("true", "false")),
         ('["1"]', "is a list; text or a number"),
         ("[]", "is a list; text or a number"),
-        ('{"a": 1}', "is a Row|is a dict"),
+        ('{"a": 1}', "is a mapping"),
         ("1e400", "1e400 is no finite number"),
         ('"\\ud835"', "holds half a surrogate pair"),
     ],

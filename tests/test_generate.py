@@ -1,6 +1,7 @@
 """recipes/generate.py: answers under a budget, streamed, on a tiny untrained model."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pte_trl.evaluation.runner import Evaluation
 from pte_trl.rollout import rollout
 from pte_trl.streaming import stream
 from pte_trl.tiny.model import build
+from pte_trl.tokens import load_tokenizer
 from tests.models import tiny, with_pte
 
 
@@ -84,7 +86,8 @@ def hostile(model, tmp_path_factory):
     other = AutoModelForCausalLM.from_pretrained(model)
     other.generation_config = GenerationConfig(**HOSTILE, eos_token_id=other.config.eos_token_id, pad_token_id=5)
     other.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    shutil.copy(f"{model}/tokenizer.json", folder)
+    shutil.copy(f"{model}/tokenizer_config.json", folder)
     return str(folder)
 
 
@@ -99,7 +102,7 @@ def test_the_text_is_the_evaluation_s_whatever_the_checkpoint_says(model, hostil
         model_name_or_path=model, dtype="float32", output_dir=str(tmp_path), benchmarks=["sums"], **options
     )
     loaded = AutoModelForCausalLM.from_pretrained(hostile).eval()
-    tokenizer = AutoTokenizer.from_pretrained(hostile, padding_side="left")
+    tokenizer = load_tokenizer(args)
     evaluation = Evaluation("sums", problems, tokenizer, args, Accelerator(cpu=True), grader=None)
     evaluation.model = loaded
     (sample,) = evaluation.samples()

@@ -371,7 +371,7 @@ def test_a_marker_that_marks_nothing_is_refused(marker):
 
 
 def test_records_are_graded_again_as_they_say_or_as_is_asked(tmp_path, grader):
-    made = {"problem_id": "p", "finish_reason": "stop", "tokens": 5}
+    made = {"problem_id": "p", "finish_reason": "stop", "tokens": 5, "evictions": 0, "contaminated": False}
     rows = [
         made | {"sample": n, "gold": "5", "completion": text, "correct": right, "answer_after": "</think>"}
         for n, (text, right) in enumerate(((r"<think> \boxed{5} </think> \boxed{4}", False), (r"\boxed{5}", False)))

@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pte_trl
 from pte_trl.adapter.model import pte_layers
-from pte_trl.evaluation.config import ModelSource
-from pte_trl.loading import check_evaluation_model, check_model
+from pte_trl.loading import check_fits
 from pte_trl.parsing import parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +32,4 @@ def test_the_shape_is_the_published_one_and_takes_the_recipes_adapter(shape):
     assert len(pte_layers(adapted)) == config.num_hidden_layers
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trainable < 0.01 * billions * 1e9
-    script.model_name_or_path = str(SHAPES / shape)
-    check_model(script, args)
-    check_evaluation_model(ModelSource(model_name_or_path=script.model_name_or_path))
+    check_fits(script, args, config)

@@ -191,7 +191,7 @@ def test_collecting_evaluations(tmp_path):
         folder.mkdir(parents=True)
         rows = [
             {"problem_id": str(n), "sample": 0, "correct": right, "contaminated": False, "completion": "", "tokens": 1}
-            | {"finish_reason": "stop", "evictions": 0, "gold_note": None}
+            | {"finish_reason": "stop", "evictions": 0, "gold_note": None, "gold": "5"}
             for n, right in enumerate(verdicts)
         ]
         (folder / COMPLETE).write_text("".join(json.dumps(row) + "\n" for row in rows))
