@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,8 +87,9 @@ def hostile(model, tmp_path_factory):
     other = AutoModelForCausalLM.from_pretrained(model)
     other.generation_config = GenerationConfig(**HOSTILE, eos_token_id=other.config.eos_token_id, pad_token_id=5)
     other.save_pretrained(folder)
-    shutil.copy(f"{model}/tokenizer.json", folder)
-    shutil.copy(f"{model}/tokenizer_config.json", folder)
+    for file in Path(model).iterdir():
+        if file.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(file, folder)
     return str(folder)
 
 
