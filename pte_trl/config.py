@@ -27,7 +27,7 @@ class RecipeArguments:
     """Model, data, adapter and reward of a run. Every field is a key of the recipe and a flag."""
 
     model_name_or_path: str = field(metadata={"help": "Hub name or folder of the base model."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Weights' dtype: bfloat16, float32 or auto."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Weights' dtype: bfloat16, float32, float16 or auto."})
     attn_implementation: str = field(default="blockwise", metadata={"help": "blockwise, sdpa or eager."})
     adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter to start from."})
 
