@@ -27,10 +27,10 @@ $(READY): $(wildcard requirements*.lock) pyproject.toml
 	touch $@
 
 demo: $(READY)  ## pretrain a tiny model, train it with PTE by GRPO, show what changed
-	$(PY) recipes/demo.py --tier tiny
+	$(PY) -m experiments.demo --tier tiny
 
 demo-smollm2: $(READY)  ## the same run on a real pretrained model and real rows (DATA_DIR=folder without a hub)
-	$(PY) recipes/demo.py --tier smollm2 $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
+	$(PY) -m experiments.demo --tier smollm2 $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 
 test: $(READY)  ## the tests; of large grids every value once
 	$(PY) -m pytest -n 2
@@ -82,7 +82,7 @@ CAPACITY_SIZE ?=
 SCALE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
 ACCELERATE ?= accelerate_configs/ddp.yaml
 
-outputs/$(SCALE)/plan.mk: pte_trl/paper/plan.py $(wildcard pte_trl/paper/data/*.csv)
+outputs/$(SCALE)/plan.mk: experiments/paper/plan.py $(wildcard experiments/paper/data/*.csv)
 	@mkdir -p $(@D)
 	@$(PYTHON) $< $(SCALE) > $@.tmp && mv $@.tmp $@
 
@@ -116,22 +116,22 @@ include outputs/$(SCALE)/plan.mk
 endif
 
 $(TINY_BASE): | $(READY)
-	$(PY) recipes/pretrain_tiny.py
+	$(PY) -m experiments.tiny.pretrain
 
 $(TINY_DATA): | $(READY)
-	$(PY) -m pte_trl.tiny.benchmarks --output $(@D)
+	$(PY) -m experiments.tiny.benchmarks --output $(@D)
 
-# Does it learn? study-recall, -choices, -sums, -names, -arithmetic, -smollm2 (pte_trl/study/plan.py has the sizes that can be set).
+# Does it learn? study-recall, -choices, -sums, -names, -arithmetic, -smollm2 (experiments/study/plan.py has the sizes that can be set).
 .PHONY: FORCE
 outputs/study/plan.mk: FORCE
 	@mkdir -p $(@D)
-	@$(PYTHON) pte_trl/study/plan.py > $@.tmp && { cmp -s $@.tmp $@ && rm $@.tmp || mv $@.tmp $@; }
+	@$(PYTHON) experiments/study/plan.py > $@.tmp && { cmp -s $@.tmp $@ && rm $@.tmp || mv $@.tmp $@; }
 ifneq ($(filter study study-%,$(MAKECMDGOALS)),)
 include outputs/study/plan.mk
 endif
 
 report: | $(READY)  ## one HTML page of all finished tables and figures
-	$(PY) -m pte_trl.paper.page --scale $(SCALE) --output outputs/$(SCALE)/results
+	$(PY) -m experiments.paper.page --scale $(SCALE) --output outputs/$(SCALE)/results
 
 clean:  ## outputs and caches, not the environment
 	rm -rf outputs .pytest_cache .ruff_cache .hypothesis

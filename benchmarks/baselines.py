@@ -21,7 +21,7 @@ from benchmarks.memory import arguments
 from benchmarks.models import random_model
 from benchmarks.training import arms
 from pte_trl import PteConfig
-from pte_trl.rollout import rollout
+from pte_trl.rollouts.rollout import rollout
 
 BASELINES = RECORDS / "baselines.json"
 LENGTH = 512

@@ -11,7 +11,7 @@ to its full length, and takes 5 % less until that succeeds.
 On a CPU it is counted, not allocated: the bytes alive at a decode step of small batches, with one and two of the
 shape's layers and two small cache lengths. They are a sum of four parts (per sample: fixed, per layer, per cached
 token, per layer and cached token), solved for and extrapolated to the whole shape; `cache over formula` compares the
-last part with `pte_trl.batching.cache_bytes`.
+last part with `pte_trl.rollouts.batching.cache_bytes`.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import Peak, is_cuda
 from benchmarks.models import SHAPES, random_model, shared_copy, with_adapter
-from pte_trl.batching import KeptEngine, cache_bytes
-from pte_trl.rollout import rollout
+from pte_trl.rollouts.batching import EngineCache, cache_bytes
+from pte_trl.rollouts.rollout import rollout
 
 STEPS = 4  # decode steps of a count
 BATCHES, LAYERS, SMALL = (2, 6), (1, 2), (32, 64)  # of the counts; SMALL: tokens in the cache
@@ -55,7 +55,7 @@ def fits(base, adapter: str, batch: int, window: int, args: argparse.Namespace, 
         ends = [-1] if whole else list(range(0, base.config.vocab_size, 20))
         prompts = [list(range(1, args.prompt + 1))] * batch
         knobs = {"window": window, "max_new_tokens": args.new_tokens, "eos_token_ids": ends, "pad_token_id": 0}
-        rollout(model, prompts, kept_engine=(kept := KeptEngine()), **knobs)
+        rollout(model, prompts, engine_cache=(kept := EngineCache()), **knobs)
     except torch.OutOfMemoryError:
         return False
     return kept.engine.cache.rows == batch  # fewer where the rollout has helped itself

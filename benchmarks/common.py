@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.measure import CLOCKS, is_cuda
 from benchmarks.models import SHAPES
-from pte_trl.manifest import environment
+from pte_trl.runtime.manifest import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "benchmarks"

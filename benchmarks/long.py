@@ -21,9 +21,9 @@ import torch
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import is_cuda, seconds, tensor_bytes
 from benchmarks.models import random_model, with_adapter
-from pte_trl import Schedule
-from pte_trl.engine import Captured
-from pte_trl.rollout import rollout
+from pte_trl.cache.schedule import Schedule
+from pte_trl.rollouts.engine import CudaGraphed
+from pte_trl.rollouts.rollout import rollout
 
 SPARE = 4  # steps behind the last cycle, so that none has the end of a rollout in it
 
@@ -92,19 +92,19 @@ class Paced(threading.Thread):
 @contextmanager
 def paced_steps():
     """Lets the engine ask before every step, captured or not, of a thread that is `Paced`."""
-    call = Captured.__call__
+    call = CudaGraphed.__call__
 
-    def asking(captured: Captured, *key) -> None:
+    def asking(captured: CudaGraphed, *key) -> None:
         thread = threading.current_thread()
         if captured.function.__name__ == "_feed" and isinstance(thread, Paced):
             thread.before_step()
         call(captured, *key)
 
-    Captured.__call__ = asking
+    CudaGraphed.__call__ = asking
     try:
         yield
     finally:
-        Captured.__call__ = call
+        CudaGraphed.__call__ = call
 
 
 def held_bytes(device) -> int:

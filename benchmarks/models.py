@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import pte_trl
 from pte_trl import PteConfig
 
-SHAPES = {folder.name: folder for folder in sorted((Path(pte_trl.__file__).parent / "shapes").iterdir())}
+SHAPES = {folder.name: folder for folder in sorted((Path(pte_trl.__file__).parent / "estimate/shapes").iterdir())}
 TARGETS, RANK = ["q_proj", "o_proj"], 32
 
 

@@ -20,10 +20,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.common import print_environment, print_table, record
 from benchmarks.recall import PROMPT, Recall, recall, train
-from pte_trl import PteConfig, Schedule
+from pte_trl import PteConfig
 from pte_trl.adapter.calibration import calibrate
 from pte_trl.adapter.model import pte_layers
-from pte_trl.manifest import environment
+from pte_trl.cache.schedule import Schedule
+from pte_trl.runtime.manifest import environment
 
 
 def base_model(task: Recall, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pte_trl import Schedule, replay_inputs
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.plan import replay_inputs
 
 DIGITS = 10
 FILLERS = 4

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.models import random_model, shared_copy, with_adapter
-from pte_trl import replay_inputs
-from pte_trl.segments import segment_logps
+from pte_trl.replay.plan import replay_inputs
+from pte_trl.replay.segments import segment_logps
 
 # arm: (adapter, how a completion goes through it)
 ARMS = {

@@ -1,10 +1,36 @@
-"""Progressive Thought Encoding (arXiv 2602.16839) for TRL: bounded-cache rollouts, replayed exactly."""
+"""Progressive Thought Encoding (arXiv 2602.16839) for TRL: bounded-cache rollouts, replayed exactly.
 
-from pte_trl import attention  # registers the attention implementation
-from pte_trl.adapter import PteConfig, PteModel
-from pte_trl.cache import BoundedCache
-from pte_trl.decoding import feed  # teaches `generate` the bounded cache
-from pte_trl.replay import ReplayPlan, replay_inputs
-from pte_trl.schedule import Schedule
+    from pte_trl import PteConfig, PteGRPOConfig, PteGRPOTrainer
 
-__all__ = ["BoundedCache", "PteConfig", "PteModel", "ReplayPlan", "Schedule", "attention", "feed", "replay_inputs"]
+Importing the package makes PEFT know the adapter (`PeftModel.from_pretrained` loads it), transformers the attention
+`blockwise`, and `generate` the bounded cache. What needs TRL is imported when it is asked for.
+"""
+
+import importlib
+
+from pte_trl.adapter import PteConfig  # registers the adapter
+from pte_trl.cache.bounded import BoundedCache
+from pte_trl.cache.generate import feed  # teaches `generate` the bounded cache
+from pte_trl.replay import attention as _attention  # noqa: F401 (registers the attention)
+
+# Where the names live that need TRL, or that not everyone needs.
+_LATER = {
+    "AccuracyReward": "pte_trl.rewards.functions",
+    "PteDistillConfig": "pte_trl.training.distill.config",
+    "PteDistillationTrainer": "pte_trl.training.distill.trainer",
+    "PteGRPOConfig": "pte_trl.training.config",
+    "PteGRPOTrainer": "pte_trl.training.trainer",
+    "rollout": "pte_trl.rollouts.rollout",
+}
+
+__all__ = ["BoundedCache", "PteConfig", "feed", *_LATER]
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module 'pte_trl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

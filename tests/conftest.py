@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from pte_trl.rewards import Grader
+from pte_trl.rewards.grader import Grader
 from tests.launches import workplace
 
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they give

@@ -21,10 +21,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-import grpo_pte
-import pte_trl.generation
+import pte_trl.training.generation
 from pte_trl.adapter.model import pte_layers
-from pte_trl.rollout import Rollout, rollout
+from pte_trl.rollouts.rollout import Rollout, rollout
+from pte_trl.training import grpo as grpo_pte
 
 SHORT = 6  # tokens, fewer than the window
 
@@ -128,7 +128,7 @@ if __name__ == "__main__":
         allow_fsdp_on_a_cpu()
     torch.set_num_threads(1)
     probe, calibrate = Probe(Path(sys.argv[1])), grpo_pte.calibrate_encoders
-    pte_trl.generation.rollout = probe.rollout
+    pte_trl.training.generation.rollout = probe.rollout
     grpo_pte.calibrate_encoders = probe.calibrate
     grpo_pte.AccuracyReward = lambda grader: reward
     probe.write(grpo_pte.main(sys.argv[2:]))

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import grpo_pte
-from pte_trl import checkpoints
-from pte_trl.faults import RankWatch
-from pte_trl.grading import WorkerPool
-from pte_trl.trainer import PteGRPOTrainer
+from pte_trl.rewards.worker_pool import WorkerPool
+from pte_trl.runtime import checkpoints
+from pte_trl.runtime.watch import RankWatch
+from pte_trl.training import grpo as grpo_pte
+from pte_trl.training.trainer import PteGRPOTrainer
 
 
 class Fault:

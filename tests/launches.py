@@ -13,11 +13,11 @@ from pathlib import Path
 import pandas as pd
 from safetensors.torch import load_file
 
-from pte_trl.tiny.task import DIFFICULTIES, rows
+from experiments.tiny.task import DIFFICULTIES, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 # For the server that forks, and for launches of other kinds; pytest's own path does not reach them.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "recipes"), os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faulty"])
 
@@ -64,7 +64,7 @@ class Done:
 
 def workplace(folder: Path) -> Path:
     """A tiny model that has begun to box its answers, and its problems."""
-    pretrain = [sys.executable, str(ROOT / "recipes/pretrain_tiny.py"), "--steps", "60", "--test-problems", "8"]
+    pretrain = [sys.executable, "-m", "experiments.tiny.pretrain", "--steps", "60", "--test-problems", "8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(pretrain, cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
     lines = [json.dumps(row) for row in rows("train", 40, 2, DIFFICULTIES["medium"])]

@@ -15,7 +15,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pte_trl import BoundedCache, PteConfig, Schedule, replay_inputs
+from pte_trl import BoundedCache, PteConfig
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.plan import replay_inputs
 
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pte_trl.paper.plan import Cell, Evaluation, Training
+from experiments.paper.plan import Cell, Evaluation, Training
 
 MODEL = "Qwen2.5-3B-Instruct"
 MATH = [[1, 1], [1, 0], [0, 0], [0, 0]]  # pass@1 (1 + 1/2) / 4 = 37.5 %; squared error 0.6875 / 3 / 4 = 0.05729

@@ -169,7 +169,7 @@ BOUNDED_RUNS = {
     "budget": {"window": None, "budget": 40, "resume": "never"},
 }
 
-# Refused for the bounded methods: a value, which the sentence repeats. pte_trl/unsupported.py has the reasons.
+# Refused for the bounded methods: a value, which the sentence repeats. training/unsupported.py has the reasons.
 REFUSED = {
     "top_p": 0.9,
     "top_k": 5,

@@ -11,9 +11,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pte_trl.study import arithmetic
-from pte_trl.study.arithmetic import PEOPLE, THINGS, rows
-from pte_trl.study.names import NAMES
+from experiments.study import arithmetic
+from experiments.study.arithmetic import PEOPLE, THINGS, rows
+from experiments.study.names import NAMES
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"

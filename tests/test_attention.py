@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pte_trl.replay import BLOCK, ReplayPlan
+from pte_trl.replay.plan import BLOCK, ReplayPlan
 from tests.models import (
     ALL_SEVEN,
     chosen,

@@ -13,8 +13,8 @@ from benchmarks import capacity, common
 from benchmarks.measure import Peak, Uncomputed, peak_bytes
 from benchmarks.memory import saved_bytes
 from benchmarks.models import random_model, with_adapter
-from pte_trl.batching import KeptEngine
-from pte_trl.rollout import rollout
+from pte_trl.rollouts.batching import EngineCache
+from pte_trl.rollouts.rollout import rollout
 
 ROOT = common.ROOT
 
@@ -115,11 +115,11 @@ def test_rollouts_that_take_turns_stand_where_they_are_told_to():
     """Between two steps of the engine, one rollout at a time; and they end as without pauses."""
     module = importlib.import_module("benchmarks.long")
     model = with_adapter(random_model("tiny", seed=0), "pte").eval()
-    kept, found = {name: KeptEngine() for name in ("alone", "late", "early")}, {}
+    kept, found = {name: EngineCache() for name in ("alone", "late", "early")}, {}
     options = {"window": 16, "eos_token_ids": [-1], "pad_token_id": 0, "seeds": [3]}
 
     def sampled(name: str, count: int) -> None:
-        found[name] = rollout(model, [[5, 6, 7]], max_new_tokens=count, kept_engine=kept[name], **options)
+        found[name] = rollout(model, [[5, 6, 7]], max_new_tokens=count, engine_cache=kept[name], **options)
 
     sampled("alone", 60)
     with module.paced_steps():
@@ -144,9 +144,9 @@ def test_every_arm_is_made_once_and_keeps_what_it_has_made(monkeypatch):
     made, make, engines, sample = [], module.ARMS["pte"], [], module.rollout
     monkeypatch.setitem(module.ARMS, "pte", lambda *of: made.append("pte") or make(*of))
 
-    def watched(*prompts, kept_engine, **knobs):
-        found = sample(*prompts, kept_engine=kept_engine, **knobs)
-        engines.append(kept_engine.engine)
+    def watched(*prompts, engine_cache, **knobs):
+        found = sample(*prompts, engine_cache=engine_cache, **knobs)
+        engines.append(engine_cache.engine)
         return found
 
     monkeypatch.setattr(module, "rollout", watched)

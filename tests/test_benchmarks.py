@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pte_trl.data import load_problems
+from pte_trl.data.problems import load_problems
 from pte_trl.evaluation.benchmarks import (
     BENCHMARKS,
     contaminated,
@@ -15,7 +15,7 @@ from pte_trl.evaluation.benchmarks import (
     number_of,
     problem_key,
 )
-from pte_trl.judging import judge
+from pte_trl.rewards.judging import judge
 
 # Gold, a completion's answer, and the verdict that makes the gold doubtful.
 DOUBTFUL = {

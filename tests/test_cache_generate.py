@@ -8,8 +8,10 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from pte_trl import BoundedCache, Schedule, replay_inputs
-from pte_trl.eviction import attention_for, make_cache
+from pte_trl import BoundedCache
+from pte_trl.cache.eviction import attention_for, make_cache
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.plan import replay_inputs
 from tests.models import ALL_SEVEN, gap, left_padded_batch, tiny, with_lora, with_pte
 
 WINDOW, NEW = 6, 30

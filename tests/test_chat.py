@@ -5,9 +5,11 @@ import warnings
 import pytest
 import torch
 
-from pte_trl import BoundedCache, Schedule, feed, replay_inputs
-from pte_trl.eviction import make_cache
-from pte_trl.tiny.model import build
+from experiments.tiny.model import build
+from pte_trl import BoundedCache, feed
+from pte_trl.cache.eviction import make_cache
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.plan import replay_inputs
 from tests.models import ALL_SEVEN, VOCAB, gap, left_padded_batch, tiny, with_lora, with_pte
 
 WINDOW, NEW, TURNS = 6, 5, (17, 1, 8)  # tokens of the user's later turns

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from pte_trl.data import BENCHMARKS, DATASETS, build_prompts, load_problems
-from pte_trl.sources import in_last_box, plain, whole_number
+from pte_trl.data.problems import BENCHMARKS, DATASETS, load_problems
+from pte_trl.data.prompts import build_prompts
+from pte_trl.data.sources import in_last_box, plain, whole_number
 
 ROWS = [
     {"id": "a", "problem": "What is $1+1$?", "answer": "2", "level": 1},

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from pte_trl.data import BENCHMARKS, load_problems
-from pte_trl.decontaminate import (
+from pte_trl.data.decontaminate import (
     SHINGLE,
     Match,
     load_eval_problems,
@@ -19,6 +18,7 @@ from pte_trl.decontaminate import (
     remove_overlap,
     shingles,
 )
+from pte_trl.data.problems import BENCHMARKS, load_problems
 
 EVAL = r"Let $x$ be real with $\left|x-1\right|=\dfrac{3}{4}$. Find the sum of all possible values of $x$."
 SAME = r"let x be real with $|x - 1| = \frac34$.  Find the sum of all possible values of $x$"

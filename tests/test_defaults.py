@@ -12,10 +12,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from pte_trl.config import PteGRPOConfig
-from pte_trl.distill import PteDistillConfig
-from pte_trl.startup import StartupGuard
-from pte_trl.tiny.model import build_tokenizer
+from experiments.tiny.model import build_tokenizer
+from pte_trl.runtime.startup import StartupGuard
+from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.distill import PteDistillConfig
 from tests.test_settings import distill, grpo, logged, model_of, settings, trained
 
 STATED = ("bf16", "learning_rate")  # what the other tests set otherwise than TRL does

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import distill_pte
 import pytest
 import torch
 from datasets import Dataset
@@ -11,15 +10,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from pte_trl.config import RecipeArguments
-from pte_trl.distill import PteDistillationTrainer, PteDistillConfig
-from pte_trl.distill.completions import read_completions, write_completions
-from pte_trl.distill.divergence import divergence
-from pte_trl.distill.policies import evictions_seen, hidden_states, tokens_since_eviction
-from pte_trl.parsing import parse
-from pte_trl.schedule import Schedule
-from pte_trl.tiny.model import build, build_tokenizer
-from pte_trl.tiny.task import DIFFICULTIES, rows
+from experiments.tiny.model import build, build_tokenizer
+from experiments.tiny.task import DIFFICULTIES, rows
+from pte_trl.cache.schedule import Schedule
+from pte_trl.settings.parsing import parse
+from pte_trl.training.arguments import RecipeArguments
+from pte_trl.training.distill import PteDistillationTrainer, PteDistillConfig
+from pte_trl.training.distill import script as distill_pte
+from pte_trl.training.distill.completions import read_completions, write_completions
+from pte_trl.training.distill.divergence import divergence
+from pte_trl.training.distill.policies import evictions_seen, hidden_states, tokens_since_eviction
 from tests.models import ALL_SEVEN, TEMPERATURE, decode_logps, left_padded_batch, log_probs, tiny, with_lora, with_pte
 from tests.test_trainer import PROBLEMS, logged, model_of, trainer_for
 
@@ -265,7 +265,7 @@ def test_accumulation_takes_the_same_step(tmp_path):
 def test_who_writes(tmp_path, monkeypatch):
     """The teacher: base, no eviction. The student: its adapter on, its own window."""
     asked = []
-    import pte_trl.generation as module
+    import pte_trl.training.generation as module
 
     original = module.rollout
 

@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pte_trl.efficiency import EfficiencyCallback, attention_tflops, memory_share, visible_pairs
-from pte_trl.replay import ReplayPlan
-from pte_trl.schedule import Schedule
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.plan import ReplayPlan
+from pte_trl.runtime.efficiency import EfficiencyCallback, attention_tflops, memory_share, visible_pairs
 from tests.models import tiny
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pte_trl import engine
-from pte_trl.batching import KeptEngine, auto_batch_size, cache_bytes, halving
-from pte_trl.engine import Engine
-from pte_trl.ring import aligned
-from pte_trl.rollout import rollout
+from pte_trl.rollouts import engine
+from pte_trl.rollouts.batching import EngineCache, auto_batch_size, cache_bytes, halving
+from pte_trl.rollouts.engine import Engine
+from pte_trl.rollouts.ring import aligned
+from pte_trl.rollouts.rollout import rollout
 from tests.models import ALL_SEVEN, tiny, with_lora, with_pte
 
 PROMPTS = [[5, 6, 7, 8, 9]] * 4 + [[10, 11]] * 3 + [[12, 13, 14]] * 2 + [[5, 6, 7, 8, 9]] * 2
@@ -40,7 +40,7 @@ def assert_same(found, expected, within=1e-6):
 @pytest.mark.parametrize("rows", [1, 3, 4, None])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_engine_is_its_twin(monkeypatch, model, rows, look):
-    monkeypatch.setitem(engine.LOOK, "cpu", look)
+    monkeypatch.setitem(engine.SYNC_EVERY, "cpu", look)
     model = MODELS[model](tiny("llama", torch.float64))
     found, plain = sampled(model, batch_size=rows), sampled(model, plain=True)
     assert_same(found, plain)
@@ -79,7 +79,7 @@ def test_without_seeds_the_twin_draws_the_same_numbers():
 
 @pytest.mark.parametrize("look", [1, 4])
 def test_a_prompt_is_prefilled_once_and_no_row_is_idle(monkeypatch, look):
-    monkeypatch.setitem(engine.LOOK, "cpu", look)
+    monkeypatch.setitem(engine.SYNC_EVERY, "cpu", look)
     model, fed = tiny("llama", torch.float32), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **call: fed.append(tuple(call["input_ids"].shape)) or forward(**call))
@@ -92,24 +92,24 @@ def test_a_prompt_is_prefilled_once_and_no_row_is_idle(monkeypatch, look):
 
 
 def test_buffers_are_made_once_and_serve_the_next_batch_with_the_weights_of_then():
-    model, kept_engine = with_pte(tiny("llama", torch.float64)), KeptEngine()
-    first = sampled(model, kept_engine=kept_engine, batch_size=4)
-    kept = kept_engine.engine
+    model, engine_cache = with_pte(tiny("llama", torch.float64)), EngineCache()
+    first = sampled(model, engine_cache=engine_cache, batch_size=4)
+    kept = engine_cache.engine
     places = [x.data_ptr() for layer in kept.cache.layers for x in (*layer.tensors(), layer.queries)]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    second = sampled(model, kept_engine=kept_engine, batch_size=4)
-    assert kept_engine.engine is kept
+    second = sampled(model, engine_cache=engine_cache, batch_size=4)
+    assert engine_cache.engine is kept
     assert places == [x.data_ptr() for layer in kept.cache.layers for x in (*layer.tensors(), layer.queries)]
     assert second.logprobs != first.logprobs
     assert_same(second, sampled(model, plain=True))
-    sampled(model, [[5]], kept_engine=kept_engine, batch_size=4)  # another number of rows
-    assert kept_engine.engine is not kept
+    sampled(model, [[5]], engine_cache=engine_cache, batch_size=4)  # another number of rows
+    assert engine_cache.engine is not kept
     with model.disable_adapter():
-        assert_same(sampled(model, kept_engine=kept_engine, batch_size=4), sampled(model, plain=True))
-    kept_engine.release()
-    assert kept_engine.engine is None
+        assert_same(sampled(model, engine_cache=engine_cache, batch_size=4), sampled(model, plain=True))
+    engine_cache.release()
+    assert engine_cache.engine is None
 
 
 class NothingForTheHost(TorchDispatchMode):
@@ -142,21 +142,21 @@ def test_steps_and_evictions_can_be_captured(monkeypatch, model):
     for name in ("_feed", "_drop"):
         monkeypatch.setattr(Engine, name, watched(getattr(Engine, name)))
     model = MODELS[model](tiny("llama", torch.float64))
-    kept_engine = KeptEngine()
+    engine_cache = EngineCache()
     for _ in range(2):
-        sampled(model, batch_size=4, top_p=0.9, kept_engine=kept_engine)
+        sampled(model, batch_size=4, top_p=0.9, engine_cache=engine_cache)
     assert len(where) == 1
 
 
 def test_evicted_entries_stay_where_they_are_and_are_not_seen():
-    kept_engine = KeptEngine()
-    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=9, kept_engine=kept_engine)
-    cache = kept_engine.engine.cache
+    engine_cache = EngineCache()
+    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=9, engine_cache=engine_cache)
+    cache = engine_cache.engine.cache
     # Eight thoughts were fed into a window of six: 0 and 1 have left, and 6 and 7 lie in their places.
     assert cache.places == aligned(3 + 6) == 16
     assert cache.seen[0].tolist() == [True] * 9 + [False] * 7
-    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=8, kept_engine=kept_engine)
-    seen = kept_engine.engine.cache.seen[0]
+    sampled(tiny("llama"), [[5, 6, 7]], eos_token_ids=[-1], max_new_tokens=8, engine_cache=engine_cache)
+    seen = engine_cache.engine.cache.seen[0]
     assert seen[:9].tolist() == [True] * 4 + [False] + [True] * 4, "7 thoughts: 6 is in the place of 0, 1 has left"
 
 

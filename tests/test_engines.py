@@ -20,10 +20,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pte_trl.config import PteGRPOConfig
-from pte_trl.sharding import call_inside, check_engine
-from pte_trl.tiny.model import build
-from pte_trl.tiny.task import DIFFICULTIES, rows
+from experiments.tiny.model import build
+from experiments.tiny.task import DIFFICULTIES, rows
+from pte_trl.runtime.sharding import call_inside, check_engine
+from pte_trl.training.config import PteGRPOConfig
 from tests.models import gap, left_padded_batch, replay_logps
 
 ROOT = Path(__file__).resolve().parent.parent

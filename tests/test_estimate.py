@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.measure import Peak
-from pte_trl import PteConfig, replay_inputs
-from pte_trl.estimate import (
+from experiments.tiny.model import build_tokenizer
+from pte_trl import PteConfig
+from pte_trl.estimate.__main__ import paper_job
+from pte_trl.estimate.terms import (
     SHAPES,
     Job,
     count,
@@ -23,16 +25,15 @@ from pte_trl.estimate import (
     gathered,
     head,
     one_pass,
-    paper_job,
     persistent,
     rollout_cache,
     segments,
     training,
 )
-from pte_trl.rollout import rollout
-from pte_trl.segments import segment_logps
-from pte_trl.startup import job_of
-from pte_trl.tiny.model import build_tokenizer
+from pte_trl.replay.plan import replay_inputs
+from pte_trl.replay.segments import segment_logps
+from pte_trl.rollouts.rollout import rollout
+from pte_trl.runtime.startup import job_of
 from tests.models import tiny
 from tests.test_trainer import trainer_for
 
@@ -257,7 +258,12 @@ def test_a_window_belongs_to_bounded_methods():
 
 def test_the_page_shows_what_the_command_prints():
     done = subprocess.run(
-        [sys.executable, "-m", "pte_trl.estimate"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-m", "pte_trl.estimate"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     page = (ROOT / "docs/scaling.md").read_text()
     shown = re.search(r"<!-- python -m pte_trl\.estimate -->\n(.*?)<!-- end -->", page, re.DOTALL)[1]

@@ -13,18 +13,18 @@ import pytest
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from evaluate import main
+from experiments.tiny.model import build
+from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl import PteConfig
+from pte_trl.cache.eviction import STRATEGIES
 from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments, ModelSource, short_name
 from pte_trl.evaluation.records import read_records
 from pte_trl.evaluation.regrade import main as regrade_command
 from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import seed_of, window_of
-from pte_trl.eviction import STRATEGIES
-from pte_trl.ownership import own
-from pte_trl.tiny.model import build
-from pte_trl.tiny.task import DIFFICULTIES, rows
+from pte_trl.evaluation.script import main
+from pte_trl.runtime.ownership import own
 from tests.models import randomise_up
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +145,7 @@ def test_a_folder_of_other_settings_is_refused(setting, finished, key, value):
 
 
 def test_what_is_there_is_looked_at_before_the_weights_load(setting, finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("evaluate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("pte_trl.evaluation.script.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
     main(argv(setting, finished))
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"temperature=1\.0, this evaluation has 0\.5"):
@@ -327,7 +327,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
 def test_bad_input_stops_before_the_weights_load(setting, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr("evaluate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("pte_trl.evaluation.script.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises((SystemExit, ValueError), match=message):
         main(argv(setting, tmp_path, **changes))
 

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from pte_trl import BoundedCache, Schedule
-from pte_trl.eviction import STRATEGIES, SelectiveCache, attention_for, make_cache
-from pte_trl.rollout import rollout
+from pte_trl import BoundedCache
+from pte_trl.cache.eviction import STRATEGIES, SelectiveCache, attention_for, make_cache
+from pte_trl.cache.schedule import Schedule
+from pte_trl.rollouts.rollout import rollout
 from tests.models import ALL_SEVEN, gap, left_padded_batch, tiny, with_lora, with_pte
 
 WINDOW, COMPLETION, LENGTHS = 8, 40, [7, 3, 5]

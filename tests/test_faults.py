@@ -9,14 +9,18 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from pte_trl.checkpoints import checkpoints, complete
-from pte_trl.data import load_problems
+from experiments.tiny.model import build
+from pte_trl.adapter.files import adapter_folder
+from pte_trl.data.problems import load_problems
 from pte_trl.evaluation.config import ModelSource
-from pte_trl.faults import FiniteReward, Tolerant, check_finite, is_lost_rank
-from pte_trl.grading import Job, WorkerPool
-from pte_trl.loading import adapter_folder, check_evaluation_model, check_model, check_optimizer
-from pte_trl.parsing import parse_recipe
-from pte_trl.tiny.model import build
+from pte_trl.evaluation.loading import check_evaluation_model
+from pte_trl.rewards.worker_pool import Job, WorkerPool
+from pte_trl.runtime.checkpoints import checkpoints, complete
+from pte_trl.runtime.faults import is_lost_rank
+from pte_trl.runtime.finite import FiniteReward, check_finite
+from pte_trl.runtime.trackers import TolerantTracker
+from pte_trl.training.arguments import parse_recipe
+from pte_trl.training.loading import check_model, check_optimizer
 from tests.launches import ENGINES, course, gap, run, start
 from tests.test_recipes import recipe
 
@@ -154,7 +158,7 @@ def test_a_tracker_that_fails_later_is_left_alone_from_then_on(capsys):
 
     args = type("Arguments", (), {"report_to": ["wandb", "trackio"]})()
     tracker = Tracker()
-    tolerant = Tolerant(tracker, "wandb")
+    tolerant = TolerantTracker(tracker, "wandb")
     for _ in range(2):
         tolerant.on_log(args, None, None, logs={})
     assert tracker.calls == 1 and args.report_to == ["trackio"]

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pte_trl.data import load_problems
-from pte_trl.files import ENDINGS, open_table
-from pte_trl.sources import MEANINGLESS, number, plain
+from pte_trl.data.files import ENDINGS, open_table
+from pte_trl.data.problems import load_problems
+from pte_trl.data.sources import MEANINGLESS, number, plain
 
 ROWS = [
     {"id": "a", "problem": 'Is "1,1" a pair,\nor two?', "answer": "2"},

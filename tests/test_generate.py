@@ -10,16 +10,16 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from generate import main
+from experiments.tiny.model import build
 from pte_trl import BoundedCache
-from pte_trl.checkpoint_config import end_tokens, neutral_generation_config
-from pte_trl.engine import Sampling
 from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.generate import main
 from pte_trl.evaluation.runner import Evaluation
-from pte_trl.rollout import rollout
-from pte_trl.streaming import stream
-from pte_trl.tiny.model import build
-from pte_trl.tokens import load_tokenizer
+from pte_trl.models.generation_config import end_tokens, neutral_generation_config
+from pte_trl.models.tokens import load_tokenizer
+from pte_trl.rollouts.rollout import rollout
+from pte_trl.rollouts.sampling import Sampling
+from pte_trl.rollouts.streaming import stream
 from tests.models import tiny, with_pte
 
 
@@ -149,7 +149,7 @@ def test_a_flag_takes_the_place_of_the_recipe_s_window(model, tmp_path, monkeypa
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("window: 8\nmax_new_tokens: 4\n")
     seen = []
-    monkeypatch.setattr("generate.answer", lambda *args: seen.append(args[3]))
+    monkeypatch.setattr("pte_trl.evaluation.generate.answer", lambda *args: seen.append(args[3]))
     main(argv(model, config=recipe, max_new_tokens=None))
     assert seen == [40 - 16]  # the prompt's tokens, rounded up as in an evaluation
     main(argv(model, config=recipe, budget=None, max_new_tokens=None))
@@ -163,7 +163,7 @@ def test_a_line_of_the_file_is_a_question(model, tmp_path, monkeypatch):
     path = tmp_path / "questions.txt"
     path.write_bytes("\ufeffWhat is\u2028one?\r\n \nAnd\x0ctwo?".encode())
     asked = []
-    monkeypatch.setattr("generate.answer", lambda *args: asked.append(args[2]))
+    monkeypatch.setattr("pte_trl.evaluation.generate.answer", lambda *args: asked.append(args[2]))
     main(argv(model, question=None, file=path, window=8, budget=None))
     tokenizer = AutoTokenizer.from_pretrained(model)
     for ids, question in zip(asked, ("What is\u2028one?", "And\x0ctwo?"), strict=True):
@@ -227,6 +227,8 @@ def test_bad_input_stops_before_the_weights_load(model, monkeypatch, tmp_path, c
             path = tmp_path / value[1:]
             path.write_bytes(FILES[path.name])
             changes = changes | {key: path}
-    monkeypatch.setattr("generate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "pte_trl.evaluation.generate.load_for_evaluation", lambda *_: pytest.fail("weights were loaded")
+    )
     with pytest.raises(SystemExit, match=f"(?s)error: .*{message}"):
         main(argv(model, **changes))

@@ -14,9 +14,10 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig, Generati
 from transformers.generation import LogitsProcessor, LogitsProcessorList, WatermarkingConfig
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from pte_trl import BoundedCache, replay_inputs
-from pte_trl.decoding import LOOPS
-from pte_trl.tiny.model import build_tokenizer
+from experiments.tiny.model import build_tokenizer
+from pte_trl import BoundedCache
+from pte_trl.cache.generate import LOOPS
+from pte_trl.replay.plan import replay_inputs
 from tests.models import FAMILIES, gap, left_padded_batch, tiny, with_lora, with_pte
 from tests.test_cache_generate import Collect, StopAfter
 
@@ -192,7 +193,7 @@ def test_every_argument_and_field_is_classed():
 
 
 def test_every_loop_of_generate_is_wrapped():
-    """`pte_trl.decoding.install` relies on these private names."""
+    """`pte_trl.cache.generate.install` relies on these private names."""
     for name in {loop for loop in GENERATION_MODES_MAPPING.values() if "/" not in loop} | {"generate_batch"}:
         wrapped = getattr(GenerationMixin, name)
         assert wrapped.__module__ == wrapped.__wrapped__.__module__, "functools.wraps keeps what generate looks at"

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import pipeline
 
-from pte_trl import BoundedCache, feed, replay_inputs
-from pte_trl.tiny.model import build
+from experiments.tiny.model import build
+from pte_trl import BoundedCache, feed
+from pte_trl.replay.plan import replay_inputs
 from tests.models import gap, left_padded_batch, tiny, with_lora, with_pte
 
 WINDOW = 4

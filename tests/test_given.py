@@ -4,8 +4,8 @@ import pytest
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from experiments.tiny.model import build_tokenizer
 from pte_trl import PteConfig
-from pte_trl.tiny.model import build_tokenizer
 from tests.models import tiny, with_lora, with_pte
 from tests.test_settings import distill, grpo, logged, trained
 from tests.test_trainer import model_of

@@ -13,12 +13,12 @@ from importlib.metadata import version
 
 import pytest
 
-from pte_trl import grading
-from pte_trl.grading import verdict_versions
-from pte_trl.rewards import (
+from pte_trl.rewards import worker_pool as grading
+from pte_trl.rewards.grader import (
     Grader,
     Verdict,
 )
+from pte_trl.rewards.worker_pool import verdict_versions
 
 TOWER = r"\boxed{9^{9^{9^9}}}"
 
@@ -155,7 +155,7 @@ SCRIPT = r"""
 import os, signal, sys, threading, time, types
 package = sys.modules["pte_trl"] = types.ModuleType("pte_trl")
 package.__path__ = [sys.argv[2]]
-from pte_trl.rewards import Grader
+from pte_trl.rewards.grader import Grader
 print("main is run", flush=True)  # no `if __name__ == "__main__"`: a worker must not import this
 grader = Grader(time_limit=600.0)
 assert grader.grade(["1", "2"], [r"\boxed{1}", r"\boxed{2}"])[1].correct
@@ -203,7 +203,7 @@ def test_workers_end_with_the_program(tmp_path, end):
     ],
 )
 def test_a_worker_that_cannot_start_says_why(monkeypatch, program, message):
-    monkeypatch.setattr("pte_trl.grading._PROGRAM", program.replace("{}", grading._PROGRAM))
+    monkeypatch.setattr("pte_trl.rewards.worker_pool._PROGRAM", program.replace("{}", grading._PROGRAM))
     with Grader(workers=1) as grader, pytest.raises(RuntimeError, match=message):
         grade(grader, "5", r"\boxed{5}")
 

@@ -10,11 +10,11 @@ import datasets
 import huggingface_hub
 import pytest
 
-from pte_trl import hub
-from pte_trl.data import load_problems
-from pte_trl.decontaminate import load_eval_problems
-from pte_trl.needs import check_needs, needs
-from pte_trl.sources import BENCHMARKS, DATASETS
+from pte_trl.data.decontaminate import load_eval_problems
+from pte_trl.data.needs import check_needs, needs
+from pte_trl.data.problems import load_problems
+from pte_trl.data.sources import BENCHMARKS, DATASETS
+from pte_trl.models import hub
 
 MODEL = hub.HubName("org/model", "model", "model_name_or_path='org/model'", "model_name_or_path to a folder")
 

@@ -9,11 +9,8 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from pte_trl import identity
-from pte_trl.checkpoints import differences, starting_point
-from pte_trl.config import PteGRPOConfig, RecipeArguments
-from pte_trl.distill import PteDistillConfig
-from pte_trl.identity import (
+from pte_trl.runtime import identity
+from pte_trl.runtime.identity import (
     adapter_identity,
     base_identity,
     kept_sha256,
@@ -22,7 +19,11 @@ from pte_trl.identity import (
     training_identity,
     verdict_versions,
 )
-from pte_trl.manifest import recipe_settings
+from pte_trl.runtime.resume import differences, starting_point
+from pte_trl.training.arguments import RecipeArguments
+from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.distill import PteDistillConfig
+from pte_trl.training.run import recipe_settings
 from tests.test_resume import args_of, checkpoint
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pte_trl.adapter.model import pte_layers
-from pte_trl.cache import BoundedCache
-from pte_trl.inspect import by_distance, inspect, movers
+from pte_trl.cache.bounded import BoundedCache
+from pte_trl.inspect.states import by_distance, inspect, movers
 from tests.models import tiny, with_lora, with_pte
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +80,7 @@ def test_what_it_cannot_look_at():
 
 
 def test_the_command(tmp_path, monkeypatch):
-    from pte_trl.tiny.model import build
+    from experiments.tiny.model import build
 
     model, tokenizer = build(0)
     model.save_pretrained(tmp_path / "base")
@@ -91,7 +91,7 @@ def test_the_command(tmp_path, monkeypatch):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def run(*words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pte_trl.inspect", *words]
+        command = [sys.executable, "-m", "pte_trl.inspect.states", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
 
     done = run("adapter", "--window", "8", "--max_new_tokens", "30", "--prompt", "a1b2. Find A.")
@@ -102,7 +102,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert found["settings"]["model"] == "base"  # where the adapter was trained
     for name in ("states", "tokens", "distance"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    from pte_trl import inspect as command
+    from pte_trl.inspect.states import states as command
 
     with_lora(build(0)[0]).save_pretrained(str(tmp_path / "lora"))
     bad = {

@@ -5,11 +5,12 @@ import math
 
 import pytest
 
-from pte_trl.config import PteGRPOConfig, RecipeArguments
-from pte_trl.distill import PteDistillConfig
 from pte_trl.evaluation.config import EvaluationArguments
-from pte_trl.limits import LIMITS, _arms, _hints, fault_of
-from recipes.distill_pte import DistillArguments
+from pte_trl.settings.limits import LIMITS, _arms, _hints, fault_of
+from pte_trl.training.arguments import RecipeArguments
+from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.distill import PteDistillConfig
+from pte_trl.training.distill.script import DistillArguments
 from recipes.generate import GenerateArguments
 
 CLASSES = (RecipeArguments, PteGRPOConfig, PteDistillConfig, DistillArguments, EvaluationArguments, GenerateArguments)

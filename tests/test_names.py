@@ -11,11 +11,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pte_trl.schedule import Schedule
-from pte_trl.study import kl
-from pte_trl.study.names import NAMES, PAIRS, THINGS, draw, question
-from pte_trl.study.recall import build_model, build_tokenizer, countdown
-from pte_trl.study.recall import draw as draw_digits
+from experiments.study.names import NAMES, PAIRS, THINGS, draw, question
+from experiments.study.recall import build_model, build_tokenizer, countdown
+from experiments.study.recall import draw as draw_digits
+from pte_trl.cache.schedule import Schedule
+from pte_trl.inspect import kl
 
 
 @pytest.fixture(scope="module")

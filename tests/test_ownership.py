@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pte_trl.ownership import Owner, here, is_running, own, release_all
+from pte_trl.runtime.ownership import Owner, here, is_running, own, release_all
 
 FORK = multiprocessing.get_context("fork")  # the imports are paid already
 

@@ -8,8 +8,8 @@ from math import isnan
 
 import pytest
 
-from pte_trl.paper import figures, page, plan, render, results
-from pte_trl.paper.plan import Cell
+from experiments.paper import figures, page, plan, render, results
+from experiments.paper.plan import Cell
 from tests.paper_runs import MATH, STAND_IN, evaluation, table1_cells, write_evaluation, write_table1_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from pte_trl.paper import numbers, plan
+from experiments.paper import numbers, plan
 
 # Counted in the paper.
 COUNTS = {

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from pte_trl.paper import numbers, plan, results, tables
-from pte_trl.paper.plan import Cell
+from experiments.paper import numbers, plan, results, tables
+from experiments.paper.plan import Cell
 from tests.paper_runs import (
     MATH,
     MODEL,

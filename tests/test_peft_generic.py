@@ -11,8 +11,8 @@ from pte_trl import BoundedCache, PteConfig
 from pte_trl.adapter import PteAttention
 from pte_trl.adapter.calibration import calibrate
 from pte_trl.adapter.model import evicted_encoders
-from pte_trl.rollout import rollout
-from pte_trl.segments import segment_logps
+from pte_trl.replay.segments import segment_logps
+from pte_trl.rollouts.rollout import rollout
 from tests.models import (
     ATTENTION,
     TEMPERATURE,

@@ -10,9 +10,9 @@ from torch import nn
 
 from pte_trl import BoundedCache, PteConfig
 from pte_trl.adapter import PteAttention, PteLinear
+from pte_trl.adapter.encoder import WHITENERS
 from pte_trl.adapter.layer import StateInUse
-from pte_trl.encoder import WHITENERS
-from pte_trl.segments import segment_logps
+from pte_trl.replay.segments import segment_logps
 from tests.models import TEMPERATURE, gap, left_padded_batch, replay_logps, tiny, with_pte
 
 WINDOW = 4

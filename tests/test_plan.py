@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.paper.plan import ITEMS, Evaluation, Training, cells, makefile
 from pte_trl.evaluation.config import EvaluationArguments
-from pte_trl.paper.plan import ITEMS, Evaluation, Training, cells, makefile
-from pte_trl.parsing import parse, parse_recipe
+from pte_trl.settings.parsing import parse
+from pte_trl.training.arguments import parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = ("paper", "tiny")
@@ -69,7 +70,7 @@ def test_no_two_settings_share_a_folder_and_no_number_is_forgotten(item, scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_command_of_the_plan_parses(scale, monkeypatch):
     monkeypatch.chdir(ROOT)
-    training, evaluation = commands(scale, "grpo_pte.py"), commands(scale, "evaluate.py")
+    training, evaluation = commands(scale, "pte_trl.training.grpo.py"), commands(scale, "evaluate.py")
     assert (len(training), len(evaluation)) == ((18, 380) if scale == "paper" else (12, 172))
     for argv in training:
         script, args = parse_recipe([*argv, "--use_cpu", "true", "--bf16", "false"])
@@ -92,7 +93,7 @@ def test_make_plans_every_item(scale, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("recipes/evaluate.py") == (380 if scale == "paper" else 172)
     assert done.stdout.count("recipes/grpo_pte.py") == (18 if scale == "paper" else 12)
-    assert done.stdout.count("pte_trl.paper.render") == len(ITEMS)
+    assert done.stdout.count("experiments.paper.render") == len(ITEMS)
     assert done.stdout.count("pretrain_tiny") == (scale == "tiny")
     assert not (tmp_path / "outputs" / scale / "train").exists()
 

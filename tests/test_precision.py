@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from pte_trl import BoundedCache, PteConfig, replay_inputs
-from pte_trl.batching import KeptEngine
-from pte_trl.rollout import rollout
-from pte_trl.segments import segment_logps
+from pte_trl import BoundedCache, PteConfig
+from pte_trl.replay.plan import replay_inputs
+from pte_trl.replay.segments import segment_logps
+from pte_trl.rollouts.batching import EngineCache
+from pte_trl.rollouts.rollout import rollout
 from tests.models import FAMILIES, VOCAB, randomise_up, tiny
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +69,7 @@ def replayed(model, completions: list[list[int]]) -> torch.Tensor:
     return logits.float().log_softmax(-1).gather(-1, ids[:, prompt:, None]).squeeze(-1)
 
 
-def sampled(model, plain: bool, kept: KeptEngine | None = None):
+def sampled(model, plain: bool, kept: EngineCache | None = None):
     found = rollout(
         model,
         PROMPTS,
@@ -78,7 +79,7 @@ def sampled(model, plain: bool, kept: KeptEngine | None = None):
         pad_token_id=0,
         seeds=[1, 2, 3],
         plain=plain,
-        kept_engine=kept,
+        engine_cache=kept,
     )
     return found.completion_ids, torch.tensor(found.logprobs)
 
@@ -163,7 +164,7 @@ def test_segments_have_the_gradient_of_the_replay(family, method, weights, autoc
 @pytest.mark.parametrize("plain", [False, True], ids=["engine", "reference"])
 def test_an_engine_is_not_used_again_under_another_autocast(plain):
     """Its buffers are in the dtypes of the run that made them."""
-    model, kept = made("qwen2", "pte", torch.float32), KeptEngine()
+    model, kept = made("qwen2", "pte", torch.float32), EngineCache()
     for autocast in (*AUTOCAST, *AUTOCAST):
         with under(autocast), torch.no_grad():
             tokens, logps = sampled(model, plain, kept)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pte_trl.paper.plan import makefile as plan
-from pte_trl.study.plan import makefile as study_plan
+from experiments.paper.plan import makefile as plan
+from experiments.study.plan import makefile as study_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,9 +32,9 @@ def run(folder: Path, *command: str) -> str:
 def demo(tmp_path_factory):
     """A folder in which the demo has run, with a model that has had no time to learn."""
     folder = tmp_path_factory.mktemp("demo")
-    pretrain = [str(ROOT / "recipes/pretrain_tiny.py"), "--steps", "20", "--test-problems", "8"]
+    pretrain = ["-m", "experiments.tiny.pretrain", "--steps", "20", "--test-problems", "8"]
     run(folder, sys.executable, *pretrain)
-    script = [str(ROOT / "recipes/demo.py"), "--tier", "tiny", "--test_problems", "8", *SHORT]
+    script = ["-m", "experiments.demo", "--tier", "tiny", "--test_problems", "8", *SHORT]
     return folder, run(folder, sys.executable, *script)
 
 

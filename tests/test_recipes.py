@@ -9,10 +9,11 @@ import pytest
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pte_trl.config import PteGRPOConfig, RecipeArguments
-from pte_trl.distill import PteDistillConfig
-from pte_trl.entry import REPORT
-from pte_trl.parsing import parse, parse_recipe, read_recipe
+from pte_trl.runtime.entry import REPORT
+from pte_trl.settings.parsing import parse, read_recipe
+from pte_trl.training.arguments import RecipeArguments, parse_recipe
+from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.distill import PteDistillConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -128,7 +129,7 @@ def test_the_script_stops_in_one_line_before_weights_load(tmp_path):
 
 
 def test_what_nobody_has_foreseen_says_where_to_report_it(tmp_path):
-    code = "from pte_trl.entry import run; run(lambda: {}['nothing'])"
+    code = "from pte_trl.runtime.entry import run; run(lambda: {}['nothing'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "KeyError: 'nothing'" in lines[-2] and lines[-1] == REPORT

@@ -9,7 +9,7 @@ import pytest
 
 from pte_trl.evaluation.metrics import pass_at_k, standard_error, summarise, table
 from pte_trl.evaluation.records import Parts, read_records, write_records
-from pte_trl.faults import Fault
+from pte_trl.runtime.faults import Fault
 
 
 def row(problem: str, sample: int, correct: bool, **changes) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pte_trl.tiny.model import build
+from experiments.tiny.model import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = "--max_steps 1 --per_device_train_batch_size 16 --max_completion_length 24"

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pte_trl.checkpoints import LISTING, complete, fault_of, newest, put_aside, rotate, seal, starting_point
-from pte_trl.parsing import parse_recipe
+from pte_trl.runtime.checkpoints import LISTING, complete, fault_of, rotate, seal
+from pte_trl.runtime.resume import newest, put_aside, starting_point
+from pte_trl.training.arguments import parse_recipe
 from tests.kill_matrix import KILLS, Kill, kill_and_resume, on
 from tests.launches import ENGINES, arguments, course, gap, run
 from tests.test_recipes import recipe

@@ -11,19 +11,9 @@ import pytest
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.records import read_records, write_records
 from pte_trl.evaluation.regrade import regrade
-from pte_trl.grading import verdict_versions
-from pte_trl.rewards import (
-    AccuracyReward,
-    FormatReward,
-    Grader,
-    Verdict,
-    check_golds,
-    clean_answer,
-    format_reward,
-    has_boxed,
-    last_boxed,
-    parse_gold,
-)
+from pte_trl.rewards.functions import AccuracyReward, FormatReward, format_reward
+from pte_trl.rewards.grader import Grader, Verdict, check_golds, clean_answer, has_boxed, last_boxed, parse_gold
+from pte_trl.rewards.worker_pool import verdict_versions
 
 TOWER = r"\boxed{9^{9^{9^9}}}"
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pte_trl.engine import left_pad
-from pte_trl.eviction import STRATEGIES
-from pte_trl.replay import replay_inputs
-from pte_trl.rollout import rollout
-from pte_trl.sampling import nucleus
-from pte_trl.sampling import sample as sample_token
+from pte_trl.cache.eviction import STRATEGIES
+from pte_trl.replay.plan import replay_inputs
+from pte_trl.rollouts.prompts import left_pad
+from pte_trl.rollouts.rollout import rollout
+from pte_trl.rollouts.sampling import nucleus
+from pte_trl.rollouts.sampling import sample as sample_token
 from tests.models import tiny, with_lora, with_pte
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]

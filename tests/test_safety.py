@@ -12,11 +12,11 @@ import torch
 import transformers.trainer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from pte_trl import checkpoints
-from pte_trl.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
-from pte_trl.environment import check_environment
-from pte_trl.grading import Job, WorkerPool
-from pte_trl.parsing import parse_recipe
+from pte_trl.rewards.worker_pool import Job, WorkerPool
+from pte_trl.runtime import checkpoints
+from pte_trl.runtime.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
+from pte_trl.settings.environment import check_environment
+from pte_trl.training.arguments import parse_recipe
 from tests.test_recipes import recipe
 from tests.test_resume import Poison, args_of, checkpoint
 

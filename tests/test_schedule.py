@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte_trl.replay import ReplayPlan
-from pte_trl.schedule import Schedule, resolve_window
+from pte_trl.cache.schedule import Schedule, resolve_window
+from pte_trl.replay.plan import ReplayPlan
 
 schedules = st.builds(
     Schedule,

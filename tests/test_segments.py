@@ -7,8 +7,8 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import add_fused_lm_head
 
-from pte_trl.schedule import Schedule
-from pte_trl.segments import segment_logps
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.segments import segment_logps
 from tests.models import (
     TEMPERATURE,
     chosen,

@@ -10,11 +10,12 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DistillationTrainer, GRPOConfig, GRPOTrainer
 
-from pte_trl.config import PteGRPOConfig, RecipeArguments
-from pte_trl.distill import PteDistillationTrainer, PteDistillConfig
-from pte_trl.tiny.model import build_tokenizer
-from pte_trl.trainer import PteGRPOTrainer
-from pte_trl.unsupported import ARGUMENTS, SETTINGS
+from experiments.tiny.model import build_tokenizer
+from pte_trl.training.arguments import RecipeArguments
+from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.distill import PteDistillationTrainer, PteDistillConfig
+from pte_trl.training.trainer import PteGRPOTrainer
+from pte_trl.training.unsupported import ARGUMENTS, SETTINGS
 from tests import settings_table as table
 from tests.test_trainer import PROBLEMS, model_of, reward_of_length
 

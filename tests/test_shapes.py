@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pte_trl
 from pte_trl.adapter.model import pte_layers
-from pte_trl.loading import check_fits
-from pte_trl.parsing import parse_recipe
+from pte_trl.training.arguments import parse_recipe
+from pte_trl.training.loading import check_fits
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = Path(pte_trl.__file__).parent / "shapes"

@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pte_trl import faults
-from pte_trl.entry import MeetWatch, framed
-from pte_trl.faults import Fault, StopOnTerm
-from pte_trl.ownership import Owner, own
+from pte_trl.runtime import faults
+from pte_trl.runtime.entry import MeetWatch, framed
+from pte_trl.runtime.faults import Fault
+from pte_trl.runtime.ownership import Owner, own
+from pte_trl.runtime.watch import StopOnTerm
 
 FORK = multiprocessing.get_context("fork")
 

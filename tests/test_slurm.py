@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pte_trl.tiny.model import build
-from pte_trl.tiny.task import DIFFICULTIES, rows
+from experiments.tiny.model import build
+from experiments.tiny.task import DIFFICULTIES, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "recipes/slurm.sh"

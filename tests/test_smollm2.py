@@ -5,11 +5,12 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pte_trl import PteConfig, replay_inputs
+from pte_trl import PteConfig
 from pte_trl.adapter.calibration import calibrate
-from pte_trl.engine import left_pad
-from pte_trl.rollout import rollout
-from pte_trl.schedule import Schedule
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.plan import replay_inputs
+from pte_trl.rollouts.prompts import left_pad
+from pte_trl.rollouts.rollout import rollout
 from pte_trl.smollm2 import make
 
 PROBLEMS = ["What is 7 + 5?", "A farmer has 17 sheep and buys 8 more. He then sells 5. How many sheep are left?"]

@@ -11,11 +11,11 @@ import torch
 import yaml
 from torch import nn
 
-from pte_trl.config import PteGRPOConfig
-from pte_trl.launch import check_launch, check_world, named_launch, parse_launch
-from pte_trl.startup import cache_lines, describe, job_of, running_engine
-from pte_trl.tiny.model import build
-from pte_trl.tiny.task import DIFFICULTIES, rows
+from experiments.tiny.model import build
+from experiments.tiny.task import DIFFICULTIES, rows
+from pte_trl.runtime.launch import check_launch, check_world, named_launch, parse_launch
+from pte_trl.runtime.startup import cache_lines, describe, job_of, running_engine
+from pte_trl.training.config import PteGRPOConfig
 from tests.test_trainer import trainer_for
 
 ROOT = Path(__file__).resolve().parent.parent

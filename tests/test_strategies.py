@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte_trl.eviction import H2O, HeadKV, PyramidKV, load_importance, measure_importance, save_importance
-from pte_trl.eviction.attention import attention_implementation
-from pte_trl.eviction.importance import needles
-from pte_trl.eviction.observation import ObservationWindow
-from pte_trl.eviction.strategy import apportion
-from pte_trl.schedule import Schedule
+from pte_trl.cache.eviction import H2O, HeadKV, PyramidKV, load_importance, measure_importance, save_importance
+from pte_trl.cache.eviction.attention import attention_implementation
+from pte_trl.cache.eviction.importance import needles
+from pte_trl.cache.eviction.observation import ObservationWindow
+from pte_trl.cache.eviction.strategy import apportion
+from pte_trl.cache.schedule import Schedule
 from tests.models import left_padded_batch, tiny
 from tests.test_eviction import decode, selective
 

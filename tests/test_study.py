@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pte_trl.evaluation.records import COMPLETE
-from pte_trl.schedule import Schedule
-from pte_trl.study import curves, plan, report
-from pte_trl.study.collect import beside, collect
-from pte_trl.study.evaluate import accuracy
-from pte_trl.study.recall import (
+from experiments.study import curves, plan, report
+from experiments.study.collect import beside, collect
+from experiments.study.evaluate import accuracy
+from experiments.study.recall import (
     DIGIT,
     DIGITS,
     IDS,
@@ -26,6 +24,8 @@ from pte_trl.study.recall import (
     draw,
     write_rows,
 )
+from pte_trl.cache.schedule import Schedule
+from pte_trl.evaluation.records import COMPLETE
 
 ROOT = Path(__file__).resolve().parent.parent
 PY = sys.executable
@@ -57,7 +57,7 @@ def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window):
     torch.manual_seed(0)
     model = build_model(0).double().eval()
     model.set_attn_implementation("sdpa")
-    from pte_trl.replay import replay_inputs
+    from pte_trl.replay.plan import replay_inputs
 
     def change(length: int) -> float:
         tokens, places = draw(1, 4, length, torch.Generator().manual_seed(1))
@@ -103,20 +103,20 @@ def test_every_run_of_the_plan_works(tmp_path):
     """One seed, few steps: base, the arms that differ in code, results, table and plot."""
     recall = tmp_path / "outputs/study/recall"
     short = ["--steps", "5", "--batch", "16", "--rows", "64"]
-    run(tmp_path, PY, "-m", "pte_trl.study.recall", "--output", "outputs/study/recall", *short)
+    run(tmp_path, PY, "-m", "experiments.study.recall", "--output", "outputs/study/recall", *short)
     distill = [PY, str(ROOT / "recipes/distill_pte.py"), "--config", str(ROOT / "recipes/study/recall_distill.yaml")]
     few = ["--max_steps", "2", "--logging_steps", "1", "--dataset_limit", "64"]
     run(tmp_path, *distill, *few, "--per_device_train_batch_size", "8", "--output_dir", f"{recall}/pte_distilled-0")
-    grpo = [PY, "-m", "pte_trl.study.grpo", "--config", str(ROOT / "recipes/study/recall_grpo.yaml"), *few]
+    grpo = [PY, "-m", "experiments.study.grpo", "--config", str(ROOT / "recipes/study/recall_grpo.yaml"), *few]
     grpo += ["--per_device_train_batch_size", "16"]
     run(tmp_path, *grpo, "--adapter", f"{recall}/pte_distilled-0", "--output_dir", f"{recall}/pte_distilled_grpo-0")
     run(tmp_path, *grpo, "--method", "lora", "--window", "full", "--output_dir", f"{recall}/lora-0")
     state = json.loads((recall / "pte_distilled_grpo-0/trainer_state.json").read_text())
     assert max(entry.get("mismatch/max", 0) for entry in state["log_history"]) < 1e-4
     for arm in ("pte_distilled_grpo", "lora"):
-        evaluate = ["-m", "pte_trl.study.evaluate", "--base", f"{recall}/base", "--adapter", f"{recall}/{arm}-0"]
+        evaluate = ["-m", "experiments.study.evaluate", "--base", f"{recall}/base", "--adapter", f"{recall}/{arm}-0"]
         run(tmp_path, PY, *evaluate, "--samples", "64", "--output", f"{recall}/results/{arm}-0.json")
-    out = run(tmp_path, PY, "-m", "pte_trl.study.report", f"{recall}/results", "--output", str(recall))
+    out = run(tmp_path, PY, "-m", "experiments.study.report", f"{recall}/results", "--output", str(recall))
     assert "| lora | 1 |" in out and (recall / "table.md").read_text() == out
     for name in ("plot", "curves"):
         assert (recall / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -125,8 +125,9 @@ def test_every_run_of_the_plan_works(tmp_path):
 def test_only_the_answer_is_rewarded_and_trained(tmp_path):
     from datasets import Dataset
 
-    from pte_trl.config import PteGRPOConfig, RecipeArguments
-    from pte_trl.study.grpo import GivenThoughtTrainer, RightAnswer
+    from experiments.study.grpo import GivenThoughtTrainer, RightAnswer
+    from pte_trl.training.arguments import RecipeArguments
+    from pte_trl.training.config import PteGRPOConfig
 
     tokens, places = draw(8, 4, 14, torch.Generator().manual_seed(0))
     words = [[WORDS[token] for token in row[: places[n % 4] + 1]] for n, row in enumerate(tokens.tolist())]
@@ -211,9 +212,9 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     seeds, arms = len(plan.SEEDS), len(plan.ARMS)
-    assert sum("pte_trl.study.evaluate" in line for line in lines) == seeds * (arms + len(plan.CHOICES)) + 1
+    assert sum("experiments.study.evaluate" in line for line in lines) == seeds * (arms + len(plan.CHOICES)) + 1
     assert (
-        sum("pte_trl.study.kl" in line for line in lines)
+        sum("pte_trl.inspect.kl" in line for line in lines)
         == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS) + len(plan.ARITHMETIC_ARMS)) + 3
     )
     place = {

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from pte_trl.rewards import Grader
-from pte_trl.tiny.model import build, build_tokenizer
-from pte_trl.tiny.task import DIFFICULTIES, Difficulty, rows, stream
+from experiments.tiny.model import build, build_tokenizer
+from experiments.tiny.task import DIFFICULTIES, Difficulty, rows, stream
+from pte_trl.rewards.grader import Grader
 
 ROWS = [row for difficulty in DIFFICULTIES.values() for row in rows("train", 60, 0, difficulty)]
 

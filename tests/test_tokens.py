@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from pte_trl.data import build_prompts
-from pte_trl.tiny.model import build_tokenizer
-from pte_trl.tokens import PLAIN, PROBES, check_template, load_tokenizer
-from pte_trl.tokens import _get_template_variables as variables
+from experiments.tiny.model import build_tokenizer
+from pte_trl.data.prompts import build_prompts
+from pte_trl.models.tokens import PLAIN, PROBES, check_template, load_tokenizer
+from pte_trl.models.tokens import _get_template_variables as variables
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

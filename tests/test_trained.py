@@ -3,22 +3,23 @@
 import json
 from types import SimpleNamespace
 
-import distill_pte
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import grpo_pte
-from pte_trl.checkpoints import checkpoints, is_finished
-from pte_trl.distill.completions import check_new_file
-from pte_trl.faults import Fault
-from pte_trl.manifest import save_run
-from pte_trl.ownership import Owner
-from pte_trl.parsing import parse_recipe
-from pte_trl.tiny.model import build
-from pte_trl.tiny.task import DIFFICULTIES, rows
-from pte_trl.trained import check_enough, prompts_per_batch
+from experiments.tiny.model import build
+from experiments.tiny.task import DIFFICULTIES, rows
+from pte_trl.runtime.checkpoints import checkpoints
+from pte_trl.runtime.faults import Fault
+from pte_trl.runtime.ownership import Owner
+from pte_trl.runtime.resume import is_finished
+from pte_trl.runtime.trained import check_enough, prompts_per_batch
+from pte_trl.training import grpo as grpo_pte
+from pte_trl.training.arguments import parse_recipe
+from pte_trl.training.distill import script as distill_pte
+from pte_trl.training.distill.completions import check_new_file
+from pte_trl.training.run import save_run
 from tests.models import tiny, with_pte
 from tests.test_recipes import ROOT, recipe
 

@@ -5,10 +5,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
-from pte_trl.config import PteGRPOConfig, RecipeArguments
-from pte_trl.replay import replay_inputs
-from pte_trl.tiny.model import build, build_tokenizer
-from pte_trl.trainer import PteGRPOTrainer
+from experiments.tiny.model import build, build_tokenizer
+from pte_trl.replay.plan import replay_inputs
+from pte_trl.training.arguments import RecipeArguments
+from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.trainer import PteGRPOTrainer
 from tests.models import randomise_up, tiny, with_pte
 
 PROBLEMS = ["1+1", "12+34=", "7", "100+200+300"] * 4

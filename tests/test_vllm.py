@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl.import_utils import is_vllm_available
 
-from evaluate import main
+from experiments.tiny.model import build
+from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl import PteConfig
-from pte_trl.config import PteGRPOConfig
 from pte_trl.evaluation.records import read_records
-from pte_trl.tiny.model import build
-from pte_trl.tiny.task import DIFFICULTIES, rows
+from pte_trl.evaluation.script import main
+from pte_trl.training.config import PteGRPOConfig
 from tests.models import randomise_up
 from tests.test_trainer import logged, trainer_for
 
@@ -82,7 +82,7 @@ def evaluate(setting, out: Path, **changes) -> list[dict]:
     ],
 )
 def test_what_vllm_cannot_do_is_refused_with_the_reason(setting, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr("evaluate.VllmSampler", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr("pte_trl.evaluation.script.VllmSampler", lambda *_: pytest.fail("an engine was started"))
     if "adapter" in changes:
         changes = {"adapter": setting / changes["adapter"]}
     with pytest.raises((SystemExit, ValueError), match=message):

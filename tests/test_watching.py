@@ -13,9 +13,9 @@ import pandas
 import pytest
 from trl import GRPOTrainer
 
-from pte_trl.config import PteGRPOConfig
-from pte_trl.tiny.model import build
-from pte_trl.tiny.task import DIFFICULTIES, rows
+from experiments.tiny.model import build
+from experiments.tiny.task import DIFFICULTIES, rows
+from pte_trl.training.config import PteGRPOConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/metrics.md").read_text()

@@ -12,7 +12,7 @@ from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_conf
 
 from pte_trl import PteConfig
 from pte_trl.adapter.check import expected_shapes
-from pte_trl.weights import check_loaded, check_model_folder
+from pte_trl.models.weights import check_loaded, check_model_folder
 from tests.models import FAMILIES, tiny
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from pte_trl.adapter.fit import check_geometry, check_supported
 from pte_trl.adapter.peft_type import PTE
-from pte_trl.weights import without_memory
+from pte_trl.models.weights import without_memory
 
 # A recipe's keys -> what PteConfig and LoraConfig call them, where it is something else.
 PTE_NAMES = {"adapter_dropout": "dropout"}

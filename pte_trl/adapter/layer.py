@@ -8,9 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pte_trl.adapter.config import PteConfig
-from pte_trl.cache import BoundedCache, BoundedLayer
-from pte_trl.encoder import WHITENERS, Encoder, without_autocast
-from pte_trl.replay import ReplayPlan
+from pte_trl.adapter.encoder import WHITENERS, Encoder, without_autocast
+from pte_trl.cache.bounded import BoundedCache, BoundedLayer
+from pte_trl.replay.plan import ReplayPlan
 
 
 @dataclass

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -161,3 +161,9 @@ def evicted_encoders(model: nn.Module) -> dict[int, Callable[..., torch.Tensor]]
         for layer, name in layers
         if layer.config[name].encode_evicted
     }
+
+
+def adapters_disabled(model: nn.Module) -> bool:
+    """Whether the model runs as its base now (`disable_adapter`), as TRL does for the reference of the KL term."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    return bool(layers) and all(layer.disable_adapters for layer in layers)

@@ -13,8 +13,8 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 
-from pte_trl.data import load_problems
-from pte_trl.decontaminate import normalise
+from pte_trl.data.decontaminate import normalise
+from pte_trl.data.problems import load_problems
 
 FACTS = Path(__file__).parent
 

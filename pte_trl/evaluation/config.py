@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pte_trl.adapter.config import one_of
-from pte_trl.eviction import STRATEGIES
-from pte_trl.files import stem
-from pte_trl.limits import COUNT, check_values
-from pte_trl.parsing import read_recipe
-from pte_trl.rewards import check_answer_after
+from pte_trl.cache.eviction import STRATEGIES
+from pte_trl.data.files import stem
+from pte_trl.rewards.grader import check_answer_after
+from pte_trl.settings.limits import COUNT, check_values
+from pte_trl.settings.parsing import read_recipe
 
 FROM_RECIPE = (
     *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code"),

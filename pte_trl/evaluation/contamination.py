@@ -6,10 +6,10 @@ python -m pte_trl.evaluation.contamination --data_dir FOLDER_OF_JSONL_FILES
 import argparse
 import json
 
-from pte_trl.data import load_problems
-from pte_trl.decontaminate import load_eval_problems, overlap
+from pte_trl.data.decontaminate import load_eval_problems, overlap
+from pte_trl.data.problems import load_problems
 from pte_trl.evaluation.benchmarks import FACTS, problem_key
-from pte_trl.manifest import write_json
+from pte_trl.runtime.manifest import write_json
 
 
 def find(train: list[str], eval_sets: dict[str, list[str]]) -> dict[str, list[str]]:

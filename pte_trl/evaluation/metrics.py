@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from pte_trl.evaluation.records import COMPLETE, read_records
-from pte_trl.rewards import has_boxed
+from pte_trl.rewards.grader import has_boxed
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pte_trl.faults import Fault
+from pte_trl.runtime.faults import Fault
 
 COMPLETE = "records.jsonl"
 # What the metrics are computed from.

@@ -9,12 +9,12 @@ What of a completion is graded (`answer_after`) is taken from the records, unles
 import argparse
 from pathlib import Path
 
-from pte_trl.entry import framed, run, settings_checked
 from pte_trl.evaluation.records import COMPLETE, read_records, write_records
-from pte_trl.grading import verdict_versions
-from pte_trl.identity import versions_of
-from pte_trl.ownership import own
-from pte_trl.rewards import Grader
+from pte_trl.rewards.grader import Grader
+from pte_trl.rewards.worker_pool import verdict_versions
+from pte_trl.runtime.entry import framed, run, settings_checked
+from pte_trl.runtime.identity import versions_of
+from pte_trl.runtime.ownership import own
 
 
 def regrade(folder: str | Path, grader: Grader | None = None, answer_after: str | None = None) -> int:

@@ -17,20 +17,20 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pte_trl.batching import KeptEngine
-from pte_trl.data import build_prompts, tokens_of
+from pte_trl.cache.eviction import STRATEGIES
+from pte_trl.cache.schedule import resolve_window
+from pte_trl.data.prompts import build_prompts, tokens_of
 from pte_trl.evaluation.benchmarks import content_hash
 from pte_trl.evaluation.config import EvaluationArguments, short_name
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
-from pte_trl.evaluation.vllm import VllmSampler, vllm_version
-from pte_trl.eviction import STRATEGIES
-from pte_trl.faults import check_finite, tail
-from pte_trl.grading import verdict_versions
-from pte_trl.identity import adapter_identity, base_identity, template_identity, versions_of
-from pte_trl.rewards import Grader, Verdict, check_golds
-from pte_trl.rollout import rollout
-from pte_trl.schedule import resolve_window
-from pte_trl.together import on_main
+from pte_trl.rewards.grader import Grader, Verdict, check_golds
+from pte_trl.rewards.worker_pool import verdict_versions
+from pte_trl.rollouts.batching import EngineCache
+from pte_trl.rollouts.rollout import rollout
+from pte_trl.rollouts.vllm import VllmSampler, vllm_version
+from pte_trl.runtime.finite import check_finite, tail
+from pte_trl.runtime.identity import adapter_identity, base_identity, template_identity, versions_of
+from pte_trl.runtime.together import on_main
 
 PACKAGES = ("pte_trl", "torch", "transformers")  # their versions stand in every record, and those of the judges
 ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window, hence a batch
@@ -114,7 +114,7 @@ class Evaluation:
         # One object for all batches: HeadKV measures the model's heads once.
         plain = args.eviction == "sliding_window"
         self.eviction = args.eviction if plain else STRATEGIES[args.eviction]()
-        self.kept_engine = KeptEngine()
+        self.engine_cache = EngineCache()
         self.folder = Path(args.output_dir) / short_name(name)
         self.parts = Parts(self.folder)
         self.prompt_ids = prompt_tokens(problems, tokenizer, args)
@@ -238,7 +238,7 @@ class Evaluation:
             eos_token_ids=ends,
             pad_token_id=self.tokenizer.pad_token_id,
             seeds=seeds,
-            kept_engine=self.kept_engine,
+            engine_cache=self.engine_cache,
         )
         sums = torch.tensor([[sum(row)] for row in result.logprobs])  # of numbers below 0: finite only if all are
         where = f"{self.name}, rank {self.accelerator.process_index}"

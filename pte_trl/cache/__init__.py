@@ -1,0 +1,1 @@
+"""What is kept of a sequence, and when what leaves: schedule, bounded cache, masks, eviction strategies."""

@@ -1,0 +1,19 @@
+"""Which attention implementations take an arbitrary mask, and in what form."""
+
+import torch
+from torch import Tensor, nn
+
+MASKED_ATTENTION = ("blockwise", "sdpa", "eager")  # attention implementations that take an arbitrary mask
+
+
+def config_of(model: nn.Module):
+    """The model's configuration, through a wrapper such as DDP."""
+    return getattr(model, "config", None) or model.module.config
+
+
+def mask_for(model: nn.Module, mask: Tensor) -> Tensor:
+    """A mask of four dimensions, True where a query sees a key, as the model's attention implementation takes it."""
+    if config_of(model)._attn_implementation != "eager":
+        return mask
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

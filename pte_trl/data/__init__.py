@@ -1,0 +1,1 @@
+"""Problems from the hub or from files, made into prompts."""

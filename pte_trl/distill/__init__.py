@@ -1,6 +1,0 @@
-"""Cache distillation: the bounded policy is taught to be the policy that sees everything."""
-
-from pte_trl.distill.config import PteDistillConfig
-from pte_trl.distill.trainer import PteDistillationTrainer
-
-__all__ = ["PteDistillConfig", "PteDistillationTrainer"]

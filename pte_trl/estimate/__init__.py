@@ -1,0 +1,1 @@
+"""What one GPU has to hold: python -m pte_trl.estimate"""

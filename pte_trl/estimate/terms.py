@@ -1,0 +1,283 @@
+"""Peak memory of one GPU, computed from configurations: what a run needs, and what to change where it is too much.
+
+    python -m pte_trl.estimate        # the tables of docs/scaling.md
+
+    peak = weights + adapter + gradients + optimizer + gathered + max(training, rollout)
+
+Every term is a function with its formula. b is the micro-batch, n the completions decoded at once, P and C the tokens
+of prompt and completion, T = P + C, L layers, d the hidden size, I the MLP's, d_q and d_kv all query and all key heads
+together, V the vocabulary, e the bytes of a value, N the GPUs. Factors that stand for many small tensors were found by
+counting what is alive in real steps on a CPU; tests/test_estimate.py holds them to it. A GPU's own context (about
+0.5 GB) and fragmentation come on top.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from pte_trl.adapter.config import one_of
+from pte_trl.adapter.model import geometry_of
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.plan import ReplayPlan
+from pte_trl.rollouts.batching import cache_bytes
+from pte_trl.rollouts.engine import PREFILL_TOKENS
+from pte_trl.rollouts.ring import aligned, ring_size
+
+SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp2")
+SHAPES = Path(__file__).parent / "shapes"
+STREAM = 26  # bytes per token and hidden unit inside a layer: norms and adapters work in float32 as well
+TILE = (4096, 32768)  # tokens and vocabulary of the fused head's buffer (trl.kernels.chunked_logprob)
+TILE_CPU = 7.25  # float32 copies of such a tile where the kernels of the head do not run
+LIVE = 10**9  # parameters that ZeRO-3 holds gathered at most while training (stage3_max_live_parameters)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the memory of one GPU.
+
+    Args:
+        config: the model's configuration.
+        parameters, trainable: of the model and of its adapter (see `count`).
+        method: pte, lora_c or lora.
+        prompt, completion: the longest of both, in tokens.
+        window: W; None for lora.
+        micro_batch: sequences of one forward and backward.
+        rollout_batch: completions decoded at once.
+        num_generations: completions of one prompt; a bounded rollout prefills it once.
+        dtype: of the frozen weights and of activations.
+        ranks, sharding: GPUs, and what they divide among themselves, one of SHARDINGS.
+        checkpointing: gradient checkpointing.
+        replay, segment_length, offload: as in a recipe.
+        state_rank: r and n_g of PTE, taken as equal.
+        blockwise: replays by `pte_trl.replay.attention`, not by SDPA over the whole mask.
+        device: "cuda", or "cpu", where the fused head has no kernels of its own.
+    """
+
+    config: PretrainedConfig
+    parameters: int
+    trainable: int
+    method: str
+    prompt: int
+    completion: int
+    window: int | None
+    micro_batch: int = 1
+    rollout_batch: int = 1
+    num_generations: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    ranks: int = 1
+    sharding: str = "none"
+    checkpointing: bool = True
+    replay: str = "one_pass"
+    segment_length: int | None = None
+    offload: bool = False
+    evict_ratio: float = 0.25
+    state_rank: int = 32
+    blockwise: bool = True
+    device: str = "cuda"
+
+    def __post_init__(self):
+        one_of("sharding", self.sharding, SHARDINGS)
+        if (self.window is None) != (self.method == "lora"):
+            raise ValueError(f"window={self.window!r}: only method=lora has none, method={self.method!r}")
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return Schedule(self.window, self.evict_ratio)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """L, d, I, d_q, d_kv, V."""
+        shape = geometry_of(self.config)
+        heads = (shape["num_attention_heads"], shape["num_key_value_heads"])
+        widths = (heads_of_kind * shape["head_dim"] for heads_of_kind in heads)
+        return (
+            shape["num_hidden_layers"],
+            shape["hidden_size"],
+            shape["intermediate_size"],
+            *widths,
+            self.config.vocab_size,
+        )
+
+    def divided(self, value: float, *shardings: str) -> float:
+        return value / self.ranks if self.sharding in shardings else value
+
+
+# ---- what stays on the GPU -------------------------------------------------------------------------------------
+
+
+def count(config: PretrainedConfig, adapter=None) -> int:
+    """Parameters of a model, or of an adapter on it, counted without making them; tied weights count once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        if adapter is None:
+            return sum(p.numel() for p in model.parameters())
+        return sum(p.numel() for p in get_peft_model(model, adapter).parameters() if p.requires_grad)
+
+
+def persistent(job: Job) -> dict[str, float]:
+    """What stays from step to step. X is the adapter's parameters.
+
+    weights: e per parameter; under ZeRO-3 and FSDP2 over N.
+    adapter: 4 X, in float32; DeepSpeed takes the model's dtype, and keeps the float32 original with the optimizer.
+        The matrices of `whiten: true`, 8 kv_heads head_dim^2 bytes a layer, are left out: 34 MB of llama-8b.
+    gradients: as the adapter; DDP has them a second time, in its buckets. Over N from ZeRO-2 on.
+    optimizer: Adam's 8 X, and with DeepSpeed the original, 4 X; over N under every sharding.
+    """
+    deepspeed, width = job.sharding.startswith("zero"), job.dtype.itemsize
+    own = job.trainable * (width if deepspeed else 4)
+    buckets = 2 if job.sharding == "none" and job.ranks > 1 else 1
+    return {
+        "weights": job.divided(job.parameters * width, "zero3", "fsdp2"),
+        "adapter": job.divided(own, "zero3", "fsdp2"),
+        "gradients": job.divided(own * buckets, "zero2", "zero3", "fsdp2"),
+        "optimizer": job.divided(job.trainable * (12 if deepspeed else 8), *SHARDINGS[1:]),
+    }
+
+
+def gathered(job: Job, rollout: bool) -> float:
+    """Weights that a GPU holds beyond its own share, e per parameter.
+
+    A rollout gathers the whole model under ZeRO-3 and FSDP2 (TRL's own under FSDP2, for lora, goes layer by layer).
+    While training, ZeRO-3 holds up to LIVE parameters, FSDP2 two layers and the embeddings.
+    """
+    total, (layers, d, *_, vocabulary) = job.parameters, job.sizes
+    if job.sharding not in ("zero3", "fsdp2"):
+        return 0.0
+    if rollout and (job.sharding == "zero3" or job.method != "lora"):
+        held = total
+    elif job.sharding == "zero3":
+        held = min(total, LIVE)
+    else:
+        held = 2 * (total - vocabulary * d) / layers + vocabulary * d
+    return job.dtype.itemsize * held * (1 - 1 / job.ranks)
+
+
+# ---- one training step -----------------------------------------------------------------------------------------
+
+
+def head(job: Job, tokens: int) -> float:
+    """TRL's fused head: a tile of logits, min(tokens, 4096) x 32768 e whatever V is, and tokens d (4 + e) of gradient.
+
+    On a CPU, TILE_CPU float32 copies of min(V, 32768) columns beside it.
+    """
+    d, vocabulary, width = job.sizes[1], job.sizes[-1], job.dtype.itemsize
+    rows = min(tokens, TILE[0])
+    copies = TILE_CPU * 4 * min(vocabulary, TILE[1]) if job.device == "cpu" else 0
+    return rows * (TILE[1] * width + copies) + tokens * d * (4 + width)
+
+
+def attention(job: Job) -> float:
+    """What a replay's attention holds beyond an ordinary one's, of one sample.
+
+    Blockwise: keys and values for every query head of the prompt and of what is in reach, copied for every block,
+    2 d_q e each; masks, 1 + e bytes per pair in the blocks. SDPA: T^2 (1 + e).
+    """
+    length, width, d_q = job.prompt + job.completion, job.dtype.itemsize, job.sizes[3]
+    if job.window is None or not job.blockwise:
+        return length**2 * (1 + width) if job.window is not None else 0.0
+    blocks = ReplayPlan.build(torch.tensor([job.window]), job.evict_ratio, job.prompt, torch.ones(1, length)).blocks
+    copies = sum(block.mask.shape[3] for block in blocks)
+    return 2 * d_q * width * copies + (1 + width) * sum(block.mask.numel() for block in blocks)
+
+
+def one_pass(job: Job) -> float:
+    """Activations of b samples in one forward and backward.
+
+    b [ L T d e + T (6 I e + STREAM d + 2 d_kv e) + attention ]: the inputs of all layers and the inside of one, with
+    gate, up and product of its MLP and the gradient of each. Without checkpointing, instead of the inputs, what the
+    other layers saved: (L - 1) [ T (3 I + 6 d) e + attention ]. PTE adds T (8 d_kv + 24 r + 100): keys, values and
+    latents in float32, and indices; without checkpointing, of every layer.
+    """
+    layers, d, inner, _, d_kv, _ = job.sizes
+    length, width = job.prompt + job.completion, job.dtype.itemsize
+    extra = attention(job)
+    inside = length * (6 * inner * width + STREAM * d + 2 * d_kv * width) + extra
+    others = layers * length * d * width
+    if not job.checkpointing:
+        others = (layers - 1) * (length * (3 * inner + 6 * d) * width + extra)
+    states = length * (8 * d_kv + 24 * job.state_rank + 100) * (1 if job.checkpointing else layers)
+    states = states if job.method == "pte" else 0
+    return job.micro_batch * (others + inside + states)
+
+
+def segments(job: Job) -> float:
+    """Activations of b samples, segment by segment: those of the costliest segment with its head.
+
+    For a segment of s tokens that finds k in the cache: keys and values before and after it, and the gradients of
+    both, b L (2 s + 4 k) 2 d_kv e; every layer's input, b L s d e; and the larger of the head and one layer's inside,
+    b [ s (6 I e + STREAM d) + (s + k)(2 d_q + 8 d_kv) e ]. Without checkpointing, instead of these, the head and every
+    layer's inside as it was saved, b L [ s (3 I e + 24 d) + (s + k)(2 d_q + 8 d_kv) e ]. Beside that, keys and values
+    of the whole text, 2 b L T d_kv e, unless they are on the CPU.
+    """
+    layers, d, inner, d_q, d_kv, _ = job.sizes
+    width, longest = job.dtype.itemsize, job.segment_length or job.completion
+    runs = [(job.prompt, 0)]
+    for run in job.schedule.chunks(job.completion - 1):
+        held = job.prompt - job.schedule.first_visible(max(0, run.start - 1))
+        runs += [(min(longest, run.stop - at), held + at) for at in range(run.start, run.stop, longest)]
+
+    def cost(tokens: int, found: int) -> float:
+        attended = (tokens + found) * (2 * d_q + 8 * d_kv) * width
+        logits = head(job, job.micro_batch * tokens)
+        if not job.checkpointing:
+            return job.micro_batch * layers * (tokens * (3 * inner * width + 24 * d) + attended) + logits
+        inside = job.micro_batch * (tokens * (6 * inner * width + STREAM * d) + attended)
+        caches = (2 * tokens + 4 * found) * 2 * d_kv * width
+        return job.micro_batch * layers * (tokens * d * width + caches) + max(inside, logits)
+
+    kept = 0 if job.offload else 2 * layers * (job.prompt + job.completion) * d_kv * width
+    return job.micro_batch * kept + max(cost(*run) for run in runs)
+
+
+def training(job: Job) -> float:
+    """Beyond what stays: the head, or the layers' backward, which come after one another in one pass."""
+    if job.replay == "segments":
+        return segments(job)
+    # On a GPU the head's kernel scores the completion alone; elsewhere every place.
+    tokens = job.micro_batch * (job.completion if job.device == "cuda" else job.prompt + job.completion - 1)
+    layers, d = job.sizes[:2]
+    inputs = job.micro_batch * layers * (job.prompt + job.completion) * d * job.dtype.itemsize
+    return max(one_pass(job), inputs + head(job, tokens))
+
+
+# ---- a rollout -------------------------------------------------------------------------------------------------
+
+
+def cached_tokens(job: Job) -> int:
+    """P + C with the full cache, else P + min(W, C), rounded up by the engine."""
+    if job.window is None:
+        return job.prompt + job.completion
+    return aligned(job.prompt + ring_size(job.window, job.completion))
+
+
+def rollout_cache(job: Job) -> float:
+    """n times 2 L d_kv e for every cached token, and 4 L r^2 for S."""
+    state = 4 * job.sizes[0] * job.state_rank**2 if job.method == "pte" else 0
+    return job.rollout_batch * (cache_bytes(job.config, cached_tokens(job), job.dtype) + state)
+
+
+def rollout(job: Job) -> float:
+    """The cache, and with it the prefill, m P (4 I + 8 d) e for m prompts, or what sampling needs, (16 + e) n V.
+
+    m is n where nothing is shared; the engine prefills n / num_generations, PREFILL_TOKENS at a time.
+    """
+    _, d, inner, *_, vocabulary = job.sizes
+    prompts = job.rollout_batch
+    if job.window is not None:
+        prompts = max(1, min(prompts // job.num_generations, PREFILL_TOKENS // job.prompt))
+    prefill = prompts * job.prompt * (4 * inner + 8 * d) * job.dtype.itemsize
+    return rollout_cache(job) + max(prefill, (16 + job.dtype.itemsize) * job.rollout_batch * vocabulary)
+
+
+def estimate(job: Job) -> dict[str, float]:
+    """Bytes of every term, and of `peak`, their sum with the larger of a training step and a rollout."""
+    stays = persistent(job)
+    steps = {"training": training(job) + gathered(job, False), "rollout": rollout(job) + gathered(job, True)}
+    return stays | steps | {"peak": sum(stays.values()) + max(steps.values())}
+
+
+# ---- the tables of docs/scaling.md -----------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What the state S keeps: python -m pte_trl.inspect"""

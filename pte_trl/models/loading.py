@@ -1,0 +1,42 @@
+"""The base model, checked and loaded."""
+
+from typing import Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pte_trl.models.generation_config import neutral_generation_config
+from pte_trl.models.weights import check_loaded, check_model_folder
+
+
+class Source(Protocol):
+    """A recipe or an evaluation, as far as loading its base model goes."""
+
+    model_name_or_path: str
+    dtype: str
+    attn_implementation: str | None
+
+
+def check_base(name: str, trust_remote_code: bool):
+    """The configuration of the base model, whose folder must be whole."""
+    check_model_folder(name, trust_remote_code)
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_base(source: Source, trust_remote_code: bool) -> PreTrainedModel:
+    """The base model with all of its weights.
+
+    Raises:
+        ValueError: some are missing, or of other shapes than the configuration says.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source.model_name_or_path,
+        dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
+        attn_implementation=source.attn_implementation,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    check_loaded(found, source.model_name_or_path)
+    # A checkpoint's own sampling settings would change what TRL's `generate` samples, for `lora` alone.
+    model.generation_config = neutral_generation_config(model)
+    return model

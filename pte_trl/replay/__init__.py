@@ -1,0 +1,1 @@
+"""The decode repeated for training: in one pass, or segment by segment."""

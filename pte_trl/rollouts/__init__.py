@@ -1,0 +1,1 @@
+"""Batched sampling under a bounded cache."""

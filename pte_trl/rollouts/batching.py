@@ -1,0 +1,82 @@
+"""How many completions are decoded at once, and which engine does it: what fits in memory, made once and kept."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from pte_trl.adapter.model import geometry_of, pte_layers
+from pte_trl.rollouts.engine import Engine
+from pte_trl.rollouts.ring import aligned, ring_size
+from pte_trl.rollouts.sampling import Sampling
+
+SHARE = 0.6  # of the free memory for the cache; the rest is for activations and logits
+WASTE = 8  # an engine is used again if at most this part of its places is prompt that nobody needs
+Result = TypeVar("Result")
+
+
+def cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one sample that keeps so many tokens; S is small beside them."""
+    shape = geometry_of(config)
+    heads = shape["num_hidden_layers"] * shape["num_key_value_heads"]
+    return 2 * heads * shape["head_dim"] * tokens * dtype.itemsize
+
+
+def auto_batch_size(
+    model: nn.Module, prompt: int, window: int, max_new_tokens: int, free: int | None = None
+) -> int | None:
+    """Rows whose caches fit in SHARE of the free memory; None (all at once) on a CPU.
+
+    Args:
+        prompt: tokens of the longest prompt.
+        free: bytes; those that the model's GPU has, and torch holds unused, if None.
+    """
+    if free is None:
+        if model.device.type != "cuda":
+            return None
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] + unused
+    one = cache_bytes(model.config, aligned(prompt + ring_size(window, max_new_tokens)), model.dtype)
+    return max(1, int(SHARE * free / one))
+
+
+def halving(run: Callable[[int], Result], rows: int) -> Result:
+    """`run(rows)`, with half as many rows each time the memory does not suffice; one row that does not fit raises."""
+    while True:
+        try:
+            return run(rows)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+        # Behind the handler: the exception holds the frames, and with them the tensors, of what has failed.
+        rows = -(-rows // 2)
+        torch.cuda.empty_cache()
+        print(f"rollout: out of memory, going on with {rows} samples at once", flush=True)
+
+
+class EngineCache:
+    """Keeps the last engine: its buffers, and on CUDA its captured steps, serve the next batch of the same kind."""
+
+    def __init__(self):
+        self.kind, self.engine = None, None
+
+    def get(
+        self, model: nn.Module, rows: int, window: int, evict_ratio: float, prompt: int, sampling: Sampling
+    ) -> Engine:
+        adapters = [layer._adapter() for layer in pte_layers(model)]
+        device = model.device.type  # autocast decides the dtype of the buffers, too
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, window, evict_ratio, sampling)
+        if kind != self.kind or not self._roomy(prompt):
+            self.release()  # before the new one's buffers are made
+            self.kind, self.engine = kind, Engine(model, rows, window, evict_ratio, prompt, sampling)
+        return self.engine
+
+    def _roomy(self, prompt: int) -> bool:
+        cache = self.engine.cache
+        return prompt <= cache.prompt <= prompt + cache.places // WASTE
+
+    def release(self) -> None:
+        """Frees the buffers."""
+        self.kind = self.engine = None

@@ -1,0 +1,95 @@
+"""The plain way to sample: any cache, all rows at the same token, one call of the model per token.
+
+It serves the eviction strategies whose caches differ from row to row, and is the twin of `pte_trl.rollouts.engine`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pte_trl.cache.bounded import BoundedCache
+from pte_trl.cache.eviction import attention_for
+from pte_trl.rollouts.prompts import distinct, left_pad
+from pte_trl.rollouts.sampling import Sampling, sample
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module, prompt_ids: list[list[int]], cache: BoundedCache, sampling: Sampling, draws: Tensor, shared: bool
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """One completion per prompt.
+
+    Args:
+        cache: an empty one, for `model`.
+        draws: (samples, max_new_tokens) numbers in [0, 1) that decide the tokens.
+        shared: equal prompts share a prefill, and ended completions leave the batch. If not, nothing is shared and
+            all go to the end.
+
+    Returns:
+        ids and log-probs, (samples, max_new_tokens), lengths, (samples,), and bytes of cache per sample at the end.
+    """
+    count, device = len(draws), model.device
+    prompts, copies = distinct(prompt_ids) if shared else (prompt_ids, None)
+    tokens, mask = left_pad(prompts, sampling.pad_token_id, device)
+    batch = Batch(model, cache, mask)
+    stops = torch.tensor(sampling.eos_token_ids, device=device)
+    ids = torch.full(draws.shape, sampling.pad_token_id, device=device)
+    logps = torch.zeros(draws.shape, device=device)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
+    rows, alive = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
+    with attention_for(model, cache) as extra:
+        logits = batch.prefill(tokens, extra)
+        if copies is not None:
+            logits = logits[batch.select(torch.tensor(copies, device=device))]
+        for step in range(sampling.max_new_tokens):
+            token, logp = sample(logits, sampling.temperature, sampling.top_p, draws[rows, step])
+            token = torch.where(alive, token, sampling.pad_token_id)
+            ids[rows, step], logps[rows, step] = token, logp
+            lengths[rows] += alive
+            alive = alive & ~torch.isin(token, stops)
+            left = int(alive.sum())
+            if step + 1 == sampling.max_new_tokens or not left:
+                break
+            if shared and left <= len(rows) // 2:  # at half the size each time, so that shapes are few
+                going = batch.select(alive.nonzero().squeeze(1))
+                rows, token, alive = rows[going], token[going], alive[going]
+            logits = batch.feed(token, extra)
+    return ids, logps, lengths, cache.nbytes / len(rows)
+
+
+class Batch:
+    """The sequences that are decoded together: their cache, their prompts' padding, their positions."""
+
+    def __init__(self, model: nn.Module, cache: BoundedCache, prompt_mask: Tensor):
+        self.model, self.cache, self.prompt_mask = model, cache, prompt_mask
+        self.position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+
+    def _forward(self, tokens: Tensor, mask: Tensor, extra: dict) -> Tensor:
+        """(batch, vocabulary) logits after the last of `tokens`."""
+        return self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **extra,
+        ).logits[:, -1]
+
+    def prefill(self, tokens: Tensor, extra: dict) -> Tensor:
+        logits = self._forward(tokens, self.prompt_mask, extra)
+        self.position = self.position[:, -1:]
+        return logits
+
+    def feed(self, token: Tensor, extra: dict) -> Tensor:
+        """One thought token, (batch,), for every sequence."""
+        self.position = self.position + 1
+        # The mask is over what the cache keeps: the prompt, the thoughts still there, and this token.
+        thoughts = self.cache.layers[0].kept() - self.prompt_mask.shape[1] + 1
+        mask = torch.cat([self.prompt_mask, self.prompt_mask.new_ones(len(token), thoughts)], dim=1)
+        return self._forward(token.unsqueeze(1), mask, extra)
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Goes on with these sequences, some perhaps several times; returns `rows`."""
+        self.cache.batch_select_indices(rows)
+        self.prompt_mask, self.position = self.prompt_mask[rows], self.position[rows]
+        return rows

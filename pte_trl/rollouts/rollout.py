@@ -1,0 +1,128 @@
+"""Batched sampling under the bounded cache: prompts in, completions and the log-probs they were sampled under out.
+
+The sliding window runs on the engine (`engine.py`). The other eviction strategies run on the reference implementation
+(`reference.py`), against which the engine is tested.
+"""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pte_trl.cache.eviction import Strategy, make_cache
+from pte_trl.cache.schedule import Schedule
+from pte_trl.rollouts.batching import EngineCache, auto_batch_size, halving
+from pte_trl.rollouts.prompts import distinct
+from pte_trl.rollouts.reference import decode
+from pte_trl.rollouts.sampling import Sampling, uniforms
+
+
+@dataclass
+class Rollout:
+    """What a rollout batch produced.
+
+    Attributes:
+        completion_ids: token ids of each completion, its end-of-sequence token included.
+        logprobs: log-prob of each of them under the sampling distribution (at the rollout's temperature).
+        window: W that the batch was decoded under.
+        evictions: evictions each completion has gone through.
+        cache_bytes: bytes of keys, values and state per sample that is decoded.
+        seconds: wall time.
+    """
+
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]
+    window: int
+    evictions: list[int]
+    cache_bytes: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(map(len, self.completion_ids)) / self.seconds
+
+
+@contextmanager
+def eval_mode(model: nn.Module):
+    """Dropout off while sampling; every module gets its own mode back."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def rollout(
+    model: nn.Module,
+    prompt_ids: list[list[int]],
+    *,
+    window: int,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    pad_token_id: int,
+    evict_ratio: float = 0.25,
+    eviction: str | Strategy = "sliding_window",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    seeds: list[int] | None = None,
+    batch_size: int | str | None = None,
+    engine_cache: EngineCache | None = None,
+    plain: bool = False,
+) -> Rollout:
+    """Samples one completion per prompt.
+
+    Args:
+        model: bare, LoRA or PTE causal language model.
+        prompt_ids: token ids of each prompt; lengths may differ. Equal ones share a prefill.
+        window: W, thought tokens kept.
+        max_new_tokens: completion tokens at most.
+        eos_token_ids: any of these ends a completion.
+        pad_token_id: fed where a sequence has ended or not begun.
+        evict_ratio: share of a full window that leaves at once.
+        eviction: which thoughts leave: a key of `cache.eviction.STRATEGIES`, or a strategy with its own settings. Only
+            the sliding window can be replayed, hence trained.
+        temperature: of the sampling; 0 is greedy (log-probs are then at temperature 1).
+        top_p: sample from the smallest set of tokens with this much probability; for evaluation, since a replay
+            scores the whole vocabulary.
+        generator: for sampling; the global one if None.
+        seeds: one per prompt. A completion then depends on its own seed and, but for rounding, not on its batch.
+        batch_size: completions decoded at once, the others follow as these end; "auto" for what the memory allows,
+            None for all. Where the memory does not suffice it is halved. The plain way takes all.
+        engine_cache: keeps the engine for the next call.
+        plain: the engine's twin for tests.
+    """
+    began = time.perf_counter()
+    draws = uniforms(len(prompt_ids), max_new_tokens, model.device, seeds=seeds, generator=generator)
+    sampling = Sampling(max_new_tokens, tuple(eos_token_ids), pad_token_id, temperature, top_p)
+    with eval_mode(model):
+        if plain or eviction != "sliding_window":
+            cache = make_cache(model, eviction, window, evict_ratio, longest=max_new_tokens - 1)
+            *found, held = decode(model, prompt_ids, cache, sampling, draws, shared=not plain)
+            evictions = cache.evictions_after
+        else:
+            (prompts, copies), engine_cache = distinct(prompt_ids), engine_cache or EngineCache()
+            longest = max(map(len, prompts))
+            if batch_size == "auto":
+                batch_size = auto_batch_size(model, longest, window, max_new_tokens)
+
+            def run(rows: int):
+                engine = engine_cache.get(model, rows, window, evict_ratio, longest, sampling)
+                return engine.run(prompts, copies, draws), engine.cache.nbytes / rows
+
+            found, held = halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)))
+            evictions = Schedule(window, evict_ratio).evictions
+    ids, logps, lengths = (x.tolist() for x in found)
+    return Rollout(
+        completion_ids=[row[:n] for row, n in zip(ids, lengths, strict=True)],
+        logprobs=[row[:n] for row, n in zip(logps, lengths, strict=True)],
+        window=window,
+        evictions=[evictions(n - 1) for n in lengths],
+        cache_bytes=held,
+        seconds=time.perf_counter() - began,
+    )

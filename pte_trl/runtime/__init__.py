@@ -1,0 +1,1 @@
+"""What keeps a long run alive: launch, sharding, checkpoints, resume, faults, manifest."""

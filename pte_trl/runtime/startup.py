@@ -1,0 +1,193 @@
+"""One table of what is really running, and a stop before the first step where it is not what was launched.
+
+Engine, sharding and dtypes are read off the objects that train (the wrapped model, its optimizer, its parameters),
+never off a config: a config is what they are compared with.
+"""
+
+import os
+from collections import Counter
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from pte_trl.adapter.fit import FAMILIES
+from pte_trl.cache.schedule import Schedule
+from pte_trl.estimate.terms import Job, estimate
+from pte_trl.runtime.faults import Fault
+from pte_trl.runtime.launch import named_launch
+
+SHARDINGS = {"ZeRO-1": "zero1", "ZeRO-2": "zero2", "ZeRO-3": "zero3", "FSDP1": "fsdp2", "FSDP2": "fsdp2"}
+
+
+def running_engine(model: nn.Module) -> str:
+    """The engine that a prepared model is in, by the classes of the model, its optimizer and its parameters."""
+    if isinstance(model, DistributedDataParallel):
+        return "DDP"
+    if isinstance(model, FullyShardedDataParallel):
+        return "FSDP1"
+    if isinstance(model, nn.DataParallel):
+        return "DataParallel"
+    if type(model).__name__ == "DeepSpeedEngine":
+        optimizer = type(model.optimizer).__name__
+        if optimizer == "DeepSpeedZeroOptimizer_Stage3":
+            return "ZeRO-3"
+        if optimizer == "DeepSpeedZeroOptimizer":
+            return "ZeRO-2" if model.optimizer.partition_gradients else "ZeRO-1"
+        return "ZeRO-0"
+    return "FSDP2" if any(isinstance(p, DTensor) for p in model.parameters()) else "single"
+
+
+def local_and_whole(parameter: nn.Parameter) -> tuple[int, int]:
+    """Elements of a parameter on this GPU, and in all."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel(), parameter.numel()
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: `numel` is 0 while it is sharded, and small ones never are
+        return parameter.numel() or parameter.ds_tensor.numel(), parameter.ds_numel
+    return parameter.numel(), parameter.numel()
+
+
+def dtypes(parameters: list[nn.Parameter]) -> str:
+    counts = Counter()
+    for parameter in parameters:
+        counts[str(parameter.dtype).removeprefix("torch.")] += local_and_whole(parameter)[1]
+    return " and ".join(f"{size / 1e6:.4g} M {name}" for name, size in counts.most_common()) or "none"
+
+
+def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
+    """The memory estimate's input for a trainer."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    sizes = [(p.requires_grad, local_and_whole(p)[1]) for p in model.parameters()]
+    trainable = sum(size for wanted, size in sizes if wanted)
+    window = window_of(args, max_prompt_tokens)
+    per_rollout = args.per_device_train_batch_size * args.steps_per_generation
+    at_once = args.rollout_batch_size if isinstance(args.rollout_batch_size, int) else per_rollout
+    return Job(
+        config=model.config,
+        parameters=sum(size for _, size in sizes) - trainable,
+        trainable=trainable,
+        method=args.method,
+        prompt=max_prompt_tokens,
+        completion=args.max_completion_length,
+        window=window,
+        micro_batch=args.per_device_train_batch_size,
+        rollout_batch=0 if args.use_vllm else min(at_once, per_rollout),  # vLLM has memory of its own
+        num_generations=args.num_generations,
+        dtype=next((p.dtype for p in model.parameters() if not p.requires_grad), torch.float32),
+        ranks=trainer.accelerator.num_processes,
+        sharding=SHARDINGS.get(engine, "none"),
+        checkpointing=args.gradient_checkpointing,
+        replay=args.replay,
+        segment_length=args.segment_length,
+        offload=args.offload_cache,
+        evict_ratio=args.evict_ratio,
+        state_rank=next((c.rank for c in getattr(model, "peft_config", {}).values() if hasattr(c, "rank")), 32),
+        blockwise=model.config._attn_implementation == "blockwise",
+        device=trainer.accelerator.device.type,
+    )
+
+
+def window_of(args, longest_prompt: int) -> int | None:
+    """W at the longest prompt; None for the full cache."""
+    if args.method == "lora":
+        return None
+    if args.budget is not None:
+        return max(1, args.budget - longest_prompt)
+    return longest_prompt if args.window == "auto" else args.window
+
+
+def cache_lines(args, longest_prompt: int) -> tuple[str, str]:
+    """What is kept, and how often it is evicted from, in words."""
+    window, length = window_of(args, longest_prompt), args.max_completion_length
+    if window is None:
+        return "full", "none"
+    evictions = Schedule(window, args.evict_ratio).evictions(length - 1)
+    if args.budget is not None:
+        kept = f"budget {args.budget}, W = {window} at prompts of {longest_prompt} tokens, wider at shorter ones"
+        return kept, f"{evictions} at {length} tokens and the longest prompt, fewer at shorter ones"
+    if args.window == "auto":
+        kept = f"window auto, W = the longest prompt of a rollout, at most {window}"
+        return kept, f"{evictions} at {length} tokens and W = {window}, more where W is smaller"
+    return f"window {window}", f"{evictions} at {length} tokens"
+
+
+def rollout_line(args) -> str:
+    if args.method != "lora":
+        return f"bounded decode, completions at once: {args.rollout_batch_size or 'all'}"
+    if args.use_vllm:
+        share = f", {args.vllm_gpu_memory_utilization:g} of the GPU on top of the memory below"
+        return f"vLLM, {args.vllm_mode}{share if args.vllm_mode == 'colocate' else ''}"
+    continuous = args.use_transformers_continuous_batching
+    return "transformers, continuous batching" if continuous else "transformers generate"
+
+
+def sharding_line(engine: str, parameters: list[nn.Parameter], ranks: int) -> str:
+    """What an engine divides, and the share of all parameters that this GPU holds, counted."""
+    divided = {"ZeRO-1": "optimizer", "ZeRO-2": "optimizer and gradients"}
+    divided |= dict.fromkeys(("ZeRO-3", "FSDP1", "FSDP2"), "optimizer, gradients and weights")
+    held, whole = (sum(sizes) for sizes in zip(*map(local_and_whole, parameters), strict=True))
+    return f"{divided.get(engine, 'nothing')} divided by {ranks}; {100 * held / whole:.0f} % of the parameters here"
+
+
+def memory_line(trainer, engine: str, max_prompt_tokens: int) -> str:
+    """The estimate, for families whose shape we know; `lora` trains any."""
+    model_type = trainer.accelerator.unwrap_model(trainer.model).config.model_type
+    if model_type not in FAMILIES:
+        return f"not estimated for {model_type}"
+    terms = estimate(job_of(trainer, engine, max_prompt_tokens))
+    parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items() if name != "peak" and size)
+    return f"{terms['peak'] / 1e9:.3g} GB per process, estimated; in GB: {parts}"
+
+
+def describe(trainer, engine: str, max_prompt_tokens: int) -> dict[str, str]:
+    """The rows of the table."""
+    args, accelerator = trainer.args, trainer.accelerator
+    parameters = list(trainer.model.parameters())
+    micro, steps, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
+    batch = micro * steps * ranks
+    kept, evictions = cache_lines(args, max_prompt_tokens)
+    frozen = [p for p in parameters if not p.requires_grad]
+    return {
+        "method": args.method,
+        "engine": f"{engine} on {accelerator.device.type}",
+        "ranks": f"{ranks} on {os.environ.get('GROUP_WORLD_SIZE', 1)} node(s)",
+        "precision": f"mixed precision {accelerator.mixed_precision}; frozen {dtypes(frozen)}",
+        "adapter": dtypes([p for p in parameters if p.requires_grad]),
+        "sharding": sharding_line(engine, parameters, ranks),
+        "global batch": f"{micro} x {steps} accumulated x {ranks} ranks = {batch} completions",
+        "prompts a step": f"{batch / args.num_generations:g}, {args.num_generations} completions each",
+        "cache": kept,
+        "evictions": evictions,
+        "replay": "none, TRL scores" if args.method == "lora" else args.replay,
+        "rollout": rollout_line(args),
+        "peak memory": memory_line(trainer, engine, max_prompt_tokens),
+        "tracker": ", ".join(args.report_to) or "none",
+    }
+
+
+class StartupGuard(TrainerCallback):
+    """Prints the table when training begins, on the main process, and refuses an engine that was not launched.
+
+    Args:
+        trainer: whose model is looked at once it is wrapped.
+        max_prompt_tokens: longest prompt there can be.
+    """
+
+    def __init__(self, trainer, max_prompt_tokens: int):
+        self.trainer, self.max_prompt_tokens = trainer, max_prompt_tokens
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine, launch = running_engine(self.trainer.model_wrapped), named_launch(args)
+        rows = describe(self.trainer, engine, self.max_prompt_tokens)
+        if state.is_world_process_zero:
+            width = max(map(len, rows))
+            # The bar of the trainer has begun a line.
+            print("\n" + "\n".join(f"{name:{width}}  {value}" for name, value in rows.items()), flush=True)
+        if launch.engine not in (None, engine):
+            raise Fault(
+                f"{launch.source} names {launch.engine}, but {engine} runs (the model is in "
+                f"{type(self.trainer.model_wrapped).__name__}): stopped before the first step"
+            )

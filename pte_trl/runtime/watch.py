@@ -1,0 +1,120 @@
+"""SIGTERM and Ctrl-C save a checkpoint; a rank that is lost ends the others."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import reduce
+from transformers import TrainerCallback
+
+GOODBYE = 1 << 40  # more than anyone counts to
+
+# A scheduler signals the launcher and all ranks, and the launcher then signals its ranks again; so does a terminal at
+# Ctrl-C. Within this time, in seconds, it is the same signal; later it is a second one, which ends the run at once.
+SAME_SIGNAL = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0}
+
+
+class StopOnTerm(TrainerCallback):
+    """SIGTERM or Ctrl-C to any rank: all save a checkpoint at the end of the generation batch and leave the training.
+
+    Args:
+        steps: optimizer steps of a generation batch; a checkpoint inside one would lose what is left of it.
+
+    Attributes:
+        stopped: the signal that the training was left for, None if it was not.
+    """
+
+    def __init__(self, steps: int):
+        self.steps, self.asked, self.stopped = steps, 0, None
+        self._since, self._before = 0.0, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SAME_SIGNAL}
+
+    def _ask(self, number: int, _) -> None:
+        if not self.asked:
+            self.asked, self._since = number, time.monotonic()
+            # os.write, since the signal may have come in the middle of a print
+            name = signal.Signals(number).name
+            message = (
+                f"{name}: a checkpoint is saved at the end of this generation batch; a second one ends the run now"
+            )
+            os.write(2, f"{message}\n".encode())
+        elif time.monotonic() - self._since > SAME_SIGNAL[number]:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = torch.tensor([float(self.asked == number) for number in SAME_SIGNAL], device=args.device)
+        if args.world_size > 1:
+            asked = reduce(asked, "sum")
+        if asked.any() and state.global_step % self.steps == 0 and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            self.stopped = [*SAME_SIGNAL][int(asked.argmax())]
+
+    def on_train_end(self, *_, **kwargs):
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
+
+
+class RankWatch(TrainerCallback):
+    """Ends this process when another rank has not been heard of for `limit` seconds.
+
+    A launcher ends the ranks of its own machine when one of them dies, and gloo notices a closed connection. NCCL
+    waits `ddp_timeout` for a rank on another machine, half an hour as a rule. So every rank counts aloud in the store
+    through which the ranks have met, from a thread, whatever the main thread is computing.
+    """
+
+    limit, interval = 40.0, 4.0  # s
+
+    def __init__(self):
+        self._stop, self._thread = threading.Event(), None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            # A connection of its own: the main thread's may be waiting inside NCCL.
+            store = dist.PrefixStore("rank_watch", dist.distributed_c10d._get_default_store().clone())
+            self._stop.clear()
+            watch = (store, args.process_index, args.world_size)
+            self._thread = threading.Thread(target=self._watch, args=watch, daemon=True)
+            self._thread.start()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._stop.set()
+        if self._thread is not None:  # still at the store while Python shuts down, it would abort the process
+            self._thread.join(timeout=self.interval)
+
+    def _watch(self, store: dist.Store, rank: int, ranks: int) -> None:
+        counts: dict[int, int] = {}
+        heard: dict[int, float] = {}  # a rank counts as heard from its first word on: some take long to begin
+        while not self._stop.is_set():
+            try:
+                store.add(str(rank), 1)
+                for other in set(range(ranks)) - {rank}:
+                    count = store.add(str(other), 0)
+                    if count >= GOODBYE:
+                        heard.pop(other, None)
+                    elif count != counts.get(other, 0):
+                        counts[other], heard[other] = count, time.monotonic()
+            except RuntimeError:  # the store has gone with the process that kept it: everyone is silent from now on
+                pass
+            silent = {other: time.monotonic() - at for other, at in heard.items()}
+            lost = sorted(other for other in silent if silent[other] > self.limit)
+            if lost and not self._stop.is_set():
+                print(
+                    f"error: rank {rank}: rank {', '.join(map(str, lost))} not heard of for {silent[lost[0]]:.0f} s, "
+                    "so this rank ends as well; the same command goes on from the last complete checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)  # the main thread may be inside a collective that never returns
+            self._stop.wait(self.interval)
+        with contextlib.suppress(RuntimeError):
+            store.add(str(rank), GOODBYE)  # others may still be busy with the end of the training

@@ -1,0 +1,1 @@
+"""Types and ranges of every setting, and how recipes and flags are read."""

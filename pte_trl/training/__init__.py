@@ -1,0 +1,1 @@
+"""GRPO and distillation on TRL's trainers."""

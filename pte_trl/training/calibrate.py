@@ -1,0 +1,59 @@
+"""Calibration of a fresh adapter's encoders on the first prompts of the training set."""
+
+from accelerate.utils import broadcast_object_list
+
+from pte_trl.adapter.calibration import fit, measure
+from pte_trl.adapter.model import pte_layers
+from pte_trl.cache.schedule import Schedule, resolve_window
+from pte_trl.rollouts.prompts import left_pad
+from pte_trl.rollouts.rollout import rollout
+
+
+def calibrate_encoders(trainer, texts: int = 8) -> None:
+    """Fits the encoders of a fresh PTE adapter to the base model's keys and values, aloud.
+
+    The first prompts of the training set serve; a whitening has more to find out, and gets twice as many with what the
+    base writes to them, since it is thoughts that are evicted. The main process measures, every process fits: the
+    others may hold no weights yet.
+    """
+    layers, args, model = pte_layers(trainer.model), trainer.args, trainer.model
+    if not layers:
+        return
+    whiten = layers[0].config[layers[0]._adapter()].whiten
+    texts = min(2 * texts if whiten else texts, len(trainer.train_dataset))
+    found = [None]
+    with trainer._dist.gather_params(list(model.parameters())):
+        if trainer.accelerator.is_main_process:
+            ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset[i]["prompt"] for i in range(texts)])
+            evict = Schedule(resolve_window(args.window, args.budget, max(map(len, ids))), args.evict_ratio).evict
+            if whiten:
+                ids = with_thoughts(trainer, ids)
+            inputs = left_pad(ids, trainer._tokenizer.pad_token_id, model.device)
+            found = [measure(model, *inputs, evict, reach=trainer.max_completion_length if whiten else 0)]
+    (found,) = broadcast_object_list(found)
+    fit(model, found)
+    ratios = [each.ratio for each in found]
+    trainer.accelerator.print(
+        f"encoders calibrated on {texts} prompts: |S'|/|S| was {min(ratios):.3g} to {max(ratios):.3g} over "
+        f"{len(ratios)} layers"
+    )
+    if whiten:
+        widths = [each.dimensions for each in found]
+        size = found[0].whiteners[0].shape[-1]
+        trainer.accelerator.print(f"keys filled {min(widths):.1f} to {max(widths):.1f} of a head's {size} dimensions")
+
+
+def with_thoughts(trainer, prompt_ids: list[list[int]], tokens: int = 128) -> list[list[int]]:
+    """The prompts, each with the first `tokens` that the model of a fresh adapter, that is, the base, writes to it."""
+    tokens = min(tokens, trainer.max_completion_length)
+    written = rollout(
+        trainer.model,
+        prompt_ids,
+        window=tokens,
+        max_new_tokens=tokens,
+        temperature=trainer.temperature,
+        eos_token_ids=trainer.eos_token_ids,
+        pad_token_id=trainer._tokenizer.pad_token_id,
+        seeds=list(range(len(prompt_ids))),
+    )
+    return [prompt + thought for prompt, thought in zip(prompt_ids, written.completion_ids, strict=True)]

@@ -1,0 +1,99 @@
+"""The teacher's completions in a file, one JSON object a line: prompt, completion_ids, and the text to read."""
+
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pte_trl.data.files import open_table
+from pte_trl.data.prompts import tokens_of
+from pte_trl.rollouts.rollout import rollout
+from pte_trl.runtime.finite import check_finite
+from pte_trl.training.distill.config import PteDistillConfig
+
+
+def check_new_file(path: str) -> None:
+    """Refuses a place for completions where something is.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"sample_to={path!r}: is a folder; allowed is a file that is not there yet")
+    if Path(path).exists():
+        raise ValueError(
+            f"sample_to={path!r}: is there already; completions={path} distils on it, and to sample anew remove it or "
+            "name another file"
+        )
+
+
+def write_completions(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    args: PteDistillConfig,
+    batch: int = 32,
+) -> None:
+    """One completion of the model, full cache, per prompt; each has a seed of its own, so the file does not depend on
+    the batch. The file is whole or not there."""
+    model = model.to(args.device)
+    aside, count = path.with_suffix(".partial"), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside.open("w") as file:
+        for start in range(0, len(prompts), batch):
+            rows = prompts.select(range(start, min(start + batch, len(prompts))))["prompt"]
+            result = rollout(
+                model,
+                [tokens_of(prompt, tokenizer, args.chat_template_kwargs) for prompt in rows],
+                window=args.max_completion_length,
+                max_new_tokens=args.max_completion_length,
+                temperature=args.temperature,
+                eos_token_ids=ends_of(model, tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                seeds=[args.seed * 1_000_003 + start + n for n in range(len(rows))],
+            )
+            check_finite(
+                "log-probs",
+                torch.tensor([[sum(row)] for row in result.logprobs]),
+                f"sample_to={path}",
+                lambda i, start=start: f"prompt {start + i}; the model is spoilt",
+            )
+            for prompt, ids in zip(rows, result.completion_ids, strict=True):
+                row = {"prompt": prompt, "completion_ids": ids, "text": tokenizer.decode(ids)}
+                file.write(json.dumps(row) + "\n")
+                count += len(ids)
+            print(
+                f"{start + len(rows)} of {len(prompts)} completions, {result.tokens_per_second:.0f} tokens/s",
+                flush=True,
+            )
+    aside.rename(path)
+    print(f"{path}: {len(prompts)} completions, {count} tokens")
+
+
+def read_completions(path: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Columns prompt and completion_ids.
+
+    Raises:
+        ValueError: no rows, a row without them, or with tokens that the tokenizer does not have; names its line.
+        OSError: no such file.
+    """
+    table = open_table(Path(path), ["prompt", "completion_ids"])
+    for place, row in zip(table.places, table.rows, strict=True):
+        prompt, ids = row.get("prompt"), row.get("completion_ids")
+        if not prompt or not isinstance(prompt, (str, list)) or not isinstance(ids, list) or not ids:
+            raise ValueError(
+                f"{place}: needs prompt (a text or messages) and completion_ids (a list of token ids), "
+                f"has {', '.join(f'{key}: {type(value).__name__}' for key, value in row.items()) or 'neither'}"
+            )
+        if not all(type(x) is int and 0 <= x < len(tokenizer) for x in ids):
+            raise ValueError(f"{place}: completion_ids are of another tokenizer than this model's")
+    return Dataset.from_list(table.rows)
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+    more = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])})
