@@ -181,7 +181,7 @@ while all(worker.job is None for worker in grader._pool._workers):
 def test_workers_end_with_the_program(tmp_path, end):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    package = os.path.dirname(inspect.getfile(Grader))
+    package = os.path.dirname(os.path.dirname(inspect.getfile(Grader)))
     command = [sys.executable, script, end, package]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == (-signal.SIGKILL if end == "killed" else 0)

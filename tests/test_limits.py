@@ -6,12 +6,12 @@ import math
 import pytest
 
 from pte_trl.evaluation.config import EvaluationArguments
+from pte_trl.evaluation.generate import GenerateArguments
 from pte_trl.settings.limits import LIMITS, _arms, _hints, fault_of
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill import PteDistillConfig
 from pte_trl.training.distill.script import DistillArguments
-from recipes.generate import GenerateArguments
 
 CLASSES = (RecipeArguments, PteGRPOConfig, PteDistillConfig, DistillArguments, EvaluationArguments, GenerateArguments)
 FIELDS = [(cls, field) for cls in CLASSES for field in dataclasses.fields(cls)]

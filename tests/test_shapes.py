@@ -13,7 +13,7 @@ from pte_trl.training.arguments import parse_recipe
 from pte_trl.training.loading import check_fits
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = Path(pte_trl.__file__).parent / "shapes"
+SHAPES = Path(pte_trl.__file__).parent / "estimate/shapes"
 # Billions of parameters as their makers state them, and the recipe of each.
 MODELS = {"qwen2.5-3b": (3.09, "qwen3b"), "qwen2.5-7b": (7.61, "qwen7b"), "llama-8b": (8.03, "llama8b")}
 
