@@ -21,6 +21,7 @@ from benchmarks.memory import arguments
 from benchmarks.models import random_model
 from benchmarks.training import arms
 from pte_trl import PteConfig
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.rollouts.rollout import rollout
 
 BASELINES = RECORDS / "baselines.json"
@@ -61,9 +62,9 @@ def jobs() -> dict:
     found = {f"step: {name}": lambda step=step: step(ids).backward() for name, (_, step) in steps.items()}
     model = get_peft_model(random_model("tiny", seed=0), PteConfig()).eval()
     prompts = [ids[0, :40].tolist()] * 4 + [ids[0, 40:64].tolist()] * 4
-    options = {"window": 32, "max_new_tokens": 128, "eos_token_ids": [-1], "pad_token_id": 0, "seeds": list(range(8))}
-    found["rollout: pte"] = lambda: rollout(model, prompts, **options)
-    found["rollout: pte, plain"] = lambda: rollout(model, prompts, plain=True, **options)
+    options = {"max_new_tokens": 128, "eos_token_ids": [-1], "pad_token_id": 0, "seeds": list(range(8))}
+    found["rollout: pte"] = lambda: rollout(model, prompts, CachePolicy(32), **options)
+    found["rollout: pte, plain"] = lambda: rollout(model, prompts, CachePolicy(32), reference=True, **options)
     return found
 
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import Peak, is_cuda
 from benchmarks.models import SHAPES, random_model, shared_copy, with_adapter
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.rollouts.batching import EngineCache, cache_bytes
 from pte_trl.rollouts.rollout import rollout
 
@@ -54,8 +55,8 @@ def fits(base, adapter: str, batch: int, window: int, args: argparse.Namespace, 
         model = with_adapter(shared_copy(base), adapter).eval()
         ends = [-1] if whole else list(range(0, base.config.vocab_size, 20))
         prompts = [list(range(1, args.prompt + 1))] * batch
-        knobs = {"window": window, "max_new_tokens": args.new_tokens, "eos_token_ids": ends, "pad_token_id": 0}
-        rollout(model, prompts, engine_cache=(kept := EngineCache()), **knobs)
+        knobs = {"max_new_tokens": args.new_tokens, "eos_token_ids": ends, "pad_token_id": 0}
+        rollout(model, prompts, CachePolicy(window), engine_cache=(kept := EngineCache()), **knobs)
     except torch.OutOfMemoryError:
         return False
     return kept.engine.cache.rows == batch  # fewer where the rollout has helped itself
@@ -109,7 +110,7 @@ def decode_bytes(adapter: str, layers: int, cached: int, batch: int, args: argpa
     # PTE's window is full before the last steps, so that its evictions are in the count.
     length = window + STEPS if adapter == "pte" else window
     with peak:
-        rollout(model, prompts, window=window, max_new_tokens=length, eos_token_ids=[-1], pad_token_id=0)
+        rollout(model, prompts, CachePolicy(window), max_new_tokens=length, eos_token_ids=[-1], pad_token_id=0)
     return peak.most
 
 

@@ -21,6 +21,7 @@ import torch
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import is_cuda, seconds, tensor_bytes
 from benchmarks.models import random_model, with_adapter
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.engine import CudaGraphed
 from pte_trl.rollouts.rollout import rollout
@@ -119,8 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts = torch.randint(1, 500, (args.batch, args.prompt), generator=generator).tolist()
 
     def begin(count: int) -> Paced:
-        options = {"window": args.window, "max_new_tokens": count, "eos_token_ids": [-1], "pad_token_id": 0}
-        return Paced(lambda: rollout(model, prompts, **options))
+        options = {"max_new_tokens": count, "eos_token_ids": [-1], "pad_token_id": 0}
+        return Paced(lambda: rollout(model, prompts, CachePolicy(args.window), **options))
 
     def cycle_of(paced: Paced) -> float:
         return seconds(lambda: paced.advance(cycle), args.device, args.clock) / cycle

@@ -84,7 +84,7 @@ def inputs_of(model: nn.Module, tokens: Tensor, schedule: Schedule | None) -> di
     mask = torch.ones_like(tokens)
     if schedule is None:
         return {"attention_mask": mask, "use_cache": False}
-    return replay_inputs(model, mask, PROMPT, schedule.window, schedule.evict_ratio)
+    return replay_inputs(model, mask, PROMPT, schedule)
 
 
 def answers(model: nn.Module, tokens: Tensor, places: Tensor, schedule: Schedule | None) -> tuple[Tensor, Tensor]:

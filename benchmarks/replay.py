@@ -20,6 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import ratio, take_turns
 from benchmarks.models import random_model, shared_copy, with_adapter
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 
 FEW, ATTENTION = ["q_proj", "o_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -61,7 +62,9 @@ def step_of(arm: str, base: nn.Module, args: argparse.Namespace) -> Callable[[Te
         mask, labels = torch.ones_like(tokens), tokens.clone()
         labels[:, : args.prompt] = -100
         # The plan and the mask belong to the price of a replay, so they are built inside.
-        extra = replay_inputs(model, mask, args.prompt, args.window) if replayed else {"attention_mask": mask}
+        extra = (
+            replay_inputs(model, mask, args.prompt, Schedule(args.window)) if replayed else {"attention_mask": mask}
+        )
         # As the trainer does: a float32 adapter beside bfloat16 weights, under autocast.
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             out = model(input_ids=tokens, labels=labels, fused_lm_head=True, **{"use_cache": False, **extra})

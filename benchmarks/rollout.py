@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import copy_bandwidth, is_cuda, ratio, take_turns
 from benchmarks.models import SHAPES, random_model, shared_copy, with_adapter
+from pte_trl.cache.policy import FULL_CACHE, CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.batching import EngineCache, cache_bytes
 from pte_trl.rollouts.rollout import rollout
@@ -53,8 +54,8 @@ def ours(adapter: str, full_cache: bool = False):
         model = with_adapter(shared_copy(base), adapter).eval()
         # Kept from call to call, as a trainer does: buffers and captured graphs are part of the warm-up.
         knobs = {"eos_token_ids": [-1], "pad_token_id": 0, "engine_cache": EngineCache()}
-        knobs["window"] = args.new_tokens if full_cache else args.window
-        return lambda new: sum(map(len, rollout(model, prompts, max_new_tokens=new, **knobs).completion_ids))
+        policy = FULL_CACHE if full_cache else CachePolicy(args.window)
+        return lambda new: sum(map(len, rollout(model, prompts, policy, max_new_tokens=new, **knobs).completion_ids))
 
     return arm
 

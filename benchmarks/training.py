@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.models import random_model, shared_copy, with_adapter
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 
@@ -55,12 +56,12 @@ def step_of(model: nn.Module, way: str, args: argparse.Namespace) -> Callable[[T
         # The plan and the mask belong to the price of a replay, so they are built inside.
         extra = {"attention_mask": mask}
         if way == "one pass":
-            extra = replay_inputs(model, mask, args.prompt, args.window)
+            extra = replay_inputs(model, mask, args.prompt, Schedule(args.window))
         return model(input_ids=ids, labels=labels, fused_lm_head=True, **{"use_cache": False, **extra}).log_probs.sum()
 
     def segments(ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids)
-        return segment_logps(model, ids, mask, args.prompt, args.window, offload=args.offload)[0].sum()
+        return segment_logps(model, ids, mask, args.prompt, Schedule(args.window), offload=args.offload)[0].sum()
 
     def step(ids: Tensor) -> Tensor:
         # As the trainer does: a float32 adapter beside bfloat16 weights, under autocast.

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl.adapter.check import load_adapter
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.data.problems import load_problems
 from pte_trl.data.prompts import build_prompts
 from pte_trl.models.tokens import load_tokenizer
@@ -59,8 +60,7 @@ def accuracy(model, tokenizer, problems, script, args, window: int, name: str) -
         result = rollout(
             model,
             ids,
-            window=window,
-            evict_ratio=args.evict_ratio,
+            CachePolicy(window, evict_ratio=args.evict_ratio),
             max_new_tokens=args.max_completion_length,
             temperature=args.temperature,
             eos_token_ids=[tokenizer.eos_token_id],

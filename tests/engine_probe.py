@@ -49,7 +49,7 @@ class Probe:
     def __init__(self, reports: Path):
         self.reports, self.report, self.batches = reports, {"completions": []}, count()
 
-    def rollout(self, model, prompt_ids, **options):
+    def rollout(self, model, prompt_ids, policy, **options):
         """The trainer's rollout with a seed per completion, in two parts where this process has both halves."""
         state, number, batch = PartialState(), len(prompt_ids), next(self.batches)
         first, half = state.process_index * number, state.num_processes * number // 2
@@ -59,7 +59,7 @@ class Probe:
         for limit, rows in ((options.pop("max_new_tokens"), slice(0, cut)), (SHORT, slice(cut, number))):
             if prompt_ids[rows]:
                 some = options | {"max_new_tokens": limit, "seeds": seeds[rows]}
-                parts.append(rollout(model, prompt_ids[rows], **some))
+                parts.append(rollout(model, prompt_ids[rows], policy, **some))
         result = joined(parts)
         self.report["completions"] += result.completion_ids
         self.report["evictions"] = sum(result.evictions)

@@ -11,6 +11,7 @@ from tests.models import (
     gap,
     left_padded_batch,
     replay_logps,
+    schedules_of,
     tiny,
     with_lora,
     with_pte,
@@ -72,7 +73,7 @@ def test_the_masks_of_the_blocks_are_the_whole_mask_and_grow_with_the_length_alo
     def plan_of(completion: int):
         _, mask, prompt = left_padded_batch(LENGTHS, completion)
         mask[1, -100:] = 0
-        return ReplayPlan.build(WINDOWS, 0.25, prompt, mask)
+        return ReplayPlan.build(schedules_of(WINDOWS), prompt, mask)
 
     plan = plan_of(COMPLETION)
     whole = plan.mask()

@@ -13,6 +13,7 @@ from benchmarks import capacity, common
 from benchmarks.measure import Peak, Uncomputed, peak_bytes
 from benchmarks.memory import saved_bytes
 from benchmarks.models import random_model, with_adapter
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.rollouts.rollout import rollout
 
@@ -116,10 +117,12 @@ def test_rollouts_that_take_turns_stand_where_they_are_told_to():
     module = importlib.import_module("benchmarks.long")
     model = with_adapter(random_model("tiny", seed=0), "pte").eval()
     kept, found = {name: EngineCache() for name in ("alone", "late", "early")}, {}
-    options = {"window": 16, "eos_token_ids": [-1], "pad_token_id": 0, "seeds": [3]}
+    options = {"eos_token_ids": [-1], "pad_token_id": 0, "seeds": [3]}
 
     def sampled(name: str, count: int) -> None:
-        found[name] = rollout(model, [[5, 6, 7]], max_new_tokens=count, engine_cache=kept[name], **options)
+        found[name] = rollout(
+            model, [[5, 6, 7]], CachePolicy(16), max_new_tokens=count, engine_cache=kept[name], **options
+        )
 
     sampled("alone", 60)
     with module.paced_steps():

@@ -45,7 +45,9 @@ def replay_logits(model, sequences, inputs, window=WINDOW):
     rows = sequences.shape[0] // inputs["input_ids"].shape[0]
     padding = inputs["attention_mask"].repeat_interleave(rows, 0)
     mask = torch.cat([padding, torch.ones_like(sequences[:, prompt:])], dim=1)
-    return model(input_ids=sequences, **replay_inputs(model, mask, prompt, window)).logits[:, prompt - 1 : -1]
+    return model(input_ids=sequences, **replay_inputs(model, mask, prompt, Schedule(window))).logits[
+        :, prompt - 1 : -1
+    ]
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def test_greedy_is_a_greedy_loop_over_replays(model):
     inputs = prompts([5, 3])
     sequences, mask = inputs["input_ids"], inputs["attention_mask"]
     for _ in range(NEW):
-        out = model(input_ids=sequences, **replay_inputs(model, mask, 5, WINDOW))
+        out = model(input_ids=sequences, **replay_inputs(model, mask, 5, Schedule(WINDOW)))
         sequences = torch.cat([sequences, out.logits[:, -1:].argmax(-1)], dim=1)
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
     cache = BoundedCache(WINDOW)
@@ -182,7 +184,7 @@ def test_refused_chunk_leaves_the_cache_as_it_was():
         with pytest.raises(ValueError):
             model(input_ids=ids[:, prompt : prompt + 7], past_key_values=cache)
         after = model(input_ids=ids[:, prompt : prompt + 6], past_key_values=cache).logits
-        expected = model(input_ids=ids, **replay_inputs(model, mask, prompt, WINDOW)).logits
+        expected = model(input_ids=ids, **replay_inputs(model, mask, prompt, Schedule(WINDOW))).logits
     assert gap(after, expected[:, prompt : prompt + 6]) <= 1e-9
 
 
@@ -229,7 +231,7 @@ def test_a_cache_is_gone_with_its_last_name(eviction):
     gc.collect()
     gc.disable()
     try:
-        cache = make_cache(model, eviction, window=4)
+        cache = make_cache(model, Schedule(4), eviction)
         with torch.no_grad(), attention_for(model, cache) as extra:
             for ids in ([[1, 2, 3]], [[4]], [[5]], [[6]], [[7]], [[8]]):
                 model(input_ids=torch.tensor(ids), past_key_values=cache, use_cache=True, **extra)

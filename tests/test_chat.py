@@ -39,7 +39,7 @@ def more(ids, mask, new) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def replayed(model, ids, mask, prompt, window=WINDOW):
-    return model(input_ids=ids, **replay_inputs(model, mask, prompt, window)).logits
+    return model(input_ids=ids, **replay_inputs(model, mask, prompt, Schedule(window))).logits
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_gradients_flow_through_what_is_fed(model):
     cache = BoundedCache(WINDOW)
     feed(model, cache, ids[:, :prompt])
     found = gradients(feed(model, cache, ids[:, prompt:], logits_to_keep=0))
-    expected = gradients(model(input_ids=ids, **replay_inputs(model, mask, prompt, WINDOW)).logits)
+    expected = gradients(model(input_ids=ids, **replay_inputs(model, mask, prompt, Schedule(WINDOW))).logits)
     for a, b in zip(found, expected, strict=True):
         assert gap(a, b) <= 1e-8 * max(1.0, b.abs().max().item())
 
@@ -278,7 +278,7 @@ def test_the_end_of_a_prompt_lies_between_two_forwards(model):
     with pytest.raises(ValueError, match=r"expect_prompt\(9\): the cache holds 8 prompt and 10 thought tokens"):
         cache.expect_prompt(9)
     with pytest.raises(ValueError, match="an eviction strategy takes the prompt in one forward"):
-        make_cache(model, "h2o", WINDOW).expect_prompt(3)
+        make_cache(model, Schedule(WINDOW), "h2o").expect_prompt(3)
 
 
 def test_messages_through_a_chat_template():

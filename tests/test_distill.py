@@ -97,7 +97,7 @@ def test_autograd_keeps_no_logits():
 def loss_of(model, beta=0.0, completion=14):
     ids, mask, prompt = left_padded_batch([6, 3], completion)
     weights = torch.randn(2, completion, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    student, teacher = hidden_states(model, ids, mask, prompt, WINDOW, 0.25)
+    student, teacher = hidden_states(model, ids, mask, prompt, Schedule(WINDOW))
     found = divergence(
         student.flatten(0, 1), teacher.flatten(0, 1), model.get_output_embeddings(), beta, TEMPERATURE, 300
     )
@@ -163,14 +163,14 @@ def test_central_differences(make, beta):
 
 
 def test_when_tokens_are_predicted():
-    windows = torch.tensor([4, 8])
-    seen, since = (ask(12, windows, 0.25) for ask in (evictions_seen, tokens_since_eviction))
-    for row, window in enumerate([4, 8]):
-        schedule = Schedule(window, 0.25)
+    schedules = [Schedule(4), Schedule(8)]
+    seen = evictions_seen(12, schedules)
+    for row, schedule in enumerate(schedules):
+        since = tokens_since_eviction(12, schedule)
         for token in range(1, 12):  # token t is predicted when thought t - 1 is fed
             k = schedule.evictions_before(token - 1)
             assert seen[row, token] == k
-            assert since[row, token] == (token - 1 - schedule.decoded_under(k).start if k else -1)
+            assert since[token] == (token - 1 - schedule.decoded_under(k).start if k else -1)
     assert seen[:, 0].tolist() == [0, 0]
 
 
@@ -269,14 +269,14 @@ def test_who_writes(tmp_path, monkeypatch):
 
     original = module.rollout
 
-    def watch(model, prompt_ids, **kwargs):
-        asked.append((kwargs["window"], next(m for m in model.modules() if hasattr(m, "pte_down")).disable_adapters))
-        return original(model, prompt_ids, **kwargs)
+    def watch(model, prompt_ids, policy, **kwargs):
+        asked.append((policy.window, next(m for m in model.modules() if hasattr(m, "pte_down")).disable_adapters))
+        return original(model, prompt_ids, policy, **kwargs)
 
     monkeypatch.setattr(module, "rollout", watch)
     for on_policy in (False, True):
         distiller(tmp_path, on_policy=on_policy, max_steps=1).train()
-    assert asked == [(32, True), (8, False)]
+    assert asked == [(None, True), (8, False)]
 
 
 def test_completions_that_were_sampled_once(tmp_path):

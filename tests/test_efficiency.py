@@ -17,7 +17,7 @@ from tests.models import tiny
 @pytest.mark.parametrize("window", [1, 3, 8, 40])
 @pytest.mark.parametrize(("prompt", "completion"), [(1, 1), (5, 30), (7, 29)])
 def test_visible_pairs_are_those_of_the_replay_mask(window, prompt, completion):
-    plan = ReplayPlan.build(torch.tensor([window]), 0.25, prompt, torch.ones(1, prompt + completion))
+    plan = ReplayPlan.build([Schedule(window)], prompt, torch.ones(1, prompt + completion))
     mask = plan.mask()
     assert visible_pairs(prompt, completion, Schedule(window)) == int(mask.sum())
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.rollouts import engine
 from pte_trl.rollouts.batching import EngineCache, auto_batch_size, cache_bytes, halving
 from pte_trl.rollouts.engine import Engine
@@ -22,11 +23,12 @@ MODELS = {
     "pte, column, row norm": lambda m: with_pte(m, read="column", normalisation="row"),
 }
 ENDS = list(range(40, 46))
+POLICY = CachePolicy(6)
 
 
-def sampled(model, prompts=PROMPTS, **changes):
-    options = {"window": 6, "max_new_tokens": 30, "eos_token_ids": ENDS, "pad_token_id": 0, "temperature": 0.8}
-    return rollout(model, prompts, **options | {"seeds": list(range(len(prompts)))} | changes)
+def sampled(model, prompts=PROMPTS, policy=POLICY, **changes):
+    options = {"max_new_tokens": 30, "eos_token_ids": ENDS, "pad_token_id": 0, "temperature": 0.8}
+    return rollout(model, prompts, policy, **options | {"seeds": list(range(len(prompts)))} | changes)
 
 
 def assert_same(found, expected, within=1e-6):
@@ -39,10 +41,10 @@ def assert_same(found, expected, within=1e-6):
 @pytest.mark.parametrize("look", [1, 4])
 @pytest.mark.parametrize("rows", [1, 3, 4, None])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_engine_is_its_twin(monkeypatch, model, rows, look):
+def test_the_engine_is_the_reference_implementation(monkeypatch, model, rows, look):
     monkeypatch.setitem(engine.SYNC_EVERY, "cpu", look)
     model = MODELS[model](tiny("llama", torch.float64))
-    found, plain = sampled(model, batch_size=rows), sampled(model, plain=True)
+    found, plain = sampled(model, batch_size=rows), sampled(model, reference=True)
     assert_same(found, plain)
     assert len(set(map(len, found.completion_ids))) > 4 and max(found.evictions) > 5
 
@@ -50,15 +52,15 @@ def test_the_engine_is_its_twin(monkeypatch, model, rows, look):
 @pytest.mark.parametrize(("window", "ratio"), [(1, 0.25), (2, 1.0), (5, 0.3), (7, 0.9), (29, 0.25), (100, 0.25)])
 def test_odd_windows(window, ratio):
     model = with_pte(tiny("qwen2", torch.float64))
-    options = {"window": window, "evict_ratio": ratio}
-    assert_same(sampled(model, batch_size=4, **options), sampled(model, plain=True, **options))
+    options = {"policy": CachePolicy(window, evict_ratio=ratio)}
+    assert_same(sampled(model, batch_size=4, **options), sampled(model, reference=True, **options))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_every_attention_implementation(implementation):
     model = with_pte(tiny("qwen2", torch.float32))  # transformers' eager softmax is in float32 and NaN in float64
     model.set_attn_implementation(implementation)
-    assert_same(sampled(model, batch_size=4), sampled(model, plain=True), within=1e-4)
+    assert_same(sampled(model, batch_size=4), sampled(model, reference=True), within=1e-4)
 
 
 def test_completions_of_one_token():
@@ -72,7 +74,7 @@ def test_completions_of_one_token():
 def test_without_seeds_the_twin_draws_the_same_numbers():
     model = with_pte(tiny("llama", torch.float64))
     found, plain = (
-        sampled(model, seeds=None, generator=torch.Generator().manual_seed(3), plain=p) for p in (False, True)
+        sampled(model, seeds=None, generator=torch.Generator().manual_seed(3), reference=r) for r in (False, True)
     )
     assert_same(found, plain)
 
@@ -103,11 +105,11 @@ def test_buffers_are_made_once_and_serve_the_next_batch_with_the_weights_of_then
     assert engine_cache.engine is kept
     assert places == [x.data_ptr() for layer in kept.cache.layers for x in (*layer.tensors(), layer.queries)]
     assert second.logprobs != first.logprobs
-    assert_same(second, sampled(model, plain=True))
+    assert_same(second, sampled(model, reference=True))
     sampled(model, [[5]], engine_cache=engine_cache, batch_size=4)  # another number of rows
     assert engine_cache.engine is not kept
     with model.disable_adapter():
-        assert_same(sampled(model, engine_cache=engine_cache, batch_size=4), sampled(model, plain=True))
+        assert_same(sampled(model, engine_cache=engine_cache, batch_size=4), sampled(model, reference=True))
     engine_cache.release()
     assert engine_cache.engine is None
 
@@ -172,7 +174,7 @@ def test_the_size_follows_from_the_memory_that_is_free():
     assert auto_batch_size(model, 3, 10**6, 6, free=10 * one) == 6  # no ring longer than the completion
     assert auto_batch_size(model, 3, 6, 40, free=0) == 1
     assert auto_batch_size(model, 3, 6, 40) is None  # a CPU
-    assert_same(sampled(model, batch_size="auto"), sampled(model, plain=True))
+    assert_same(sampled(model, batch_size="auto"), sampled(model, reference=True))
 
 
 def test_short_memory_halves_the_rows_and_loses_nothing(monkeypatch, capsys):
@@ -185,9 +187,9 @@ def test_short_memory_halves_the_rows_and_loses_nothing(monkeypatch, capsys):
         return run(self, *args)
 
     monkeypatch.setattr(Engine, "run", short)
-    assert_same(sampled(model, batch_size=6), sampled(model, plain=True))
+    assert_same(sampled(model, batch_size=6), sampled(model, reference=True))
     assert tried == [6, 3, 2]
-    assert "out of memory, going on with 2 samples" in capsys.readouterr().out
+    assert "out of memory, continuing with 2 samples" in capsys.readouterr().out
 
 
 def test_a_single_row_that_does_not_fit_is_an_error(monkeypatch):

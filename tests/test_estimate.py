@@ -16,6 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from benchmarks.measure import Peak
 from experiments.tiny.model import build_tokenizer
 from pte_trl import PteConfig
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.estimate.__main__ import paper_job
 from pte_trl.estimate.terms import (
     SHAPES,
@@ -104,7 +105,10 @@ def inputs_of(job: Job, model) -> dict:
     ids = torch.randint(1, 900, (job.micro_batch, job.prompt + job.completion))
     mask = torch.ones_like(ids)
     extra = {"attention_mask": mask, "use_cache": False}
-    return {"input_ids": ids, **(extra if job.window is None else replay_inputs(model, mask, job.prompt, job.window))}
+    return {
+        "input_ids": ids,
+        **(extra if job.window is None else replay_inputs(model, mask, job.prompt, job.schedule)),
+    }
 
 
 def autocast(job: Job):
@@ -142,7 +146,7 @@ def test_activations_of_segments(dtype, checkpointing):
 
         def step(job=job, model=model, ids=ids):
             with autocast(job):
-                logps, _ = segment_logps(model, ids, torch.ones_like(ids), job.prompt, job.window)
+                logps, _ = segment_logps(model, ids, torch.ones_like(ids), job.prompt, job.schedule)
             logps.sum().backward()
 
         assert segments(job) == pytest.approx(counted(step), rel=0.1), shape
@@ -210,7 +214,7 @@ def test_the_cache_of_a_rollout(window, completion):
     result = rollout(
         model,
         prompts,
-        window=window,
+        CachePolicy(window),
         max_new_tokens=completion,
         eos_token_ids=[10**6],
         pad_token_id=0,

@@ -17,12 +17,13 @@ from experiments.tiny.model import build
 from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl import PteConfig
 from pte_trl.cache.eviction import STRATEGIES
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments, ModelSource, short_name
 from pte_trl.evaluation.records import read_records
 from pte_trl.evaluation.regrade import main as regrade_command
 from pte_trl.evaluation.regrade import regrade
-from pte_trl.evaluation.runner import seed_of, window_of
+from pte_trl.evaluation.runner import sample_window, seed_of
 from pte_trl.evaluation.script import main
 from pte_trl.runtime.ownership import own
 from tests.models import randomise_up
@@ -311,7 +312,7 @@ def test_a_damaged_line_ends_an_evaluation_with_its_file_and_number(setting, fin
 BAD = [
     ({"eviction": "h2o", "budget": None}, "eviction='h2o': nothing is evicted from a full cache"),
     ({"budget": 1}, "budget=1"),
-    ({"window": 8}, "budget=48, window=8"),
+    ({"window": 8}, "window=8, budget=48"),
     ({"temperature": -1}, "temperature=-1"),
     ({"top_p": 0}, "top_p=0"),
     ({"samples": 0}, "samples=0"),
@@ -368,10 +369,10 @@ def test_seeds_and_windows_belong_to_the_sample():
     assert seed_of(0, "a", "b", 0) == seed_of(0, "a", "b", 0) < 2**32
     assert len({seed_of(s, b, p, n) for s in (0, 1) for b in "ab" for p in "cd" for n in (0, 1)}) == 16
 
-    class Arguments:
-        window, budget = None, 768
-
-    assert [window_of(Arguments, tokens) for tokens in (1, 8, 9, 512, 760, 761, 900)] == [760, 760, 752, 256, 8, 0, 0]
+    lengths, policy = (1, 8, 9, 512, 760, 761, 900), CachePolicy(budget=768)
+    assert [sample_window(policy, tokens) for tokens in lengths] == [760, 760, 752, 256, 8, 0, 0]
+    assert sample_window(CachePolicy(12), 900) == 12
+    assert sample_window(CachePolicy(), 900) is None
 
 
 def test_a_known_benchmark_with_missing_rows_is_refused(tmp_path):

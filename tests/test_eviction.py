@@ -7,6 +7,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pte_trl import BoundedCache
 from pte_trl.cache.eviction import STRATEGIES, SelectiveCache, attention_for, make_cache
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.rollout import rollout
 from tests.models import ALL_SEVEN, gap, left_padded_batch, tiny, with_lora, with_pte
@@ -54,7 +55,7 @@ def decode(model, ids, mask, prompt, cache, watch=lambda t: None):
 
 def selective(model, strategy, window=WINDOW, ratio=0.25, longest=None):
     strategy.prepare(model)
-    return SelectiveCache(model.config, strategy, window, ratio, longest)
+    return SelectiveCache(model.config, strategy, Schedule(window, ratio), longest)
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.25, 1.0])
@@ -123,14 +124,15 @@ def test_batch_is_its_samples_alone(strategy, model):
 def test_rollout_of_a_batch_is_its_samples_alone(strategy, model):
     """Greedy, with an end token that the rows meet at different times."""
     prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
-    how = {"window": WINDOW, "max_new_tokens": COMPLETION, "pad_token_id": 0, "temperature": 0, "eviction": strategy}
-    free = rollout(model, prompts, eos_token_ids=[-1], **how).completion_ids
+    policy = CachePolicy(WINDOW, eviction=strategy)
+    how = {"max_new_tokens": COMPLETION, "pad_token_id": 0, "temperature": 0}
+    free = rollout(model, prompts, policy, eos_token_ids=[-1], **how).completion_ids
     ends = {t: [row.index(t) + 1 if t in row else COMPLETION for row in free] for row in free for t in row}
     end = max(ends, key=lambda t: (len(set(ends[t])) > 1, sum(ends[t])))
-    together = rollout(model, prompts, eos_token_ids=[end], **how)
+    together = rollout(model, prompts, policy, eos_token_ids=[end], **how)
     assert len({len(row) for row in together.completion_ids}) > 1 and max(together.evictions) > 5
     for row, prompt in enumerate(prompts):
-        alone = rollout(model, [prompt], eos_token_ids=[end], **how)
+        alone = rollout(model, [prompt], policy, eos_token_ids=[end], **how)
         assert together.completion_ids[row] == alone.completion_ids[0]
         assert together.logprobs[row] == pytest.approx(alone.logprobs[0], abs=1e-6)  # kept in float32
         assert together.evictions[row] == alone.evictions[0]
@@ -253,14 +255,14 @@ def test_reset_makes_the_cache_ready_for_another_batch(strategy):
 
 def test_names():
     model = tiny()
-    assert type(make_cache(model, "sliding_window", WINDOW)) is BoundedCache
+    assert type(make_cache(model, Schedule(WINDOW), "sliding_window")) is BoundedCache
     for name, kind in STRATEGIES.items():
         if name != "sliding_window":
-            assert type(make_cache(model, name, WINDOW).layers[0].strategy) is kind
+            assert type(make_cache(model, Schedule(WINDOW), name).layers[0].strategy) is kind
     with pytest.raises(
         ValueError, match=r"eviction='h20': allowed are 'sliding_window', 'h2o', 'pyramidkv', 'headkv'"
     ):
-        make_cache(model, "h20", WINDOW)
+        make_cache(model, Schedule(WINDOW), "h20")
 
 
 def test_attention_is_given_back_and_must_be_the_selective_one(strategy):

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from experiments.tiny.model import build
 from pte_trl import BoundedCache
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.generate import main
 from pte_trl.evaluation.runner import Evaluation
-from pte_trl.models.generation_config import end_tokens, neutral_generation_config
+from pte_trl.models.generation_config import eos_token_ids, neutral_generation_config
 from pte_trl.models.tokens import load_tokenizer
 from pte_trl.rollouts.rollout import rollout
 from pte_trl.rollouts.sampling import Sampling
@@ -117,7 +118,7 @@ def test_the_stream_is_the_rollout(top_p):
     """The same tokens as the engine's, for a PTE model, up to and with the end token."""
     model, prompt = with_pte(tiny("llama")), [3, 1, 4, 1, 5]
     options = {"temperature": 0.9, "top_p": top_p, "max_new_tokens": 30}
-    free = rollout(model, [prompt], window=6, eos_token_ids=[], pad_token_id=0, seeds=[11], **options)
+    free = rollout(model, [prompt], CachePolicy(6), eos_token_ids=[], pad_token_id=0, seeds=[11], **options)
     (free,) = free.completion_ids
     for ends in ((), (free[20], 0)):
         sampling = Sampling(eos_token_ids=ends, pad_token_id=0, **options)
@@ -137,9 +138,9 @@ def test_a_neutral_generation_config_leaves_plain_sampling(hostile):
     out = model.generate(ids, **how)
     assert torch.equal(torch.stack(out.scores), torch.stack(out.logits))
     tokenizer = AutoTokenizer.from_pretrained(hostile)
-    assert end_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+    assert eos_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
     model.generation_config.eos_token_id = [3, tokenizer.eos_token_id]
-    assert end_tokens(model, tokenizer) == [3, tokenizer.eos_token_id]
+    assert eos_token_ids(model, tokenizer) == [3, tokenizer.eos_token_id]
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_a_flag_takes_the_place_of_the_recipe_s_window(model, tmp_path, monkeypa
     main(argv(model, config=recipe, budget=None, max_new_tokens=None))
     assert seen == [24, 8]
     recipe.write_text("window: 8\nbudget: 64\n")
-    with pytest.raises(SystemExit, match="budget=64, window=8: give exactly one of the two"):
+    with pytest.raises(SystemExit, match="window=8, budget=64: give exactly one of the two"):
         main(argv(model, config=recipe, budget=None))
 
 
@@ -193,8 +194,8 @@ BAD = [
     ({"question": None, "file": "@utf16.txt"}, "utf16.txt': line 1 is not UTF-8 text"),
     ({"question": " "}, "question=' ': no question in it"),
     ({"question": "a\udcff"}, "is not text"),
-    ({"budget": None}, "budget=None, window=None"),
-    ({"window": 4}, "budget=40, window=4"),
+    ({"budget": None}, "window=None, budget=None"),
+    ({"window": 4}, "window=4, budget=40"),
     ({"budget": 1}, "budget=1: must be an integer of at least 2"),
     ({"budget": None, "window": 0}, "window=0: must be an integer of at least 1"),
     ({"budget": 16}, r"budget=16: nothing is left for the thought.* has 1\d tokens; allowed is 17 or more"),

@@ -17,6 +17,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from experiments.tiny.model import build_tokenizer
 from pte_trl import BoundedCache
 from pte_trl.cache.generate import LOOPS
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from tests.models import FAMILIES, gap, left_padded_batch, tiny, with_lora, with_pte
 from tests.test_cache_generate import Collect, StopAfter
@@ -269,7 +270,7 @@ def same_as_replay(key, model, kwargs, sequences, logits) -> None:
     mask = sequences.new_ones(sequences.shape)
     if given is not None:
         mask[:, : given.shape[1]] = given.repeat_interleave(len(mask) // len(given), 0)
-    inputs = replay_inputs(model, mask, prompt, NARROW)
+    inputs = replay_inputs(model, mask, prompt, Schedule(NARROW))
     if key == "position_ids":
         first = kwargs["position_ids"]
         inputs["position_ids"] = torch.cat([first, first[:, -1:] + torch.arange(1, NEW + 1)], dim=1)

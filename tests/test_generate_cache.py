@@ -12,6 +12,7 @@ from transformers import pipeline
 
 from experiments.tiny.model import build
 from pte_trl import BoundedCache, feed
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from tests.models import gap, left_padded_batch, tiny, with_lora, with_pte
 
@@ -46,7 +47,7 @@ def test_a_cache_may_change_its_mode(first, second, third):
     model = MODELS["pte"]
     ids, mask, prompt = left_padded_batch([5], 12)
     with torch.no_grad():
-        expected = model(input_ids=ids, **replay_inputs(model, mask, prompt, WINDOW)).logits
+        expected = model(input_ids=ids, **replay_inputs(model, mask, prompt, Schedule(WINDOW))).logits
     cache = BoundedCache(WINDOW)
     for mode, start, stop in ((first, 0, 10), (second, 10, 11), (third, 11, 17)):
         with MODES[mode]():
@@ -175,7 +176,7 @@ def test_rows_of_a_cache_that_generate_has_filled(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = model.generate(input_ids=longer, attention_mask=wider, past_key_values=cache, **how)
-    logits = model(input_ids=found, **replay_inputs(model, pad(wider, found), 5, WINDOW)).logits
+    logits = model(input_ids=found, **replay_inputs(model, pad(wider, found), 5, Schedule(WINDOW))).logits
     assert torch.equal(found[:, -9:], logits[:, -10:-1].argmax(-1))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from pte_trl.adapter.model import pte_layers
 from pte_trl.cache.bounded import BoundedCache
+from pte_trl.cache.schedule import Schedule
 from pte_trl.inspect.states import by_distance, inspect, movers
 from tests.models import tiny, with_lora, with_pte
 
@@ -35,7 +36,7 @@ def decoded_memories(model) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("update", ["recursive", "sum"])
 def test_the_states_are_those_of_a_decode(update):
     model = with_pte(tiny(), state_update=update)
-    found = inspect(model, PROMPT, COMPLETION, WINDOW, 0.25, pad=0)
+    found = inspect(model, PROMPT, COMPLETION, Schedule(WINDOW), pad=0)
     memories = decoded_memories(model)
     assert found["evictions"] == len(memories[0]) == 9
     for layer, kept, described in zip(pte_layers(model), memories, found["layers"], strict=True):
@@ -50,7 +51,7 @@ def test_the_states_are_those_of_a_decode(update):
 
 
 def test_movers_are_sorted_and_named():
-    found = inspect(with_pte(tiny()), PROMPT, COMPLETION, WINDOW, 0.25, pad=0)
+    found = inspect(with_pte(tiny()), PROMPT, COMPLETION, Schedule(WINDOW), pad=0)
     rows = movers(found, [str(n) for n in range(24)], 5)
     assert [row["moved"] for row in rows] == sorted((row["moved"] for row in rows), reverse=True)
     for layer in found["layers"]:
@@ -64,7 +65,7 @@ def test_before_the_first_eviction_an_unmoved_adapter_is_the_base():
     for name, parameter in model.named_parameters():
         if "pte_up" in name:
             parameter.data.zero_()
-    found = inspect(model, PROMPT, COMPLETION, WINDOW, 0.25, pad=0)
+    found = inspect(model, PROMPT, COMPLETION, Schedule(WINDOW), pad=0)
     means = by_distance(found["kl"], found["since_eviction"])
     assert means[-1] < 1e-12 < 1e-6 < min(means[0], means[1])
     assert sorted(means) == [-1, 0, 1]
@@ -72,11 +73,11 @@ def test_before_the_first_eviction_an_unmoved_adapter_is_the_base():
 
 def test_what_it_cannot_look_at():
     with pytest.raises(ValueError, match="not a PTE adapter"):
-        inspect(with_lora(tiny()), PROMPT, COMPLETION, WINDOW, 0.25, pad=0)
+        inspect(with_lora(tiny()), PROMPT, COMPLETION, Schedule(WINDOW), pad=0)
     with pytest.raises(ValueError, match="nothing is evicted"):
-        inspect(with_pte(tiny()), PROMPT, COMPLETION, 60, 0.25, pad=0)
+        inspect(with_pte(tiny()), PROMPT, COMPLETION, Schedule(60), pad=0)
     with pytest.raises(ValueError, match="k_proj"):
-        inspect(with_pte(tiny(), target_modules=["k_proj"]), PROMPT, COMPLETION, WINDOW, 0.25, pad=0)
+        inspect(with_pte(tiny(), target_modules=["k_proj"]), PROMPT, COMPLETION, Schedule(WINDOW), pad=0)
 
 
 def test_the_command(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from pte_trl import BoundedCache, PteConfig
 from pte_trl.adapter import PteAttention
 from pte_trl.adapter.calibration import calibrate
 from pte_trl.adapter.model import evicted_encoders
+from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
 from tests.models import (
@@ -169,11 +171,11 @@ def test_the_views_agree(name, family):
     expected = logps(model)
     with torch.no_grad():
         assert gap(decode_logps(model, *BATCH, WINDOW), expected) < 1e-6
-        by_segment, _ = segment_logps(model, *BATCH, WINDOW, temperature=TEMPERATURE)
+        by_segment, _ = segment_logps(model, *BATCH, Schedule(WINDOW), temperature=TEMPERATURE)
     assert gap(by_segment, chosen(expected, BATCH[0], BATCH[2])) < 1e-6
-    options = {"window": WINDOW, "max_new_tokens": 7, "eos_token_ids": [], "pad_token_id": 0, "seeds": [0, 1]}
+    options = {"max_new_tokens": 7, "eos_token_ids": [], "pad_token_id": 0, "seeds": [0, 1]}
     prompts = [[5, 6, 7], [8, 9]]
-    engine, plain = rollout(model, prompts, **options), rollout(model, prompts, plain=True, **options)
+    engine, plain = (rollout(model, prompts, CachePolicy(WINDOW), reference=r, **options) for r in (False, True))
     assert engine.completion_ids == plain.completion_ids and max(engine.evictions) == 3
     for ours, theirs in zip(engine.logprobs, plain.logprobs, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)

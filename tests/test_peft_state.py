@@ -12,6 +12,7 @@ from pte_trl import BoundedCache, PteConfig
 from pte_trl.adapter import PteAttention, PteLinear
 from pte_trl.adapter.encoder import WHITENERS
 from pte_trl.adapter.layer import StateInUse
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.segments import segment_logps
 from tests.models import TEMPERATURE, gap, left_padded_batch, replay_logps, tiny, with_pte
 
@@ -29,7 +30,7 @@ def replay(model):
 
 
 def segments(model):
-    return segment_logps(model, *BATCH, WINDOW, temperature=TEMPERATURE)[0].square().mean()
+    return segment_logps(model, *BATCH, Schedule(WINDOW), temperature=TEMPERATURE)[0].square().mean()
 
 
 def checkpointed(reentrant):

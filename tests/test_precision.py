@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from pte_trl import BoundedCache, PteConfig
+from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.batching import EngineCache
@@ -65,20 +67,20 @@ def batch_of(completions: list[list[int]]):
 
 def replayed(model, completions: list[list[int]]) -> torch.Tensor:
     ids, mask, prompt = batch_of(completions)
-    logits = model(input_ids=ids, **replay_inputs(model, mask, prompt, WINDOW)).logits[:, prompt - 1 : -1]
+    logits = model(input_ids=ids, **replay_inputs(model, mask, prompt, Schedule(WINDOW))).logits[:, prompt - 1 : -1]
     return logits.float().log_softmax(-1).gather(-1, ids[:, prompt:, None]).squeeze(-1)
 
 
-def sampled(model, plain: bool, kept: EngineCache | None = None):
+def sampled(model, reference: bool, kept: EngineCache | None = None):
     found = rollout(
         model,
         PROMPTS,
-        window=WINDOW,
+        CachePolicy(WINDOW),
         max_new_tokens=NEW,
         eos_token_ids=[EOS],
         pad_token_id=0,
         seeds=[1, 2, 3],
-        plain=plain,
+        reference=reference,
         engine_cache=kept,
     )
     return found.completion_ids, torch.tensor(found.logprobs)
@@ -104,13 +106,13 @@ def by_generate(model):
 def by_segments(model, tokens: list[list[int]] | None = None):
     tokens = tokens or torch.randint(1, VOCAB, (len(PROMPTS), NEW)).tolist()
     ids, mask, prompt = batch_of(tokens)
-    logps, _ = segment_logps(model, ids, mask, prompt, WINDOW, temperature=1.0)
+    logps, _ = segment_logps(model, ids, mask, prompt, Schedule(WINDOW), temperature=1.0)
     return tokens, logps
 
 
 VIEWS = {
-    "engine": lambda model: sampled(model, plain=False),
-    "reference": lambda model: sampled(model, plain=True),
+    "engine": lambda model: sampled(model, reference=False),
+    "reference": lambda model: sampled(model, reference=True),
     "generate": by_generate,
     "segments": by_segments,
 }

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from pte_trl.cache.eviction import STRATEGIES
+from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.rollout import rollout
@@ -13,12 +15,13 @@ from tests.models import tiny, with_lora, with_pte
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 WINDOW, NEW, ENDS = 8, 30, [40, 41]
+POLICY = CachePolicy(WINDOW)
 
 
-def sample(model, prompts=PROMPTS, **changes):
-    settings = {"window": WINDOW, "max_new_tokens": NEW, "eos_token_ids": ENDS, "pad_token_id": 0, "temperature": 0.8}
+def sample(model, prompts=PROMPTS, policy=POLICY, **changes):
+    settings = {"max_new_tokens": NEW, "eos_token_ids": ENDS, "pad_token_id": 0, "temperature": 0.8}
     torch.manual_seed(0)
-    return rollout(model, prompts, **settings | changes)
+    return rollout(model, prompts, policy, **settings | changes)
 
 
 def replayed(model, prompts, completions, window=WINDOW, temperature=0.8):
@@ -29,7 +32,7 @@ def replayed(model, prompts, completions, window=WINDOW, temperature=0.8):
     kept = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in completions])
     prompt = ids.shape[1]
     ids, mask = torch.cat([ids, tail], 1), torch.cat([mask, kept], 1)
-    logits = model(input_ids=ids, **replay_inputs(model, mask, prompt, window)).logits[:, prompt - 1 : -1]
+    logits = model(input_ids=ids, **replay_inputs(model, mask, prompt, Schedule(window))).logits[:, prompt - 1 : -1]
     logps = (logits.float() / temperature).log_softmax(-1).gather(2, tail.unsqueeze(2)).squeeze(2)
     return [row[: len(c)].tolist() for row, c in zip(logps, completions, strict=True)]
 
@@ -110,8 +113,9 @@ def test_shared_prefills_and_a_shrinking_batch_change_nothing(eviction, method):
     model = tiny("llama", torch.float64)
     model = with_pte(model) if method == "pte" else model
     prompts = [PROMPTS[0]] * 3 + [PROMPTS[1]] * 4 + [PROMPTS[2]] + [PROMPTS[0]]
-    options = {"seeds": list(range(len(prompts))), "eviction": eviction, "eos_token_ids": list(range(40, 48))}
-    fast, plain = (sample(model, prompts, plain=choice, **options) for choice in (False, True))
+    options = {"seeds": list(range(len(prompts))), "eos_token_ids": list(range(40, 48))}
+    policy = CachePolicy(WINDOW, eviction=eviction)
+    fast, plain = (sample(model, prompts, policy, reference=choice, **options) for choice in (False, True))
     assert fast.completion_ids == plain.completion_ids
     assert fast.evictions == plain.evictions
     for ours, theirs in zip(fast.logprobs, plain.logprobs, strict=True):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pte_trl.cache.schedule import Schedule, resolve_window
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import ReplayPlan
 
 schedules = st.builds(
@@ -141,34 +141,10 @@ def test_bad_ratio_is_named(ratio):
         Schedule(8, ratio)
 
 
-def test_resolve_window():
-    assert resolve_window(16, None, 100) == 16
-    assert resolve_window("auto", None, 100) == 100
-    assert resolve_window(None, 768, 512) == 256
-    assert resolve_window(None, 513, 512) == 1
-
-
-@pytest.mark.parametrize(
-    ("window", "budget", "message"),
-    [
-        (None, None, "exactly one"),
-        (8, 100, "exactly one"),
-        ("auto", 100, "exactly one"),
-        (None, 50, "51 or more"),
-        (None, 20, "budget=20"),
-        (0, None, "window=0"),
-        ("big", None, "window='big'"),
-    ],
-)
-def test_resolve_window_names_what_is_wrong(window, budget, message):
-    with pytest.raises(ValueError, match=message):
-        resolve_window(window, budget, longest_prompt=50)
-
-
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 6), st.integers(1, 60))
 def test_plan_shows_every_sample_its_own_window(windows, prompt, completion):
     length = prompt + completion
-    plan = ReplayPlan.build(torch.tensor(windows), 0.25, prompt, torch.ones(len(windows), length))
+    plan = ReplayPlan.build([Schedule(window) for window in windows], prompt, torch.ones(len(windows), length))
     visible = plan.mask()[:, 0]
     for row, window in enumerate(windows):
         schedule = Schedule(window)

@@ -16,6 +16,7 @@ from tests.models import (
     gap,
     left_padded_batch,
     replay_logps,
+    schedules_of,
     tiny,
     with_lora,
     with_pte,
@@ -30,7 +31,7 @@ WEIGHTS = torch.randn(2, 27, dtype=torch.float64, generator=torch.Generator().ma
 
 def segments(model, window=WINDOW, **options):
     options = {"temperature": TEMPERATURE} | options
-    return segment_logps(model, IDS, MASK, PROMPT, window, **options)[0]
+    return segment_logps(model, IDS, MASK, PROMPT, schedules_of(window), **options)[0]
 
 
 def replayed(model, window=WINDOW, view=replay_logps):
@@ -117,7 +118,7 @@ def test_the_fused_head_and_gradient_checkpointing():
     assert base.is_gradient_checkpointing
     assert gap(found, expected) <= 1e-4
     assert_same(gradients, expected_gradients, 1e-3)
-    _, entropies = segment_logps(model, IDS, MASK, PROMPT, WINDOW)
+    _, entropies = segment_logps(model, IDS, MASK, PROMPT, Schedule(WINDOW))
     logps = replay_logps(model, IDS, MASK, PROMPT, WINDOW)
     assert gap(entropies, -(logps.exp() * logps).sum(-1)) <= 1e-4
 
@@ -125,7 +126,7 @@ def test_the_fused_head_and_gradient_checkpointing():
 def test_padded_places_are_zero_as_in_one_pass():
     model, mask = with_pte(tiny("llama")), MASK.clone()
     mask[0, -9:] = 0
-    found = segment_logps(model, IDS, mask, PROMPT, WINDOW, temperature=TEMPERATURE)[0]
+    found = segment_logps(model, IDS, mask, PROMPT, Schedule(WINDOW), temperature=TEMPERATURE)[0]
     expected = chosen(replay_logps(model, IDS, mask, PROMPT, WINDOW), IDS, PROMPT) * mask[:, PROMPT:]
     assert gap(found, expected) <= 1e-9
     assert not found[0, -9:].any() and found[1, -9:].all()
@@ -160,7 +161,7 @@ def test_what_autograd_holds_does_not_grow_with_the_completion():
     model = with_pte(tiny("llama", torch.float32))
 
     def by_segments(model, ids, mask, prompt):
-        return segment_logps(model, ids, mask, prompt, WINDOW, temperature=1.0)[0]
+        return segment_logps(model, ids, mask, prompt, Schedule(WINDOW), temperature=1.0)[0]
 
     def in_one_pass(model, ids, mask, prompt):
         return chosen(replay_logps(model, ids, mask, prompt, WINDOW), ids, prompt)

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pte_trl import PteConfig
 from pte_trl.adapter.calibration import calibrate
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.prompts import left_pad
@@ -43,7 +44,13 @@ def test_replay_equals_decode_on_a_real_model(smollm2):
             parameter.normal_(std=0.02)
 
     result = rollout(
-        model, prompts, window=WINDOW, max_new_tokens=THOUGHT, eos_token_ids=[-1], pad_token_id=0, temperature=0.6
+        model,
+        prompts,
+        CachePolicy(WINDOW),
+        max_new_tokens=THOUGHT,
+        eos_token_ids=[-1],
+        pad_token_id=0,
+        temperature=0.6,
     )
     assert result.evictions == [Schedule(WINDOW).evictions(THOUGHT - 1)] * 2
 
@@ -52,7 +59,9 @@ def test_replay_equals_decode_on_a_real_model(smollm2):
     prompt = ids.shape[1] - THOUGHT
 
     def score(adapted):
-        logits = adapted(input_ids=ids, **replay_inputs(adapted, mask, prompt, WINDOW)).logits[:, prompt - 1 : -1]
+        logits = adapted(input_ids=ids, **replay_inputs(adapted, mask, prompt, Schedule(WINDOW))).logits[
+            :, prompt - 1 : -1
+        ]
         return (logits / 0.6).log_softmax(-1).gather(2, completions.unsqueeze(2)).squeeze(2)
 
     mismatch = (score(model) - torch.tensor(result.logprobs)).abs().max().item()

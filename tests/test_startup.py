@@ -219,10 +219,13 @@ def test_where_rollouts_come_from_in_words(tmp_path):
 def test_the_cache_in_words(tmp_path):
     def words(**changes):
         options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
-        return cache_lines(PteGRPOConfig(**options | {"max_completion_length": 3072} | changes), 512)
+        args = PteGRPOConfig(**options | changes)
+        return cache_lines(args.cache_policy, 3072, 512)
 
     assert words(method="lora") == ("full", "none")
     kept, evictions = words(window="auto")
     assert "at most 512" in kept and evictions == "20 at 3072 tokens and W = 512, more where W is smaller"
     kept, evictions = words(window=None, budget=768)
     assert "W = 256 at prompts of 512" in kept and evictions.startswith("44 at 3072 tokens")
+    kept, _ = words(window=None, budget=300)  # prompts may be longer than that, and a run ends when one comes
+    assert "W = 1 at prompts of 299" in kept

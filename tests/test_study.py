@@ -64,7 +64,9 @@ def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window):
         other = tokens.clone()
         other[:, 1:5] = PAIR + (tokens[:, 1:5] - PAIR) // DIGITS * DIGITS + (tokens[:, 1:5] - PAIR + 3) % DIGITS
         logits = [
-            model(input_ids=x, **replay_inputs(model, torch.ones_like(x), 1, window)).logits[:, places[0] - 1]
+            model(input_ids=x, **replay_inputs(model, torch.ones_like(x), 1, Schedule(window))).logits[
+                :, places[0] - 1
+            ]
             for x in (tokens, other)
         ]
         return (logits[0] - logits[1]).abs().max().item()

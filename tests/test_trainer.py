@@ -6,6 +6,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from experiments.tiny.model import build, build_tokenizer
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
@@ -138,7 +139,7 @@ def test_every_sample_is_scored_under_its_own_window(tmp_path):
     trainer._samples = {"windows": windows}
     scored = trainer._get_per_token_logps_and_entropies(model, ids, mask, 34, batch_size=2)[0].detach()
     for row in range(3):
-        inputs = replay_inputs(model, mask[row : row + 1], 6, windows[row])
+        inputs = replay_inputs(model, mask[row : row + 1], 6, Schedule(windows[row].item()))
         logits = model(input_ids=ids[row : row + 1], **inputs).logits[:, 5:-1]
         alone = logits.log_softmax(-1).gather(2, ids[row : row + 1, 6:].unsqueeze(2)).squeeze(2)
         assert scored[row] == pytest.approx(alone[0].detach(), abs=1e-5)

@@ -27,7 +27,7 @@ def accuracy(model: nn.Module, names: int, window: int | None, length: int, samp
     right = 0
     for part in tokens.split(256):
         mask = torch.ones_like(part)
-        inputs = {"attention_mask": mask} if window is None else replay_inputs(model, mask, 1, window)
+        inputs = {"attention_mask": mask} if window is None else replay_inputs(model, mask, 1, Schedule(window))
         logits = model(input_ids=part, **inputs).logits[:, places - 1]
         right += (logits.argmax(-1) == part[:, places]).sum().item()
     return right / (samples * names)

@@ -11,7 +11,6 @@ taken from one replay, which is what a decode gives (tests/test_exactness.py).
 import torch
 from trl.trainer.utils import pad
 
-from pte_trl.cache.schedule import resolve_window
 from pte_trl.data.needs import check_needs
 from pte_trl.data.problems import load_problems
 from pte_trl.models.tokens import load_tokenizer
@@ -54,9 +53,9 @@ class GivenThoughtTrainer(PteGRPOTrainer):
         mask = torch.cat([prompt_mask, pad([torch.ones_like(t) for t in thoughts], 0, "right")], dim=1)
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
         if self.bounded:
-            window = resolve_window(self.args.window, self.args.budget, max(map(len, prompt_ids)))
-            inputs = replay_inputs(model, mask, prompts.shape[1], window, self.args.evict_ratio)
-            self._samples = {"windows": torch.full((len(ids),), window, device=device)}
+            schedule = self.args.cache_policy.schedule(max(map(len, prompt_ids)))
+            inputs = replay_inputs(model, mask, prompts.shape[1], schedule)
+            self._samples = {"windows": torch.full((len(ids),), schedule.window, device=device)}
         with eval_mode(model):
             logits = model(input_ids=ids, **inputs).logits[:, prompts.shape[1] - 1 : -1]
         logps = (logits / self.temperature).log_softmax(-1)

@@ -201,6 +201,10 @@ class BoundedCache(Cache):
         # Not a lambda over `self`: a cycle would keep the whole cache until the garbage collector comes round.
         super().__init__(layer_class_to_replicate=partial(BoundedLayer, self.schedule))
 
+    @classmethod
+    def from_schedule(cls, schedule: Schedule) -> "BoundedCache":
+        return cls(schedule.window, schedule.evict_ratio)
+
     def layer(self, layer_idx: int) -> BoundedLayer:
         """The layer's part, made if it is not there yet."""
         while len(self.layers) <= layer_idx:

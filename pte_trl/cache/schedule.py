@@ -31,8 +31,7 @@ class Schedule:
     def __post_init__(self):
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise ValueError(f"window={self.window!r}: must be an integer of at least 1 (thought tokens kept)")
-        if isinstance(self.evict_ratio, bool) or not 0 < self.evict_ratio <= 1:
-            raise ValueError(f"evict_ratio={self.evict_ratio!r}: must be above 0 and at most 1")
+        check_evict_ratio(self.evict_ratio)
 
     @cached_property  # asked for several times per layer and token
     def evict(self) -> int:
@@ -79,26 +78,11 @@ class Schedule:
         return runs
 
 
-def resolve_window(window: int | str | None, budget: int | None, longest_prompt: int) -> int:
-    """The window W of a rollout batch from what the recipe says.
-
-    Args:
-        window: thought tokens kept, or "auto" for the paper's training rule (W = longest prompt of the batch).
-        budget: everything kept, prompt and thought together (the paper's evaluation windows), instead of `window`.
-        longest_prompt: tokens of the longest prompt of the rollout batch.
+def check_evict_ratio(ratio: float) -> None:
+    """Refuses what is no share of a window.
 
     Raises:
-        ValueError: both or neither are given, or the budget leaves no room for a thought.
+        ValueError: naming it and what is allowed.
     """
-    if (window is None) == (budget is None):
-        raise ValueError(f"window={window!r}, budget={budget!r}: give exactly one of the two")
-    if budget is not None:
-        if budget <= longest_prompt:
-            raise ValueError(
-                f"budget={budget}: nothing is left for the thought, the longest prompt of the batch has "
-                f"{longest_prompt} tokens; allowed is {longest_prompt + 1} or more, or a lower max_prompt_tokens"
-            )
-        return budget - longest_prompt
-    if window == "auto":
-        return max(1, longest_prompt)
-    return Schedule(window).window
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise ValueError(f"evict_ratio={ratio!r}: must be a number above 0 and at most 1")

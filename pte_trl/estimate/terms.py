@@ -179,7 +179,7 @@ def attention(job: Job) -> float:
     length, width, d_q = job.prompt + job.completion, job.dtype.itemsize, job.sizes[3]
     if job.window is None or not job.blockwise:
         return length**2 * (1 + width) if job.window is not None else 0.0
-    blocks = ReplayPlan.build(torch.tensor([job.window]), job.evict_ratio, job.prompt, torch.ones(1, length)).blocks
+    blocks = ReplayPlan.build([job.schedule], job.prompt, torch.ones(1, length)).blocks
     copies = sum(block.mask.shape[3] for block in blocks)
     return 2 * d_q * width * copies + (1 + width) * sum(block.mask.numel() for block in blocks)
 

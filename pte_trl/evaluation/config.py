@@ -1,11 +1,12 @@
 """What an evaluation can be told; read by TrlParser, checked before any weights load."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from pte_trl.adapter.config import one_of
+from pte_trl.cache.arguments import CacheArguments
 from pte_trl.cache.eviction import STRATEGIES
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.data.files import stem
 from pte_trl.rewards.grader import check_answer_after
 from pte_trl.settings.limits import COUNT, check_values
@@ -66,17 +67,15 @@ class ModelSource:
 
 
 @dataclass
-class EvaluationArguments(ModelSource):
+class EvaluationArguments(ModelSource, CacheArguments):
     """An evaluation of one model, with or without an adapter, on one or more benchmarks."""
 
     output_dir: str = field(default="", metadata={"help": "Records go to OUTPUT_DIR/BENCHMARK/records.jsonl."})
     benchmarks: list[str] = field(default_factory=list, metadata={"help": "Known names, data files, or hub names."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many problems."})
 
-    budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept."})
-    window: int | None = field(default=None, metadata={"help": "Thought tokens kept; neither: the full cache."})
-    evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
-    eviction: str = field(default="sliding_window", metadata={"help": "Which tokens leave."})
+    # With neither window nor budget, the full cache.
+    eviction: str = field(default="sliding_window", metadata={"help": f"Which tokens leave: {', '.join(STRATEGIES)}."})
     backend: str = field(default="transformers", metadata={"help": "transformers, or vllm (full cache only)."})
     max_new_tokens: int = field(default=3072, metadata={"help": "Completion tokens at most."})
     samples: int = field(default=1, metadata={"help": "Completions per problem."})
@@ -100,14 +99,12 @@ class EvaluationArguments(ModelSource):
             raise ValueError(f"benchmarks={self.benchmarks!r}: must name at least one")
         if len(set(map(short_name, self.benchmarks))) < len(self.benchmarks):
             raise ValueError(f"benchmarks={self.benchmarks!r}: two would write into the same folder")
-        if self.budget is not None and self.window is not None:
-            raise ValueError(f"budget={self.budget!r}, window={self.window!r}: at most one of them")
-        one_of("eviction", self.eviction, STRATEGIES)
-        if self.eviction != "sliding_window" and self.budget is None and self.window is None:
-            raise ValueError(
-                f"eviction={self.eviction!r}: nothing is evicted from a full cache; give a budget or a window with it"
-            )
+        _ = self.cache_policy  # checks its keys together
         check_answer_after(self.answer_after)
+
+    @property
+    def cache_policy(self) -> CachePolicy:
+        return replace(super().cache_policy, eviction=self.eviction)
 
     def recorded(self) -> dict:
         """The settings that stand in every record."""

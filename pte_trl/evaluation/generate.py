@@ -12,13 +12,15 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from pte_trl.cache.arguments import CacheArguments
 from pte_trl.cache.bounded import BoundedCache
+from pte_trl.cache.schedule import Schedule
 from pte_trl.data.needs import check_needs
 from pte_trl.data.prompts import make_prompt, tokens_of
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.evaluation.loading import check_evaluation_model, load_for_evaluation
-from pte_trl.evaluation.runner import ROUND, window_of
-from pte_trl.models.generation_config import end_tokens
+from pte_trl.evaluation.runner import rounded
+from pte_trl.models.generation_config import eos_token_ids
 from pte_trl.models.tokens import load_tokenizer
 from pte_trl.rollouts.sampling import Sampling
 from pte_trl.rollouts.streaming import stream
@@ -27,14 +29,11 @@ from pte_trl.settings.parsing import parse
 
 
 @dataclass
-class GenerateArguments(ModelSource):
+class GenerateArguments(ModelSource, CacheArguments):
     """Model, question and cache."""
 
     question: str | None = field(default=None, metadata={"help": "What to ask."})
     file: str | None = field(default=None, metadata={"help": "Or a text file with a question on every line."})
-    budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept."})
-    window: int | None = field(default=None, metadata={"help": "Thought tokens kept, instead of budget."})
-    evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
     max_new_tokens: int = field(default=3072, metadata={"help": "Answer tokens at most."})
     temperature: float = field(default=0.6, metadata={"help": "0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus; 1 for all."})
@@ -47,8 +46,8 @@ class GenerateArguments(ModelSource):
         super().__post_init__()
         if (self.question is None) == (self.file is None):
             raise ValueError(f"question={self.question!r}, file={self.file!r}: give exactly one of the two")
-        if (self.budget is None) == (self.window is None):
-            raise ValueError(f"budget={self.budget!r}, window={self.window!r}: give exactly one of the two")
+        if (self.window is None) == (self.budget is None):
+            raise ValueError(f"window={self.window!r}, budget={self.budget!r}: give exactly one of the two")
         self.questions()
 
     def questions(self) -> list[str]:
@@ -112,28 +111,28 @@ class CacheStreamer(TextStreamer):
         )
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, question: str, args: GenerateArguments) -> tuple[list[int], int]:
-    """The question's tokens and its window, both as in an evaluation.
+def prepare(tokenizer: PreTrainedTokenizerBase, question: str, args: GenerateArguments) -> tuple[list[int], Schedule]:
+    """The question's tokens and its evictions, both as in an evaluation.
 
     Raises:
         ValueError: the budget leaves none.
     """
     prompt = make_prompt(question, args.system_prompt, chat=tokenizer.chat_template is not None)
     ids = tokens_of(prompt, tokenizer, args.chat_template_kwargs)
-    window = window_of(args, len(ids))
-    if not window:
+    policy, length = args.cache_policy, rounded(len(ids))
+    if not policy.fits(length):
         raise ValueError(
             f"budget={args.budget}: nothing is left for the thought, {question!r} has {len(ids)} tokens; allowed is "
-            f"{-(-len(ids) // ROUND) * ROUND + 1} or more"
+            f"{length + 1} or more"
         )
-    return ids, window
+    return ids, policy.schedule(length)
 
 
-def answer(model, tokenizer, ids: list[int], window: int, args: GenerateArguments) -> str:
+def answer(model, tokenizer, ids: list[int], schedule: Schedule, args: GenerateArguments) -> str:
     """Streams the answer to one question and returns it."""
-    cache = BoundedCache(window, args.evict_ratio)
+    cache = BoundedCache.from_schedule(schedule)
     streamer = CacheStreamer(tokenizer, cache, args.status_every)
-    ends = () if args.ignore_eos else tuple(end_tokens(model, tokenizer))
+    ends = () if args.ignore_eos else tuple(eos_token_ids(model, tokenizer))
     sampling = Sampling(args.max_new_tokens, ends, 0, args.temperature, args.top_p)  # one prompt: nothing is padded
     written = []
     for token in stream(model, ids, cache, sampling, args.seed):
@@ -155,7 +154,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     with settings_checked():
         model = load_for_evaluation(args, device)
     answers = []
-    for question, ids, window in prepared:
+    for question, ids, schedule in prepared:
         print(f"question: {question}", flush=True)
-        answers.append(answer(model, tokenizer, ids, window, args))
+        answers.append(answer(model, tokenizer, ids, schedule, args))
     return answers

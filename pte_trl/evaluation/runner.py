@@ -7,7 +7,7 @@ Another batch size does so only by the rounding of another batch.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +18,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pte_trl.cache.eviction import STRATEGIES
-from pte_trl.cache.schedule import resolve_window
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.data.prompts import build_prompts, tokens_of
 from pte_trl.evaluation.benchmarks import content_hash
 from pte_trl.evaluation.config import EvaluationArguments, short_name
 from pte_trl.evaluation.records import COMPLETE, Parts, read_records
+from pte_trl.models.generation_config import eos_token_ids
 from pte_trl.rewards.grader import Grader, Verdict, check_golds
 from pte_trl.rewards.worker_pool import verdict_versions
 from pte_trl.rollouts.batching import EngineCache
@@ -52,12 +53,17 @@ def seed_of(seed: int, benchmark: str, problem_id: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "big")
 
 
-def window_of(args: EvaluationArguments, prompt_tokens: int) -> int | None:
-    """W of a sample; with a budget, what a prompt of this length, rounded up, leaves of it."""
-    if args.budget is None:
-        return args.window
-    rounded = -(-prompt_tokens // ROUND) * ROUND
-    return resolve_window(None, args.budget, rounded) if rounded < args.budget else 0
+def rounded(prompt_tokens: int) -> int:
+    """A prompt's length, rounded up to a multiple of ROUND."""
+    return -(-prompt_tokens // ROUND) * ROUND
+
+
+def sample_window(policy: CachePolicy, prompt_tokens: int) -> int | None:
+    """W of a sample from its own prompt's length, rounded up; None for the full cache, 0 if no room is left."""
+    if not policy.bounded:
+        return None
+    length = rounded(prompt_tokens)
+    return policy.schedule(length).window if policy.fits(length) else 0
 
 
 def check_room(name: str, problems: Dataset, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments) -> None:
@@ -67,13 +73,12 @@ def check_room(name: str, problems: Dataset, tokenizer: PreTrainedTokenizerBase,
         ValueError: none leaves any, so nothing would be evaluated.
     """
     lengths = [len(ids) for ids in prompt_tokens(problems, tokenizer, args)]
-    without = sum(window_of(args, length) == 0 for length in lengths)
+    without = sum(not args.cache_policy.fits(rounded(length)) for length in lengths)
     if without == len(lengths):
-        least = -(-min(lengths) // ROUND) * ROUND + 1
         raise ValueError(
             f"budget={args.budget!r}: {name} has no prompt that leaves room in it, the shortest has {min(lengths)} "
-            f"tokens; allowed are budgets from {least}, for all its prompts from "
-            f"{-(-max(lengths) // ROUND) * ROUND + 1}"
+            f"tokens; allowed are budgets from {rounded(min(lengths)) + 1}, for all its prompts from "
+            f"{rounded(max(lengths)) + 1}"
         )
     if without:
         PartialState().print(f"{name}: {without} of {len(lengths)} prompts leave no room in budget={args.budget}")
@@ -111,9 +116,10 @@ class Evaluation:
     ):
         self.name, self.problems, self.tokenizer, self.model = name, problems, tokenizer, None
         self.args, self.accelerator, self.grader = args, accelerator, grader
-        # One object for all batches: HeadKV measures the model's heads once.
-        plain = args.eviction == "sliding_window"
-        self.eviction = args.eviction if plain else STRATEGIES[args.eviction]()
+        self.policy = args.cache_policy
+        if self.policy.eviction != "sliding_window":
+            # One strategy for all batches, since HeadKV measures the model's heads once.
+            self.policy = replace(self.policy, eviction=STRATEGIES[args.eviction]())
         self.engine_cache = EngineCache()
         self.folder = Path(args.output_dir) / short_name(name)
         self.parts = Parts(self.folder)
@@ -171,7 +177,7 @@ class Evaluation:
 
     def samples(self) -> list[Sample]:
         """Every sample, in the order of the records: problem by problem."""
-        windows = [window_of(self.args, len(ids)) for ids in self.prompt_ids]
+        windows = [sample_window(self.policy, len(ids)) for ids in self.prompt_ids]
         return [
             Sample(
                 index, n, seed_of(self.args.seed, self.settings["benchmark"], self.problems[index]["id"], n), window
@@ -220,7 +226,7 @@ class Evaluation:
     def _generate(self, batch: list[Sample]) -> tuple[list[str], list[int], list[str], list[int]]:
         if batch[0].window == 0:
             return [""] * len(batch), [0] * len(batch), ["no_room"] * len(batch), [0] * len(batch)
-        args, ends = self.args, self.ends()
+        args, ends = self.args, eos_token_ids(self.model, self.tokenizer)
         prompts, seeds = [self.prompt_ids[s.problem] for s in batch], [s.seed for s in batch]
         if args.backend == "vllm":
             options = {"temperature": args.temperature, "top_p": args.top_p, "eos_token_ids": ends}
@@ -229,9 +235,7 @@ class Evaluation:
         result = rollout(
             self.model,
             prompts,
-            window=args.max_new_tokens if batch[0].window is None else batch[0].window,
-            evict_ratio=args.evict_ratio,
-            eviction=self.eviction,
+            replace(self.policy, window=batch[0].window, budget=None),  # one W for the batch, see `sample_window`
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
@@ -254,15 +258,10 @@ class Evaluation:
         return self._finish(result.completion_ids, result.evictions)
 
     def _finish(self, ids: list[list[int]], evictions: list[int]) -> tuple[list[str], list[int], list[str], list[int]]:
-        ends, texts = self.ends(), self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ends = eos_token_ids(self.model, self.tokenizer)
         finished = ["stop" if row[-1] in ends else "length" for row in ids]
         return texts, [len(row) for row in ids], finished, evictions
-
-    def ends(self) -> list[int]:
-        """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
-        config = getattr(self.model, "generation_config", None)
-        more = config.eos_token_id if config is not None and config.eos_token_id is not None else []
-        return sorted({self.tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)})
 
     def _row(self, sample: Sample, text: str, tokens: int, finished: str, evictions: int, verdict: Verdict) -> dict:
         problem = self.problems[sample.problem]

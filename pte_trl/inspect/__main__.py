@@ -7,16 +7,19 @@ from peft import PeftModel
 
 from pte_trl.adapter.check import method_of, read_config
 from pte_trl.adapter.files import adapter_folder
+from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
 from pte_trl.data.needs import repository
 from pte_trl.inspect.kl import check, load
 from pte_trl.inspect.plots import draw
 from pte_trl.inspect.states import by_distance, inspect, movers
+from pte_trl.models.generation_config import eos_token_ids
 from pte_trl.models.hub import reachable
 from pte_trl.rollouts.rollout import rollout
 from pte_trl.runtime.entry import framed, run, settings_checked
 from pte_trl.runtime.manifest import environment, write_json
 from pte_trl.settings.limits import COUNT, check_value
-from pte_trl.training.distill.completions import ends_of, read_completions, tokens_of
+from pte_trl.training.distill.completions import read_completions, tokens_of
 
 QUESTION = "Explain step by step how to add 347 and 586, then check the result another way."
 
@@ -78,11 +81,10 @@ def written(args: argparse.Namespace, model: PeftModel, tokenizer) -> tuple[list
     done = rollout(
         model,
         [prompt],
-        window=args.window,
-        evict_ratio=args.evict_ratio,
+        CachePolicy(args.window, evict_ratio=args.evict_ratio),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        eos_token_ids=ends_of(model, tokenizer),
+        eos_token_ids=eos_token_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         seeds=[args.seed],
     )
@@ -99,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load(source)
     with settings_checked():
         prompt, completion = row or written(args, model, tokenizer)
-        found = inspect(model, prompt, completion, args.window, args.evict_ratio, tokenizer.pad_token_id)
+        schedule = Schedule(args.window, args.evict_ratio)
+        found = inspect(model, prompt, completion, schedule, tokenizer.pad_token_id)
     words = [tokenizer.decode([token]) for token in completion]
     found["movers"] = movers(found, words)
     found["kl_by_distance"] = by_distance(found["kl"], found["since_eviction"])

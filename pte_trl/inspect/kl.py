@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pte_trl.cache.schedule import Schedule
 from pte_trl.data.files import open_table
 from pte_trl.data.needs import check_needs
 from pte_trl.evaluation.config import ModelSource
@@ -59,23 +60,21 @@ def kl_per_token(
     model: PeftModel,
     prompt_ids: list[int],
     completion_ids: list[int],
-    window: int,
-    ratio: float,
+    schedule: Schedule,
     pad: int,
     asked: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """All of shape (completion,): `kl` in nats, `agrees` where both have the same most likely token, tokens `since`
     the last eviction; and of shape (asked,) `right`, where the student's most likely token is the text's own."""
     ids, mask = left_pad([[*prompt_ids, *completion_ids]], pad, model.device)
-    student, teacher = hidden_states(model, ids, mask, len(prompt_ids), window, ratio)
+    student, teacher = hidden_states(model, ids, mask, len(prompt_ids), schedule)
     head, places = model.get_output_embeddings(), torch.tensor(asked, dtype=torch.long, device=ids.device)
     found = divergence(student[0], teacher[0], head)
-    windows = torch.tensor([window], device=ids.device)
     return {
         "kl": found.kl,
         "agrees": found.agrees,
         "right": (head(student[0, places]).argmax(-1) == ids[0, len(prompt_ids) + places]).float(),
-        "since": tokens_since_eviction(len(completion_ids), windows, ratio)[0],
+        "since": tokens_since_eviction(len(completion_ids), schedule).to(ids.device),
     }
 
 
@@ -108,9 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         means = defaultdict(list)
         for row, places in zip(texts, asked, strict=False):
             prompt = tokens_of(row["prompt"], tokenizer)
-            found = kl_per_token(
-                model, prompt, row["completion_ids"], window, args.evict_ratio, tokenizer.pad_token_id, places
-            )
+            schedule = Schedule(window, args.evict_ratio)
+            found = kl_per_token(model, prompt, row["completion_ids"], schedule, tokenizer.pad_token_id, places)
             late = found["since"] >= 0
             if late.any():  # shorter texts are never evicted from
                 means["kl"].append(found["kl"][late].mean().item())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pte_trl.adapter.layer import PteAttention
 from pte_trl.adapter.model import active_layers
+from pte_trl.cache.schedule import Schedule
 from pte_trl.inspect.kl import kl_per_token
 from pte_trl.replay.plan import ReplayPlan, replay_inputs
 from pte_trl.rollouts.prompts import left_pad
@@ -73,9 +74,7 @@ def describe(by_token: Tensor, memories: Tensor, encoder) -> dict:
 
 
 @torch.no_grad()
-def inspect(
-    model: PeftModel, prompt_ids: list[int], completion_ids: list[int], window: int, ratio: float, pad: int
-) -> dict:
+def inspect(model: PeftModel, prompt_ids: list[int], completion_ids: list[int], schedule: Schedule, pad: int) -> dict:
     """Everything that is written, but for the words.
 
     Raises:
@@ -92,20 +91,22 @@ def inspect(
         )
     fed = completion_ids[:-1]  # the last token is sampled, and evicts nothing
     ids, mask = left_pad([[*prompt_ids, *fed]], pad, model.device)
-    inputs = replay_inputs(model, mask, len(prompt_ids), window, ratio)
+    inputs = replay_inputs(model, mask, len(prompt_ids), schedule)
     plan: ReplayPlan = inputs["replay"]
     if not plan.count:
-        raise ValueError(f"{len(completion_ids)} tokens under window={window}: nothing is evicted; take a smaller one")
+        raise ValueError(
+            f"{len(completion_ids)} tokens under window={schedule.window}: nothing is evicted; take a smaller one"
+        )
     with Watch(model) as watch:
         model(input_ids=ids, **inputs, logits_to_keep=1)
     found = []
     for layer, latents in zip(layers, watch.latents, strict=True):
         by_token, memories = contributions(layer, latents, plan)
         found.append(describe(by_token, memories, layer.pte_encoder[layer._adapter()]))
-    measured = kl_per_token(model, prompt_ids, completion_ids, window, ratio, pad)
+    measured = kl_per_token(model, prompt_ids, completion_ids, schedule, pad)
     kl, agrees, since = (measured[name] for name in ("kl", "agrees", "since"))
     return {
-        "window": window,
+        "window": schedule.window,
         "evict": plan.evicted.shape[2],
         "evictions": plan.count,
         "layers": found,

@@ -1,14 +1,17 @@
 """What of a checkpoint's generation config is used: its special tokens. Sampling is what a recipe or a call says."""
 
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+def eos_token_ids(model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion, sorted: the tokenizer's, and those of the model's generation config.
+
+    Args:
+        model: whatever samples; without a `generation_config` the tokenizer alone decides.
+    """
     config = getattr(model, "generation_config", None)
-    more = [] if config is None or config.eos_token_id is None else config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more)} - {None})
+    more = None if config is None else config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None})
 
 
 def neutral_generation_config(model: PreTrainedModel) -> GenerationConfig:

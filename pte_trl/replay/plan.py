@@ -1,10 +1,11 @@
 """The replay view: ONE ordinary forward over prompt + completion that repeats what the decode computed.
 
 A mask gives every token exactly the tokens it saw when it was decoded; the plan says which tokens each eviction
-drops and which tokens are decoded under the state it leaves, so that a PTE layer can use the right one. W may
-differ from sample to sample.
+drops and which tokens are decoded under the state it leaves, so that a PTE layer can use the right one. W may differ
+from sample to sample.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,10 +53,15 @@ class ReplayPlan:
     prompt: int
 
     @classmethod
-    def build(cls, windows: Tensor, evict_ratio: float, prompt: int, attention_mask: Tensor) -> "ReplayPlan":
-        """Args: windows: (batch,) W of each sample; prompt: padded length; attention_mask: (batch, length)."""
+    def build(cls, schedules: Sequence[Schedule], prompt: int, attention_mask: Tensor) -> "ReplayPlan":
+        """The plan of a batch.
+
+        Args:
+            schedules: of every sample.
+            prompt: padded length of the prompts.
+            attention_mask: (batch, length), 0 where padded.
+        """
         length, device = attention_mask.shape[1], attention_mask.device
-        schedules = [Schedule(window, evict_ratio) for window in windows.tolist()]
         count = max(s.evictions(length - prompt) for s in schedules)
         evict = torch.tensor([s.evict for s in schedules]).view(-1, 1, 1)
         within = torch.arange(int(evict.max()))
@@ -91,7 +97,7 @@ class ReplayPlan:
         ]
 
     def mask(self) -> Tensor:
-        """(batch, 1, length, length), True where a query sees a key: the plain twin of the blocks."""
+        """(batch, 1, length, length), True where a query sees a key: what `blocks` is tested against."""
         return self._seen(0, self.length, self.prompt)
 
     def _seen(self, start: int, stop: int, oldest: int) -> Tensor:
@@ -120,7 +126,7 @@ class ReplayPlan:
 
 
 def replay_inputs(
-    model: nn.Module, attention_mask: Tensor, prompt: int, windows: Tensor | int, evict_ratio: float = 0.25
+    model: nn.Module, attention_mask: Tensor, prompt: int, schedules: Schedule | Sequence[Schedule]
 ) -> dict:
     """Keyword arguments of `model(input_ids, **...)` that make one forward the replay of a bounded decode.
 
@@ -128,8 +134,7 @@ def replay_inputs(
         model: a causal language model: bare, with LoRA, or with PTE.
         attention_mask: (batch, prompt + completion), 0 where padded: prompts on the left, completions on the right.
         prompt: padded length of the prompts.
-        windows: W of every sample, (batch,), or one for all.
-        evict_ratio: as in the rollout.
+        schedules: that each sample was decoded under, or one for all (`CachePolicy.schedule`).
 
     Raises:
         ValueError: the model's attention takes no arbitrary mask.
@@ -140,11 +145,12 @@ def replay_inputs(
             f"attn_implementation={config._attn_implementation!r}: a replay needs an arbitrary attention mask; "
             f"allowed are {', '.join(map(repr, MASKED_ATTENTION))}"
         )
-    windows = torch.as_tensor(windows, device=attention_mask.device).expand(len(attention_mask))
-    plan = ReplayPlan.build(windows, evict_ratio, prompt, attention_mask)
-    blockwise = (
-        config._attn_implementation == "blockwise"
-    )  # the blocks have their own; four dimensions pass as they are
+    if isinstance(schedules, Schedule):
+        schedules = [schedules] * len(attention_mask)
+    plan = ReplayPlan.build(schedules, prompt, attention_mask)
+    # The blocks have masks of their own, so padding is all that is left to say; transformers passes on a mask of four
+    # dimensions as it is.
+    blockwise = config._attn_implementation == "blockwise"
     mask = plan.real[:, None, None] if blockwise else mask_for(model, plan.mask())
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False, "replay": plan}

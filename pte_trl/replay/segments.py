@@ -11,7 +11,7 @@ model has gradient checkpointing, they are every layer's input and one layer's i
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -31,8 +31,7 @@ def segment_logps(
     input_ids: Tensor,
     attention_mask: Tensor,
     prompt: int,
-    windows: Tensor | int,
-    evict_ratio: float = 0.25,
+    schedules: Schedule | Sequence[Schedule],
     *,
     segment_length: int | None = None,
     offload: bool = False,
@@ -46,8 +45,7 @@ def segment_logps(
         model: bare, with LoRA or with PTE; without dropout.
         input_ids, attention_mask: (batch, prompt + completion), prompts padded left, completions right.
         prompt: padded length of the prompts.
-        windows: W of every sample, (batch,), or one for all; samples of one W go together.
-        evict_ratio: as in the rollout.
+        schedules: that each sample was decoded under, or one for all; samples of one schedule go together.
         segment_length: split segments of thoughts that are longer; None: as long as evictions allow (W first, then
             E). The prompt is always one.
         offload: keep keys and values of past segments on the CPU.
@@ -57,12 +55,13 @@ def segment_logps(
     Returns:
         (batch, completion) each. Log-probs of padded places are 0.
     """
-    windows = torch.as_tensor(windows, device=input_ids.device).expand(len(input_ids))
+    if isinstance(schedules, Schedule):
+        schedules = [schedules] * len(input_ids)
     parameters = [p for p in model.parameters() if p.requires_grad]
     logps, entropies = None, None
-    for window in windows.unique().tolist():
-        rows = (windows == window).nonzero().squeeze(1)
-        schedule = Schedule(window, evict_ratio)
+    # In a fixed order, so that sums of gradients are rounded alike whenever a run is repeated.
+    for schedule in sorted(set(schedules), key=lambda schedule: schedule.window):
+        rows = torch.tensor([row for row, each in enumerate(schedules) if each == schedule], device=input_ids.device)
         sample = (input_ids[rows], attention_mask[rows], prompt)
         run = SegmentRun(model, *sample, schedule, segment_length, offload, temperature)
         some_logps, some_entropies = _Segments.apply(run, *parameters)
@@ -91,7 +90,7 @@ class _Segments(torch.autograd.Function):
 
 
 class SegmentRun:
-    """One pass over samples of one window: what it takes to run any segment again."""
+    """One pass over samples of one schedule, and what it takes to run any of its segments again."""
 
     def __init__(
         self, model, ids: Tensor, mask: Tensor, prompt: int, schedule: Schedule, longest, offload, temperature
@@ -128,33 +127,38 @@ class SegmentRun:
 
     def backward(self, given: tuple[Tensor | None, Tensor | None], parameters: list[Tensor]) -> list[Tensor]:
         """Gradients of the parameters for those of log-probs and entropies, (batch, completion) each."""
-        totals, leaving = [torch.zeros_like(p) for p in parameters], None
+        totals = [torch.zeros_like(p) for p in parameters]
+        # Gradients for the cache that this segment leaves to the next, by layer and name. The last one leaves it to
+        # nobody, so there are none yet.
+        outgoing: dict[tuple[int, str], Tensor | None] = {}
         with plain_layers(self.model) as checkpointed, torch.enable_grad():
             for index in reversed(range(len(self.spans))):
                 span = self.spans[index]
-                cache, taken = self._enter(index)
+                cache, taken = self._enter(index)  # cut off: gradients stop at `taken`
                 with run_again_in_backward(checkpointed):
                     results = self._run(span, cache)
                 tokens = slice(max(0, span.start + 1), span.stop + 1)  # those that this segment predicts
                 outputs, grads = [], []
                 for result, grad in zip(results, given, strict=True):
-                    if grad is not None:
+                    if grad is not None:  # of the prompt's results, only the last predicts a completion token
                         outputs.append(result[:, -grad[:, tokens].shape[1] :])
                         grads.append(grad[:, tokens])
-                for tensor, gradient in zip(_held(cache), leaving or [], strict=leaving is not None):
+                for place, tensor in _held(cache).items():
+                    gradient = outgoing.get(place)
                     if gradient is not None and tensor.requires_grad:
                         outputs.append(tensor)
                         grads.append(gradient)
                 found = torch.autograd.grad(outputs, [*parameters, *taken.values()], grads, allow_unused=True)
-                for total, more in zip(totals, found, strict=False):
+                of_parameters, of_cache = found[: len(parameters)], found[len(parameters) :]
+                for total, more in zip(totals, of_parameters, strict=True):
                     if more is not None:
                         total += more
-                by_place = dict(zip(taken, found[len(parameters) :], strict=True))
-                leaving = [by_place.get((at, name)) for at in range(len(cache.layers)) for name in HELD]
+                # What came into this segment is what the one before it has left.
+                outgoing = dict(zip(taken, of_cache, strict=True))
         return totals
 
     def _empty(self) -> BoundedCache:
-        return BoundedCache(self.schedule.window, self.schedule.evict_ratio)
+        return BoundedCache.from_schedule(self.schedule)
 
     def _run(self, span: range, cache: BoundedCache) -> tuple[Tensor, Tensor]:
         """One segment through the model: log-probs of the tokens that follow each of its own, and entropies."""
@@ -218,8 +222,9 @@ class SegmentRun:
         return cache, taken
 
 
-def _held(cache: BoundedCache) -> Iterator[Tensor]:
-    return (getattr(layer, name) for layer in cache.layers for name in HELD)
+def _held(cache: BoundedCache) -> dict[tuple[int, str], Tensor | None]:
+    """The tensors that gradients flow through, by layer and name."""
+    return {(at, name): getattr(layer, name) for at, layer in enumerate(cache.layers) for name in HELD}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How many completions are decoded at once, and which engine does it: what fits in memory, made once and kept."""
+"""How many completions are decoded at once, so that they fit in memory, and the engine kept for the next rollout."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pte_trl.adapter.model import geometry_of, pte_layers
+from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.engine import Engine
 from pte_trl.rollouts.ring import aligned, ring_size
 from pte_trl.rollouts.sampling import Sampling
@@ -52,25 +53,24 @@ def halving(run: Callable[[int], Result], rows: int) -> Result:
         # Behind the handler: the exception holds the frames, and with them the tensors, of what has failed.
         rows = -(-rows // 2)
         torch.cuda.empty_cache()
-        print(f"rollout: out of memory, going on with {rows} samples at once", flush=True)
+        print(f"rollout: out of memory, continuing with {rows} samples at once", flush=True)
 
 
 class EngineCache:
-    """Keeps the last engine: its buffers, and on CUDA its captured steps, serve the next batch of the same kind."""
+    """Keeps the last engine: its buffers, and on CUDA its captured graphs, serve the next batch of the same kind."""
 
     def __init__(self):
         self.kind, self.engine = None, None
 
-    def get(
-        self, model: nn.Module, rows: int, window: int, evict_ratio: float, prompt: int, sampling: Sampling
-    ) -> Engine:
+    def get(self, model: nn.Module, rows: int, schedule: Schedule, prompt: int, sampling: Sampling) -> Engine:
+        """An engine for prompts of up to `prompt` tokens; arguments as for `Engine`."""
         adapters = [layer._adapter() for layer in pte_layers(model)]
         device = model.device.type  # autocast decides the dtype of the buffers, too
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, window, evict_ratio, sampling)
+        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, schedule, sampling)
         if kind != self.kind or not self._roomy(prompt):
             self.release()  # before the new one's buffers are made
-            self.kind, self.engine = kind, Engine(model, rows, window, evict_ratio, prompt, sampling)
+            self.kind, self.engine = kind, Engine(model, rows, schedule, prompt, sampling)
         return self.engine
 
     def _roomy(self, prompt: int) -> bool:

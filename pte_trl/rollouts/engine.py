@@ -1,17 +1,17 @@
 """The rollout engine: one token for every row at a time, in buffers and shapes that never change.
 
-A *row* is a place for one sequence. Prompts wait in order; a row takes the next one as soon as its sequence has ended,
-and when none waits, the rows still going move together (at half their number, so that sizes are few). Each distinct
-prompt is prefilled once and copied to the completions that share it. Evictions happen between steps, for the rows
-that are due.
+A *row* is a place for one sequence. Prompts wait in order; a row takes the next one as soon as its sequence has ended.
+When none waits, the unfinished rows are moved to the front (each time at half their number, so that sizes are few).
+Each distinct prompt is prefilled once and copied to the completions that share it. Evictions happen between steps, for
+the rows that are due.
 
 All that changes from step to step lies in tensors on the device: tokens, counts, the mask, the random numbers, what
-was sampled. So on CUDA a step is captured as a graph, once per number of rows, and replayed; the host looks at the
-results every `SYNC_EVERY` steps only. `rollout.plain_rollout` is the reference implementation: the same
-algorithm without any of this.
+was sampled. So on CUDA a step is captured as a graph, once per number of rows, and replayed; the host reads results
+every `SYNC_EVERY` steps only. `pte_trl.rollouts.reference` is the reference implementation: the same algorithm without
+any of this.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +19,41 @@ from torch import Tensor, nn
 from pte_trl.adapter.model import evicted_encoders
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.masks import mask_for
+from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.ring import RingCache, ring_size
 from pte_trl.rollouts.sampling import Sampling, sample
 
-SYNC_EVERY = {"cuda": 16}  # steps between two looks at what has ended; 1 where looking costs nothing
-PREFILL_TOKENS = 16_384  # of one prefill, so that its activations stay small
+# Steps between two reads of which rows have ended. A read waits for the GPU, which then idles until the host has
+# queued the next step; on a CPU it costs nothing, so every step is followed by one.
+SYNC_EVERY = {"cuda": 16}
+PREFILL_TOKENS = 16_384  # tokens of one prefill at most, so that its activations stay small
+EMPTY = -1  # in `prompt_of_row`: no prompt lies there
 
 
 class CudaGraphed:
     """A function that changes tensors in place: called as it is, on CUDA captured at its second call and replayed.
 
-    Captures are kept by the arguments, which have to be plain values; the tensors must be the same every time.
+    A graph is kept per arguments, which have to be plain values. It reads and writes the memory addresses of its
+    capture, so the function may use only tensors that stay the same objects, and must not wait for the device.
     """
 
     def __init__(self, function: Callable[..., None], on: bool):
         self.function, self.on = function, on
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        # One pool for all graphs: they never run at the same time, so their temporary tensors can share memory.
         self.pool = torch.cuda.graph_pool_handle() if on else None
 
     def __call__(self, *key) -> None:
-        if not self.on or key not in self.graphs:  # the first call warms up, and counts
+        if not self.on or key not in self.graphs:
+            # The first call runs the kernels: it is a real step, and what CUDA libraries set up lazily (handles,
+            # workspaces, autotuning) is done then, since a capture forbids it.
             self.graphs[key] = None
             self.function(*key)
             return
         if self.graphs[key] is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool):  # records, computes nothing: the replay below does
                 self.function(*key)
             self.graphs[key] = graph
         self.graphs[key].replay()
@@ -60,37 +68,43 @@ class Engine:
     Args:
         model: in eval mode; its weights may change between runs, but not where they lie.
         rows: sequences that are decoded together at most.
-        window, evict_ratio: the cache policy.
+        schedule: when which thought token leaves.
         prompt: tokens of the longest prompt.
         sampling: how tokens are drawn.
     """
 
-    def __init__(self, model: nn.Module, rows: int, window: int, evict_ratio: float, prompt: int, sampling: Sampling):
-        self.model, self.sampling, self.device = model, sampling, model.device
-        ring = ring_size(window, sampling.max_new_tokens)
-        self.cache = RingCache(window, evict_ratio, rows, prompt, ring, self.device)
-        self.schedule, self.look = self.cache.schedule, SYNC_EVERY.get(self.device.type, 1)
-        self.unit = 16 if self.device.type == "cpu" else max(64, -(-self.cache.places // 4))  # graphs shall be few
+    def __init__(self, model: nn.Module, rows: int, schedule: Schedule, prompt: int, sampling: Sampling):
+        self.model, self.schedule, self.sampling, self.device = model, schedule, sampling, model.device
+        ring = ring_size(schedule.window, sampling.max_new_tokens)
+        self.cache = RingCache(schedule, rows, prompt, ring, self.device)
+        self.sync_every = SYNC_EVERY.get(self.device.type, 1)
+        # Attention reads the cache up to a multiple of `reach_step` places. Every multiple is another graph, so there
+        # are four at most on CUDA; on a CPU, where nothing is captured, small multiples save work.
         cuda = self.device.type == "cuda"
+        self.reach_step = max(64, -(-self.cache.places // 4)) if cuda else 16
         self._step, self._evict = CudaGraphed(self._feed, cuda), CudaGraphed(self._drop, cuda)
 
-        def whole(*shape: int) -> Tensor:
+        def zeros(*shape: int) -> Tensor:
+            """Integers; made once and only written in place from then on, since graphs read them where they lie."""
             return torch.zeros(*shape, dtype=torch.long, device=self.device)
 
-        # Of every row: its sample, the token to feed, tokens sampled so far, prompt tokens, whether it goes on.
-        self.sample, self.token, self.count, self.length = (whole(rows) for _ in range(4))
+        # Of every row, (rows,): its sample, the token to feed next, tokens sampled so far, the prompt's tokens, and
+        # whether it has not ended.
+        self.sample, self.token, self.count, self.length = (zeros(rows) for _ in range(4))
         self.alive = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.every, self.due = torch.arange(rows, device=self.device), whole(rows)
-        self.stops = torch.tensor(sampling.eos_token_ids, device=self.device)
-        self.ids = whole(0, 0)
+        self.row_numbers, self.due = torch.arange(rows, device=self.device), zeros(rows)
+        self.eos_token_ids = torch.tensor(sampling.eos_token_ids, device=self.device)
+        self.ids = zeros(0, 0)
 
     # ---- one batch of prompts --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, prompts: list[list[int]], copies: list[int], draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Completions of `prompts`, sample i being one of prompt `copies[i]`.
+    def run(self, prompts: list[list[int]], prompt_index: list[int], draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One completion for every entry of `prompt_index`.
 
         Args:
+            prompts: token ids of the distinct prompts.
+            prompt_index: (samples,), which of them sample i completes.
             draws: (samples, max_new_tokens) numbers in [0, 1) that decide the tokens.
 
         Returns:
@@ -98,29 +112,32 @@ class Engine:
         """
         count = len(draws)
         self._make_records(draws)
-        self.prompts, self.copies = prompts, copies
+        self.prompts, self.prompt_index = prompts, prompt_index
         self.encoders = evicted_encoders(self.model)
-        self.waiting = list(range(count))[::-1]
-        self.going = min(self.cache.rows, count)  # rows in use, the first ones
-        self.counts, self.holds = [0] * self.going, [-1] * self.going  # on the host: tokens sampled, prompt held
-        self.first_logits: dict[int, Tensor] = {}
+        self.waiting = list(range(count))[::-1]  # samples that have no row yet, the next one last
+        self.active = min(self.cache.rows, count)  # rows in use: the first so many
+        # The host's own copies, so that planning a step never reads from the device. A row that has ended but is not
+        # looked at yet goes on counting here and on the device alike.
+        self.counts, self.prompt_of_row = [0] * self.active, [EMPTY] * self.active
+        self.first_logits: dict[int, Tensor] = {}  # after each prefilled prompt, while samples of it wait
         self.cache.begun = False
-        self._fill(range(self.going))
-        since = 0
+        self._start_samples(range(self.active))
+        steps = 0
         while True:
-            if since % self.look == 0 and not self._turn_over():
+            if steps % self.sync_every == 0 and not self._turn_over():
                 return self.ids[:count], self.logps[:count], self.lengths[:count]
             self._evict_due()
             reach = self.cache.prompt + min(max(self.counts), self.cache.ring)
-            self._step(self.going, min(self.cache.places, -(-reach // self.unit) * self.unit))
+            self._step(self.active, min(self.cache.places, -(-reach // self.reach_step) * self.reach_step))
             self.counts = [n + 1 for n in self.counts]
-            since += 1
+            steps += 1
 
     def _make_records(self, draws: Tensor) -> None:
         """Where random numbers are read and results are written: the same tensors as long as their shape stays."""
         if len(self.ids) != len(draws) + 1:
-            self._step.clear()  # what is captured writes into the old ones
-            # One line more than samples: rows whose sequence has ended write there until they are looked at.
+            self._step.clear()  # the graphs write into the old tensors
+            # One line more than samples: between two reads by the host, rows that have ended keep being fed, and what
+            # they draw must go somewhere. A branch per row could not be captured.
             shape = (len(draws) + 1, self.sampling.max_new_tokens)
             self.ids = torch.zeros(shape, dtype=torch.long, device=self.device)
             self.logps = torch.zeros(shape, device=self.device)
@@ -131,53 +148,63 @@ class Engine:
         self.draws[:-1] = draws
 
     def _turn_over(self) -> bool:
-        """Gives ended rows to those who wait, or moves the others together; False when all is done."""
+        """Gives ended rows to waiting samples, or moves the other rows to the front; False when all is done."""
         while True:
-            alive = self.alive[: self.going].tolist()
+            alive = self.alive[: self.active].tolist()  # waits for the device: the one regular read
             ended = [row for row, on in enumerate(alive) if not on]
             if not (self.waiting and ended):
                 break
-            self._fill(ended[: len(self.waiting)])  # whose first token may be the last
+            self._start_samples(ended[: len(self.waiting)])  # again, since a first token may be the last
         if len(ended) == len(alive):
             return False
         left = len(alive) - len(ended)
         if 2 * left <= len(alive):
-            size = left if self.look == 1 else 1 << (left - 1).bit_length()
+            # A power of two where steps are captured: every number of rows is another graph.
+            size = left if self.sync_every == 1 else 1 << (left - 1).bit_length()
             rows = [row for row, on in enumerate(alive) if on] + ended[: size - left]
-            index = torch.tensor(rows, device=self.device)
-            self.cache.gather(index)
-            for state in (self.sample, self.token, self.count, self.length, self.alive):
-                state[:size] = state[index]
-            self.counts, self.holds = ([of[row] for row in rows] for of in (self.counts, self.holds))
-            self.going = size
+            self._move_to_front(rows)
         return True
+
+    def _move_to_front(self, rows: list[int]) -> None:
+        """Makes `rows` the first ones, in this order, and the only ones in use."""
+        index, size = self._index(rows), len(rows)
+        self.cache.gather(index)
+        for state in (self.sample, self.token, self.count, self.length, self.alive):
+            state[:size] = state[index]
+        self.counts, self.prompt_of_row = ([of[row] for row in rows] for of in (self.counts, self.prompt_of_row))
+        self.active = size
 
     # ---- prompts -----------------------------------------------------------------------------------------------
 
-    def _fill(self, rows) -> None:
+    def _start_samples(self, rows: Iterable[int]) -> None:
         """Starts the next waiting samples in these rows, and draws their first tokens."""
-        taken = {row: self.waiting.pop() for row in rows}
-        prompts = {row: self.copies[sample] for row, sample in taken.items()}
-        origins = {prompt: row for row, prompt in enumerate(self.holds)}
-        known = {row: origins[p] for row, p in prompts.items() if p in origins and p in self.first_logits}
-        if known:  # before any row is written over
-            self.cache.copy_prompts(self._index(known.keys()), self._index(known.values()))
-        new = {p: row for row, p in reversed(prompts.items()) if row not in known}
-        self._prefill({row: p for p, row in new.items()})
-        shared = {row: new[p] for row, p in prompts.items() if row not in known and new[p] != row}
-        if shared:
-            self.cache.copy_prompts(self._index(shared.keys()), self._index(shared.values()))
-        index = self._index(rows)
-        self.sample[index] = self._index(taken.values())
-        self.length[index] = self._index(len(self.prompts[p]) for p in prompts.values())
+        sample_of = {row: self.waiting.pop() for row in rows}
+        prompt_of = {row: self.prompt_index[sample] for row, sample in sample_of.items()}
+        self._load_prompts(prompt_of)
+        index = self._index(sample_of)
+        self.sample[index] = self._index(sample_of.values())
+        self.length[index] = self._index(len(self.prompts[p]) for p in prompt_of.values())
         self.count[index], self.alive[index] = 0, True
-        for row, prompt in prompts.items():
-            self.counts[row], self.holds[row] = 1, prompt
-        self._draw(index, torch.stack([self.first_logits[p] for p in prompts.values()]))
-        later = {self.copies[sample] for sample in self.waiting}
-        self.first_logits = {p: logits for p, logits in self.first_logits.items() if p in later}
+        for row, prompt in prompt_of.items():
+            self.counts[row], self.prompt_of_row[row] = 1, prompt
+        self._draw(index, torch.stack([self.first_logits[p] for p in prompt_of.values()]))
+        still_wanted = {self.prompt_index[sample] for sample in self.waiting}
+        self.first_logits = {p: logits for p, logits in self.first_logits.items() if p in still_wanted}
 
-    def _index(self, numbers) -> Tensor:
+    def _load_prompts(self, prompt_of: dict[int, int]) -> None:
+        """Row -> prompt: puts the prompts into the cache. Each is computed once; a row that has it is copied from."""
+        # An eviction takes thoughts only, so a row holds its prompt as long as no other prompt is loaded there.
+        row_with = {prompt: row for row, prompt in enumerate(self.prompt_of_row)}
+        origins = {row: row_with[p] for row, p in prompt_of.items() if p in row_with and p in self.first_logits}
+        if origins:  # first of all: the rows copied from may themselves be among those that start now
+            self.cache.copy_prompts(self._index(origins), self._index(origins.values()))
+        prefilled = {p: row for row, p in reversed(prompt_of.items()) if row not in origins}  # the first row of each
+        self._prefill({row: p for p, row in prefilled.items()})
+        shared = {row: prefilled[p] for row, p in prompt_of.items() if row not in origins and prefilled[p] != row}
+        if shared:
+            self.cache.copy_prompts(self._index(shared), self._index(shared.values()))
+
+    def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), device=self.device)
 
     def _prefill(self, prompts: dict[int, int]) -> None:
@@ -186,7 +213,7 @@ class Engine:
         size = max(1, PREFILL_TOKENS // self.cache.prompt)
         for part in (todo[at : at + size] for at in range(0, len(todo), size)):
             tokens, mask = left_pad([self.prompts[p] for _, p in part], self.sampling.pad_token_id, self.device)
-            source = BoundedCache(self.schedule.window, self.schedule.evict_ratio)
+            source = BoundedCache.from_schedule(self.schedule)
             position = (mask.cumsum(1) - 1).clamp(min=0)
             logits = self._forward(tokens, mask, position, source)
             self.cache.load(self._index(row for row, _ in part), source, mask)
@@ -195,7 +222,8 @@ class Engine:
     def _forward(self, tokens: Tensor, mask: Tensor, position: Tensor, cache: BoundedCache) -> Tensor:
         """(batch, vocabulary) logits after the last token."""
         kind = self.device.type
-        # Without autocast's own cache of cast weights: a captured step would go on reading what is gone by then.
+        # Autocast keeps weights that it has cast until its context ends, and a graph captured inside would go on
+        # reading that freed memory; so nothing is kept, and every graph casts the weights itself.
         with torch.autocast(
             kind,
             dtype=torch.get_autocast_dtype(kind),
@@ -211,36 +239,41 @@ class Engine:
                 logits_to_keep=1,
             ).logits[:, -1]
 
-    # ---- steps -------------------------------------------------------------------------------------------------
+    # ---- steps: these run inside CUDA graphs, so nothing here may read a tensor on the host ----------------------
 
-    def _feed(self, going: int, limit: int) -> None:
-        """One step of the first `going` rows: feeds their token, draws the next."""
-        rows, thought = self.every[:going], self.count[:going] - 1
+    def _feed(self, active: int, limit: int) -> None:
+        """One step of the first `active` rows: feeds their token, draws the next; attention sees `limit` places."""
+        rows, thought = self.row_numbers[:active], self.count[:active] - 1
         place = self.cache.place_of(thought)
         self.cache.seen[rows, place] = True
         for layer in self.cache.layers:
             layer.aim(rows, place, limit)
-        mask = mask_for(self.model, self.cache.seen[:going, None, None, :limit])
-        position = (self.length[:going] + thought).unsqueeze(1)
-        self._draw(rows, self._forward(self.token[:going].unsqueeze(1), mask, position, self.cache))
+        mask = mask_for(self.model, self.cache.seen[:active, None, None, :limit])
+        # Positions count the tokens fed, not the places held, so they keep growing through evictions.
+        position = (self.length[:active] + thought).unsqueeze(1)
+        self._draw(rows, self._forward(self.token[:active].unsqueeze(1), mask, position, self.cache))
 
     def _draw(self, rows: Tensor, logits: Tensor) -> None:
         """Samples one token per row from its logits, and writes down what it is."""
         alive, at = self.alive[rows], self.count[rows]
-        line = self.sample[rows].masked_fill(~alive, len(self.ids) - 1)  # a scalar `where` copies from the host
+        # Ended rows write into the spare last line. `masked_fill` and not `where`, whose scalar comes from the host.
+        line = self.sample[rows].masked_fill(~alive, len(self.ids) - 1)
         column = at.clamp(max=self.ids.shape[1] - 1)
         token, logp = sample(logits, self.sampling.temperature, self.sampling.top_p, self.draws[line, column])
         self.ids[line, column], self.logps[line, column], self.lengths[line] = token, logp, at + 1
-        stopped = (token.unsqueeze(1) == self.stops).any(1)
+        stopped = (token.unsqueeze(1) == self.eos_token_ids).any(1)
         self.token[rows], self.count[rows] = token, at + 1
         self.alive[rows] = alive & ~stopped & (at + 1 < self.ids.shape[1])
 
     def _evict_due(self) -> None:
-        """Evicts in the rows whose next token finds a full window; their number is filled up to one of few sizes."""
+        """Evicts in the rows whose next token finds a full window."""
+        # From the host's counts, so that nothing is read from the device: the token fed next is thought n - 1.
         k = self.schedule.evictions_before
         due = [row for row, n in enumerate(self.counts) if k(n - 1) > k(n - 2)]
-        if due and self.cache.ring == self.schedule.window:
-            size = len(due) if self.look == 1 else min(self.going, 1 << (len(due) - 1).bit_length())
+        if due and self.cache.ring == self.schedule.window:  # a shorter ring holds whole completions
+            # Filled up to a power of two by the last row again (each number is another graph): every copy of it
+            # reads the same old state and writes the same new one.
+            size = len(due) if self.sync_every == 1 else min(self.active, 1 << (len(due) - 1).bit_length())
             self.due[:size] = self._index(due + due[-1:] * (size - len(due)))
             self._evict(size)
 

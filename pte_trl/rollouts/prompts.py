@@ -16,7 +16,7 @@ def left_pad(prompt_ids: list[list[int]], pad_token_id: int, device) -> tuple[Te
 
 
 def distinct(prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """The prompts without repetitions, and for every one given its place among them."""
-    places: dict[tuple[int, ...], int] = {}
-    copies = [places.setdefault(tuple(prompt), len(places)) for prompt in prompt_ids]
-    return [list(prompt) for prompt in places], copies
+    """The prompts without repetitions, and for each prompt given its index among them."""
+    index_of: dict[tuple[int, ...], int] = {}
+    prompt_index = [index_of.setdefault(tuple(prompt), len(index_of)) for prompt in prompt_ids]
+    return [list(prompt) for prompt in index_of], prompt_index

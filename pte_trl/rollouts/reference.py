@@ -1,6 +1,7 @@
-"""The plain way to sample: any cache, all rows at the same token, one call of the model per token.
+"""The reference implementation of sampling: any cache, all rows at the same token, one call of the model per token.
 
-It serves the eviction strategies whose caches differ from row to row, and is the twin of `pte_trl.rollouts.engine`.
+It serves the eviction strategies whose caches differ from row to row, and the tests compare `pte_trl.rollouts.engine`
+with it.
 """
 
 import torch
@@ -28,7 +29,7 @@ def decode(
         ids and log-probs, (samples, max_new_tokens), lengths, (samples,), and bytes of cache per sample at the end.
     """
     count, device = len(draws), model.device
-    prompts, copies = distinct(prompt_ids) if shared else (prompt_ids, None)
+    prompts, prompt_index = distinct(prompt_ids) if shared else (prompt_ids, None)
     tokens, mask = left_pad(prompts, sampling.pad_token_id, device)
     batch = Batch(model, cache, mask)
     stops = torch.tensor(sampling.eos_token_ids, device=device)
@@ -38,8 +39,8 @@ def decode(
     rows, alive = torch.arange(count, device=device), torch.ones(count, dtype=torch.bool, device=device)
     with attention_for(model, cache) as extra:
         logits = batch.prefill(tokens, extra)
-        if copies is not None:
-            logits = logits[batch.select(torch.tensor(copies, device=device))]
+        if prompt_index is not None:  # each prompt was prefilled once; now a row for every completion
+            logits = logits[batch.select(torch.tensor(prompt_index, device=device))]
         for step in range(sampling.max_new_tokens):
             token, logp = sample(logits, sampling.temperature, sampling.top_p, draws[rows, step])
             token = torch.where(alive, token, sampling.pad_token_id)
@@ -89,7 +90,7 @@ class Batch:
         return self._forward(token.unsqueeze(1), mask, extra)
 
     def select(self, rows: Tensor) -> Tensor:
-        """Goes on with these sequences, some perhaps several times; returns `rows`."""
+        """Keeps these sequences, in this order, some perhaps several times; returns `rows`."""
         self.cache.batch_select_indices(rows)
         self.prompt_mask, self.position = self.prompt_mask[rows], self.position[rows]
         return rows

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from pte_trl.adapter.fit import FAMILIES
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.estimate.terms import Job, estimate
 from pte_trl.runtime.faults import Fault
@@ -62,7 +63,7 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     sizes = [(p.requires_grad, local_and_whole(p)[1]) for p in model.parameters()]
     trainable = sum(size for wanted, size in sizes if wanted)
-    window = window_of(args, max_prompt_tokens)
+    schedule = longest_schedule(args.cache_policy, max_prompt_tokens)
     per_rollout = args.per_device_train_batch_size * args.steps_per_generation
     at_once = args.rollout_batch_size if isinstance(args.rollout_batch_size, int) else per_rollout
     return Job(
@@ -72,7 +73,7 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
         method=args.method,
         prompt=max_prompt_tokens,
         completion=args.max_completion_length,
-        window=window,
+        window=None if schedule is None else schedule.window,
         micro_batch=args.per_device_train_batch_size,
         rollout_batch=0 if args.use_vllm else min(at_once, per_rollout),  # vLLM has memory of its own
         num_generations=args.num_generations,
@@ -90,25 +91,27 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
     )
 
 
-def window_of(args, longest_prompt: int) -> int | None:
-    """W at the longest prompt; None for the full cache."""
-    if args.method == "lora":
-        return None
-    if args.budget is not None:
-        return max(1, args.budget - longest_prompt)
-    return longest_prompt if args.window == "auto" else args.window
+def longest_prompt_that_fits(policy: CachePolicy, max_prompt_tokens: int) -> int:
+    """A prompt that fills the whole budget ends the run when it comes; `max_prompt_tokens` may allow it, though."""
+    return max_prompt_tokens if policy.budget is None else min(max_prompt_tokens, policy.budget - 1)
 
 
-def cache_lines(args, longest_prompt: int) -> tuple[str, str]:
-    """What is kept, and how often it is evicted from, in words."""
-    window, length = window_of(args, longest_prompt), args.max_completion_length
-    if window is None:
+def longest_schedule(policy: CachePolicy, max_prompt_tokens: int) -> Schedule | None:
+    """The evictions at the longest prompt there can be; None for the full cache."""
+    return policy.schedule(longest_prompt_that_fits(policy, max_prompt_tokens))
+
+
+def cache_lines(policy: CachePolicy, length: int, max_prompt_tokens: int) -> tuple[str, str]:
+    """What is kept, and how often a completion of `length` tokens is evicted from, in words."""
+    schedule = longest_schedule(policy, max_prompt_tokens)
+    if schedule is None:
         return "full", "none"
-    evictions = Schedule(window, args.evict_ratio).evictions(length - 1)
-    if args.budget is not None:
-        kept = f"budget {args.budget}, W = {window} at prompts of {longest_prompt} tokens, wider at shorter ones"
+    window, evictions = schedule.window, schedule.evictions(length - 1)
+    if policy.budget is not None:
+        prompt = longest_prompt_that_fits(policy, max_prompt_tokens)
+        kept = f"budget {policy.budget}, W = {window} at prompts of {prompt} tokens, wider at shorter ones"
         return kept, f"{evictions} at {length} tokens and the longest prompt, fewer at shorter ones"
-    if args.window == "auto":
+    if policy.window == "auto":
         kept = f"window auto, W = the longest prompt of a rollout, at most {window}"
         return kept, f"{evictions} at {length} tokens and W = {window}, more where W is smaller"
     return f"window {window}", f"{evictions} at {length} tokens"
@@ -148,7 +151,7 @@ def describe(trainer, engine: str, max_prompt_tokens: int) -> dict[str, str]:
     parameters = list(trainer.model.parameters())
     micro, steps, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     batch = micro * steps * ranks
-    kept, evictions = cache_lines(args, max_prompt_tokens)
+    kept, evictions = cache_lines(args.cache_policy, args.max_completion_length, max_prompt_tokens)
     frozen = [p for p in parameters if not p.requires_grad]
     return {
         "method": args.method,

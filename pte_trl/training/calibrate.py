@@ -4,7 +4,7 @@ from accelerate.utils import broadcast_object_list
 
 from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.model import pte_layers
-from pte_trl.cache.schedule import Schedule, resolve_window
+from pte_trl.cache.policy import FULL_CACHE
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.rollout import rollout
 
@@ -25,7 +25,7 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
     with trainer._dist.gather_params(list(model.parameters())):
         if trainer.accelerator.is_main_process:
             ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset[i]["prompt"] for i in range(texts)])
-            evict = Schedule(resolve_window(args.window, args.budget, max(map(len, ids))), args.evict_ratio).evict
+            evict = args.cache_policy.schedule(max(map(len, ids))).evict
             if whiten:
                 ids = with_thoughts(trainer, ids)
             inputs = left_pad(ids, trainer._tokenizer.pad_token_id, model.device)
@@ -49,7 +49,7 @@ def with_thoughts(trainer, prompt_ids: list[list[int]], tokens: int = 128) -> li
     written = rollout(
         trainer.model,
         prompt_ids,
-        window=tokens,
+        FULL_CACHE,
         max_new_tokens=tokens,
         temperature=trainer.temperature,
         eos_token_ids=trainer.eos_token_ids,

@@ -1,39 +1,42 @@
-"""What a recipe can say: two dataclasses, read by TrlParser, checked before any weights load."""
+"""What a recipe can say to a trainer: dataclasses, read by TrlParser, checked before any weights load."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers.integrations import is_trackio_available
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
+from pte_trl.cache.arguments import CacheArguments
 from pte_trl.runtime.checkpoints import check_save_steps
 from pte_trl.runtime.trackers import check_trackers
-from pte_trl.settings.limits import check_values
+from pte_trl.settings.limits import Limit, check_values
 from pte_trl.training.unsupported import check_settings
 
 
 @dataclass
-class PteGRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` with the method and its cache policy."""
+class BoundedTrainingConfig(CacheArguments):
+    """What both trainers add to TRL's config: a mixin, to be named before TRL's class.
+
+        class PteGRPOConfig(BoundedTrainingConfig, GRPOConfig): ...
+
+    `limits` are those that a class has instead of the general ones of `pte_trl.settings.limits`.
+    """
+
+    limits: ClassVar[dict[str, Limit]] = {}
 
     method: str = field(default="pte", metadata={"help": "pte, lora_c (bounded cache) or lora (full cache)."})
-    window: str | None = field(
+    window: None | str | int = field(  # noqa: RUF036 (HfArgumentParser takes the second: a flag is text)
         default=None, metadata={"help": "W, thought tokens kept; auto: longest prompt; full: lora."}
     )
-    budget: int | None = field(default=None, metadata={"help": "Prompt and thought tokens kept, instead of window."})
-    evict_ratio: float = field(default=0.25, metadata={"help": "Share of a full window that leaves at once."})
-    rollout_batch_size: str | None = field(
+    rollout_batch_size: None | str | int = field(  # noqa: RUF036
         default="auto", metadata={"help": "Completions decoded at once: a number, or auto for what memory allows."}
     )
-    replay: str = field(default="one_pass", metadata={"help": "one_pass, or segments (memory of one segment)."})
-    segment_length: int | None = field(default=None, metadata={"help": "Split longer segments (replay: segments)."})
-    offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
     resume: str = field(
         default="auto", metadata={"help": "auto: from the newest complete checkpoint; never; or a checkpoint's PATH."}
     )
-
-    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser minds the order)
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="auto", metadata={"help": "Trackers, or none; auto: trackio where it is installed."}
     )
     project: str = field(default="pte_trl", metadata={"help": "Project of the tracker."})
@@ -42,53 +45,41 @@ class PteGRPOConfig(GRPOConfig):
         if self.report_to in ("auto", ["auto"]):
             self.report_to = "trackio" if is_trackio_available() else "none"
         if self.run_name is None and self.output_dir:
-            self.run_name = Path(self.output_dir).name  # a resumed run goes on in its own curves
-        read_numbers(self)
-        check_values(self)
+            self.run_name = Path(self.output_dir).name  # so that a resumed run continues its own curves
+        for key in ("window", "rollout_batch_size"):
+            setattr(self, key, as_count(getattr(self, key)))
+        check_values(self, **self.limits)
         if self.window == "full" and self.method == "lora":
             self.window = None  # so that a flag can take back the window of a recipe
-        check_cache_policy(self)
+        check_method(self)
         super().__post_init__()
         check_resume(self)
         check_trackers(self.report_to)
 
 
-def check_resume(args) -> None:
-    """Refuses TRL's own key, and checkpoints from which a run cannot be resumed."""
-    if args.resume_from_checkpoint is not None:
-        raise ValueError(
-            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: not used; resume is auto, never or a PATH"
-        )
-    if args.save_only_model and args.save_strategy != "no":
-        raise ValueError("save_only_model=true: such a checkpoint cannot be resumed; allowed is false")
-    if args.ignore_data_skip:
-        raise ValueError("ignore_data_skip=true: a resumed run would see the same prompts again; allowed is false")
-    check_save_steps(args)
+@dataclass
+class PteGRPOConfig(BoundedTrainingConfig, GRPOConfig):
+    """TRL's `GRPOConfig` with the method, its cache policy and its way of scoring."""
+
+    replay: str = field(default="one_pass", metadata={"help": "one_pass, or segments (memory of one segment)."})
+    segment_length: int | None = field(default=None, metadata={"help": "Split longer segments (replay: segments)."})
+    offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_replay(self)
 
 
-def read_numbers(args) -> None:
-    """window and rollout_batch_size, which may also be words, as numbers where they are."""
-    for key in ("window", "rollout_batch_size"):
-        value = getattr(args, key)
-        if isinstance(value, str) and value.lstrip("-").isdigit():
-            setattr(args, key, int(value))
+def as_count(value):
+    """The number in a text, as flags bring it; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
 
 
-def check_cache_policy(args: PteGRPOConfig) -> None:
+def check_method(args: BoundedTrainingConfig) -> None:
     """Refuses combinations that would train on other log-probs than were sampled, or on nothing.
 
     Raises:
         ValueError: naming the key, its value and what is allowed.
-    """
-    check_replay(args)
-    check_sampling(args)
-
-
-def check_sampling(args) -> None:
-    """The part of it that holds for every trainer: the window, and how completions are drawn.
-
-    Raises:
-        ValueError: as above.
     """
     if args.method == "lora":
         for key in ("window", "budget"):
@@ -113,7 +104,11 @@ def check_sampling(args) -> None:
 
 
 def check_replay(args: PteGRPOConfig) -> None:
-    """Refuses segment-wise scoring where it does not apply."""
+    """Refuses segment-wise scoring where it does not apply.
+
+    Raises:
+        ValueError: as `check_method`.
+    """
     if args.replay == "segments":
         if args.method == "lora":
             raise ValueError("replay='segments': method=lora keeps the full cache, nothing of it can be let go")
@@ -121,3 +116,20 @@ def check_replay(args: PteGRPOConfig) -> None:
     for key in ("segment_length", "offload_cache"):
         if getattr(args, key):
             raise ValueError(f"{key}={getattr(args, key)!r}: only with replay=segments")
+
+
+def check_resume(args: BoundedTrainingConfig) -> None:
+    """Refuses TRL's own key, and checkpoints from which a run cannot be resumed.
+
+    Raises:
+        ValueError: as `check_method`.
+    """
+    if args.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: not used; resume is auto, never or a PATH"
+        )
+    if args.save_only_model and args.save_strategy != "no":
+        raise ValueError("save_only_model=true: such a checkpoint cannot be resumed; allowed is false")
+    if args.ignore_data_skip:
+        raise ValueError("ignore_data_skip=true: a resumed run would see the same prompts again; allowed is false")
+    check_save_steps(args)

@@ -4,16 +4,17 @@ from contextlib import nullcontext
 
 from trl.models import unwrap_model_for_generation
 
+from pte_trl.cache.policy import CachePolicy
 from pte_trl.rollouts.rollout import Rollout, rollout
 from pte_trl.runtime.sharding import rollout_engine_must_go, whole_weights
 
 
-def trainer_rollout(trainer, prompt_ids: list[list[int]], window: int, base: bool = False) -> Rollout:
+def trainer_rollout(trainer, prompt_ids: list[list[int]], policy: CachePolicy, base: bool = False) -> Rollout:
     """One completion per prompt of the model that `trainer` trains, or of its `base`, with the adapter off.
 
     Args:
         trainer: a GRPO or distillation trainer of this project; it keeps the engine between rollouts.
-        window: W; as long as a completion for the full cache.
+        policy: what is kept of the sequences.
     """
     args = trainer.args
     with (
@@ -30,8 +31,7 @@ def trainer_rollout(trainer, prompt_ids: list[list[int]], window: int, base: boo
         result = rollout(
             model,
             prompt_ids,
-            window=window,
-            evict_ratio=args.evict_ratio,
+            policy,
             max_new_tokens=trainer.max_completion_length,
             temperature=trainer.temperature,
             eos_token_ids=trainer.eos_token_ids,

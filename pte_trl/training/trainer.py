@@ -16,7 +16,6 @@ from trl.trainer.utils import is_async_callable
 
 from pte_trl.adapter.fit import FAMILIES
 from pte_trl.adapter.model import adapters_disabled, pte_layers
-from pte_trl.cache.schedule import Schedule, resolve_window
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rewards.grader import has_boxed
@@ -97,11 +96,10 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
                 return super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
                 )
-        window = resolve_window(self.args.window, self.args.budget, max(map(len, prompt_ids)))
-        result = trainer_rollout(self, prompt_ids, window)
+        result = trainer_rollout(self, prompt_ids, self.args.cache_policy)
         self._check_rollout(result.logprobs, prompt_ids)
-        self._samples = {"windows": torch.full((len(prompt_ids),), window, device=self.accelerator.device)}
-        self._record("rollout/window", window)
+        self._samples = {"windows": torch.full((len(prompt_ids),), result.window, device=self.accelerator.device)}
+        self._record("rollout/window", result.window)
         self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))
         self._record("rollout/tokens_per_second", result.tokens_per_second)
         self._record("rollout/cache_bytes_per_sample", result.cache_bytes)
@@ -164,18 +162,18 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
 
     def _score(self, model, ids: Tensor, mask: Tensor, prompt: int, windows: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, completion) log-probs and entropies, by one forward or segment by segment."""
-        unwrapped, ratio = self.accelerator.unwrap_model(model), self.args.evict_ratio
+        unwrapped, schedules = self.accelerator.unwrap_model(model), self.args.cache_policy.schedules(windows)
         with self.accelerator.autocast():
             if self.args.replay == "segments":
                 options = {"segment_length": self.args.segment_length, "offload": self.args.offload_cache}
 
                 def segments(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-                    return segment_logps(unwrapped, input_ids, attention_mask, prompt, windows, ratio, **options)
+                    return segment_logps(unwrapped, input_ids, attention_mask, prompt, schedules, **options)
 
                 return call_inside(model, unwrapped, segments, input_ids=ids, attention_mask=mask)
             labels = ids.masked_fill(mask == 0, -100)
             labels[:, :prompt] = -100
-            inputs = replay_inputs(unwrapped, mask, prompt, windows, ratio)
+            inputs = replay_inputs(unwrapped, mask, prompt, schedules)
             outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
         return outputs.log_probs[:, prompt - 1 :], outputs.entropy[:, prompt - 1 :]
 
@@ -296,11 +294,9 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         if config.model_type not in FAMILIES:  # `lora` trains any
             return
         lengths = zip(prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist(), strict=True)
-        windows = self._samples["windows"].tolist() if self.bounded else [None] * len(prompt_mask)
-        pairs = [
-            visible_pairs(prompt, completion, None if window is None else Schedule(window, self.args.evict_ratio))
-            for (prompt, completion), window in zip(lengths, windows, strict=True)
-        ]
+        policy = self.args.cache_policy
+        schedules = policy.schedules(self._samples["windows"]) if self.bounded else [None] * len(prompt_mask)
+        pairs = [visible_pairs(*length, schedule) for length, schedule in zip(lengths, schedules, strict=True)]
         self._record_max(TFLOPS_METRIC, attention_tflops(config, max(pairs)))
 
     def _warn_without_signal(self) -> None:

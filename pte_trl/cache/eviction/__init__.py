@@ -18,6 +18,7 @@ from pte_trl.cache.eviction.importance import load_importance, measure_importanc
 from pte_trl.cache.eviction.pyramidkv import PyramidKV
 from pte_trl.cache.eviction.sliding_window import SlidingWindow
 from pte_trl.cache.eviction.strategy import Strategy
+from pte_trl.cache.schedule import Schedule
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "sliding_window": SlidingWindow,
@@ -27,29 +28,37 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
+def check_eviction(eviction: str | Strategy) -> None:
+    """Refuses what is neither a strategy nor the name of one.
+
+    Raises:
+        ValueError: naming it and what is allowed.
+    """
+    known = eviction in STRATEGIES if isinstance(eviction, str) else isinstance(eviction, Strategy)
+    if not known:
+        raise ValueError(f"eviction={eviction!r}: allowed are {', '.join(map(repr, STRATEGIES))}, or a Strategy")
+
+
 def make_cache(
-    model: nn.Module, eviction: str | Strategy, window: int, evict_ratio: float = 0.25, longest: int | None = None
+    model: nn.Module, schedule: Schedule, eviction: str | Strategy = "sliding_window", longest: int | None = None
 ) -> BoundedCache:
     """The cache that a decode of `model`, in eval mode, fills.
 
     Args:
-        eviction: a key of STRATEGIES, or a strategy with knobs of its own. The name "sliding_window" is the plain
+        schedule: its W is the mean number of thought entries kept over layers and kv heads.
+        eviction: a key of STRATEGIES, or a strategy with its own settings. The name "sliding_window" is the plain
             `BoundedCache`; everything else is a `SelectiveCache`.
-        window: W, thought entries kept, the mean over layers and kv heads.
-        evict_ratio: share of what is full that leaves at once.
         longest: thought tokens fed at most, if known.
 
     Raises:
         ValueError: no strategy has this name.
     """
+    check_eviction(eviction)
     if eviction == "sliding_window":
-        return BoundedCache(window, evict_ratio)
-    if not isinstance(eviction, Strategy):
-        if eviction not in STRATEGIES:
-            raise ValueError(f"eviction={eviction!r}: allowed are {', '.join(map(repr, STRATEGIES))}, or a Strategy")
-        eviction = STRATEGIES[eviction]()
-    eviction.prepare(model)
-    return SelectiveCache(model.config, eviction, window, evict_ratio, longest)
+        return BoundedCache.from_schedule(schedule)
+    strategy = eviction if isinstance(eviction, Strategy) else STRATEGIES[eviction]()
+    strategy.prepare(model)
+    return SelectiveCache(model.config, strategy, schedule, longest)
 
 
 @contextmanager
@@ -74,6 +83,7 @@ __all__ = [
     "SlidingWindow",
     "Strategy",
     "attention_for",
+    "check_eviction",
     "load_importance",
     "make_cache",
     "measure_importance",

@@ -7,6 +7,7 @@ held lies between the capacity and, where heads agree on nothing, the number of 
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -164,16 +165,16 @@ class SelectiveCache(BoundedCache):
     Args:
         config: the model's configuration, for its layers and kv heads.
         strategy: which entries leave, and how many each head may keep. Prepared for the model already.
-        window: W, the mean number of thought entries per (layer, kv head).
-        evict_ratio: share of a full head that leaves at once.
+        schedule: its W is the mean number of thought entries per (layer, kv head).
         longest: thought tokens fed at most, if known (`Strategy.capacities`).
     """
 
-    def __init__(self, config, strategy: Strategy, window: int, evict_ratio: float = 0.25, longest: int | None = None):
-        super().__init__(window, evict_ratio)
+    def __init__(self, config, strategy: Strategy, schedule: Schedule, longest: int | None = None):
+        super().__init__(schedule.window, schedule.evict_ratio)
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        self.capacities = strategy.capacities(layers, heads, window, longest)
-        self.layers = [SelectiveLayer(strategy, [Schedule(c, evict_ratio) for c in row]) for row in self.capacities]
+        self.capacities = strategy.capacities(layers, heads, schedule.window, longest)
+        # A head evicts by a schedule of its own: its capacity may differ from W.
+        self.layers = [SelectiveLayer(strategy, [replace(schedule, window=c) for c in row]) for row in self.capacities]
 
     def expect_prompt(self, tokens: int | None) -> None:
         if tokens is not None:

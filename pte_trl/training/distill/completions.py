@@ -7,8 +7,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pte_trl.cache.policy import FULL_CACHE
 from pte_trl.data.files import open_table
 from pte_trl.data.prompts import tokens_of
+from pte_trl.models.generation_config import eos_token_ids
 from pte_trl.rollouts.rollout import rollout
 from pte_trl.runtime.finite import check_finite
 from pte_trl.training.distill.config import PteDistillConfig
@@ -48,10 +50,10 @@ def write_completions(
             result = rollout(
                 model,
                 [tokens_of(prompt, tokenizer, args.chat_template_kwargs) for prompt in rows],
-                window=args.max_completion_length,
+                FULL_CACHE,
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature,
-                eos_token_ids=ends_of(model, tokenizer),
+                eos_token_ids=eos_token_ids(model, tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
                 seeds=[args.seed * 1_000_003 + start + n for n in range(len(rows))],
             )
@@ -91,9 +93,3 @@ def read_completions(path: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         if not all(type(x) is int and 0 <= x < len(tokenizer) for x in ids):
             raise ValueError(f"{place}: completion_ids are of another tokenizer than this model's")
     return Dataset.from_list(table.rows)
-
-
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
-    more = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([more] if isinstance(more, int) else more or [])})

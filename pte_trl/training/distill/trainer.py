@@ -14,7 +14,7 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from pte_trl.adapter.model import pte_layers
-from pte_trl.cache.schedule import resolve_window
+from pte_trl.cache.policy import FULL_CACHE
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.runtime.checkpoints import AtomicCheckpoints
 from pte_trl.runtime.sharding import prepare_engine
@@ -48,12 +48,12 @@ class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
     # ---- completions ---------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs) -> list[list[int]]:
-        self._window = resolve_window(self.args.window, self.args.budget, max(map(len, prompt_ids)))
+        self._window = self.args.cache_policy.schedule(max(map(len, prompt_ids))).window
         if self._given is not None:
             return [ids[: self.max_completion_length] for ids in self._given]
         on_policy = self.args.on_policy
-        window = self._window if on_policy else self.max_completion_length
-        result = trainer_rollout(self, prompt_ids, window, base=not on_policy)
+        policy = self.args.cache_policy if on_policy else FULL_CACHE
+        result = trainer_rollout(self, prompt_ids, policy, base=not on_policy)
         self._metrics[self._mode]["rollout/tokens_per_second"].append(result.tokens_per_second)
         return result.completion_ids
 
@@ -63,7 +63,8 @@ class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
         mask = output["completion_mask"]
         # As GRPO does: the rows are shuffled and split before the loss, so what the replay needs travels with them.
         output["windows"] = torch.full((len(inputs),), self._window, device=mask.device)
-        output["evictions"] = evictions_seen(mask.shape[1], output["windows"], self.args.evict_ratio)
+        schedules = self.args.cache_policy.schedules(output["windows"])
+        output["evictions"] = evictions_seen(mask.shape[1], schedules).to(mask.device)
         output["distilled"] = mask.bool()
         if self.args.distilled_tokens == "after_eviction":
             output["distilled"] &= output["evictions"] > 0
@@ -77,7 +78,8 @@ class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         prompt, real = inputs["prompt_ids"].shape[1], inputs["completion_mask"].bool()
-        states = hidden_states(unwrapped_student, ids, mask, prompt, inputs["windows"], self.args.evict_ratio)
+        schedules = self.args.cache_policy.schedules(inputs["windows"])
+        states = hidden_states(unwrapped_student, ids, mask, prompt, schedules)
         student, teacher = (x[real] for x in states)
         found = divergence(
             student, teacher, unwrapped_student.get_output_embeddings(), self.args.beta, self.temperature
