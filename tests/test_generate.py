@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from experiments.tiny.model import build
 from pte_trl import BoundedCache
 from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.generate import main
 from pte_trl.evaluation.runner import Evaluation
@@ -152,9 +153,9 @@ def test_a_flag_takes_the_place_of_the_recipe_s_window(model, tmp_path, monkeypa
     seen = []
     monkeypatch.setattr("pte_trl.evaluation.generate.answer", lambda *args: seen.append(args[3]))
     main(argv(model, config=recipe, max_new_tokens=None))
-    assert seen == [40 - 16]  # the prompt's tokens, rounded up as in an evaluation
+    assert seen == [Schedule(40 - 16)]  # the prompt's tokens, rounded up as in an evaluation
     main(argv(model, config=recipe, budget=None, max_new_tokens=None))
-    assert seen == [24, 8]
+    assert seen == [Schedule(24), Schedule(8)]
     recipe.write_text("window: 8\nbudget: 64\n")
     with pytest.raises(SystemExit, match="window=8, budget=64: give exactly one of the two"):
         main(argv(model, config=recipe, budget=None))
