@@ -4,7 +4,8 @@
 
 A server imports TRL and the package, then forks a process for each command, which runs it with the caller's arguments,
 folder, environment and open files. What a variable changes while a library is imported (HF_HUB_OFFLINE,
-OMP_NUM_THREADS) is as it was when the server began. This file is the server (`serve`) and, run by its path, the client.
+OMP_NUM_THREADS) is as it was when the server began. This file is the server (`serve`) and, run by its path, the
+client.
 """
 
 import json
@@ -156,7 +157,8 @@ def run(files: list[int], argv: list[str], folder: str, environment: dict[str, s
         os.dup2(file, number)
         os.close(file)
     # Those of the server are at other files, and may be buffered.
-    sys.stdin, sys.stdout, sys.stderr = (open(n, "r" if n == 0 else "w", buffering=1, closefd=False) for n in range(3))
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
