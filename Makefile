@@ -33,13 +33,13 @@ demo-smollm2: $(READY)  ## the same run on a real pretrained model and real rows
 	$(PY) -m experiments.demo --tier smollm2 $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 
 test: $(READY)  ## the tests; of large grids every value once
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY)  ## the same with every cell of the grids
-	$(PY) -m pytest -n 2 -m ""
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 test-fast: $(READY)  ## all tests that take less than a minute
-	$(PY) -m pytest -n 2 -m "not slow and not thorough"
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not thorough"
 
 lint: $(READY)  ## ruff, lint and format
 	$(VENV)/bin/ruff check .

@@ -14,6 +14,7 @@ import pandas as pd
 from safetensors.torch import load_file
 
 from experiments.tiny.task import DIFFICULTIES, rows
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
 # For the server that forks, and for launches of other kinds; pytest's own path does not reach them.
@@ -64,7 +65,7 @@ class Done:
 
 def workplace(folder: Path) -> Path:
     """A tiny model that has begun to box its answers, and its problems."""
-    pretrain = [sys.executable, "-m", "experiments.tiny.pretrain", "--steps", "60", "--test-problems", "8"]
+    pretrain = [python(), "-m", "experiments.tiny.pretrain", "--steps", "60", "--test-problems", "8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(pretrain, cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
     lines = [json.dumps(row) for row in rows("train", 40, 2, DIFFICULTIES["medium"])]

@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,11 +23,12 @@ from experiments.tiny.model import build
 from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl.runtime.sharding import call_inside, check_engine
 from pte_trl.training.config import PteGRPOConfig
+from tests.forked import python
 from tests.models import gap, left_padded_batch, replay_logps
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_configs"
-ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch"]
 BATCH, PROCESSES = 8, 2
 OPTIONS = (
     "--use_cpu true --model_name_or_path base --dataset_name train.jsonl --rank 4 --num_global_tokens 4 --window 8 "
@@ -63,7 +63,16 @@ def folder(tmp_path_factory):
 
 def start(folder: Path, name: str, launcher: list[str], processes: int, options: str) -> subprocess.Popen:
     (folder / name).mkdir(exist_ok=True)
-    command = [*launcher, str(ROOT / "tests/engine_probe.py"), name, "--config", str(ROOT / "recipes/tiny.yaml")]
+    command = [
+        python(),
+        *launcher,
+        "--no_python",
+        python(),
+        str(ROOT / "tests/engine_probe.py"),
+        name,
+        "--config",
+        str(ROOT / "recipes/tiny.yaml"),
+    ]
     command += f"{OPTIONS} --per_device_train_batch_size {BATCH // processes} --output_dir {name} {options}".split()
     paths = os.pathsep.join([str(ROOT), str(ROOT / "recipes"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -3,7 +3,6 @@
 import gc
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
 from pte_trl.runtime.startup import job_of
+from tests.forked import python
 from tests.models import tiny
 from tests.test_trainer import trainer_for
 
@@ -262,7 +262,7 @@ def test_a_window_belongs_to_bounded_methods():
 
 def test_the_page_shows_what_the_command_prints():
     done = subprocess.run(
-        [sys.executable, "-m", "pte_trl.estimate"],
+        [python(), "-m", "pte_trl.estimate"],
         cwd=ROOT,
         capture_output=True,
         text=True,

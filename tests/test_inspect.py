@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pte_trl.adapter.model import pte_layers
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.schedule import Schedule
 from pte_trl.inspect.states import by_distance, inspect, movers
+from tests.forked import python
 from tests.models import tiny, with_lora, with_pte
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +92,7 @@ def test_the_command(tmp_path, monkeypatch):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def run(*words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pte_trl.inspect.states", *words]
+        command = [python(), "-m", "pte_trl.inspect", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
 
     done = run("adapter", "--window", "8", "--max_new_tokens", "30", "--prompt", "a1b2. Find A.")
@@ -103,7 +103,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert found["settings"]["model"] == "base"  # where the adapter was trained
     for name in ("states", "tokens", "distance"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    from pte_trl.inspect.states import states as command
+    from pte_trl.inspect import __main__ as command
 
     with_lora(build(0)[0]).save_pretrained(str(tmp_path / "lora"))
     bad = {

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.paper.plan import makefile as plan
 from experiments.study.plan import makefile as study_plan
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,9 +34,9 @@ def demo(tmp_path_factory):
     """A folder in which the demo has run, with a model that has had no time to learn."""
     folder = tmp_path_factory.mktemp("demo")
     pretrain = ["-m", "experiments.tiny.pretrain", "--steps", "20", "--test-problems", "8"]
-    run(folder, sys.executable, *pretrain)
+    run(folder, python(), *pretrain)
     script = ["-m", "experiments.demo", "--tier", "tiny", "--test_problems", "8", *SHORT]
-    return folder, run(folder, sys.executable, *script)
+    return folder, run(folder, python(), *script)
 
 
 def test_the_demo_shows_what_it_promises(demo):
@@ -59,7 +60,7 @@ def test_the_launch_line(demo):
 
 def test_a_training_goes_on_from_its_newest_checkpoint(demo):
     folder, _ = demo
-    command = [sys.executable, str(ROOT / "recipes/grpo_pte.py"), "--config", str(ROOT / "recipes/tiny.yaml"), *SHORT]
+    command = [python(), str(ROOT / "recipes/grpo_pte.py"), "--config", str(ROOT / "recipes/tiny.yaml"), *SHORT]
     command += ["--save_strategy", "steps", "--save_steps", "1", "--output_dir", "outputs/resumed"]
     for steps in (1, 2):  # the first time there is none
         run(folder, *command, "--max_steps", str(steps))
@@ -94,7 +95,7 @@ def test_the_distillation_lines(demo):
     assert len(lines) == 2
     for line in lines:
         words = line.replace("recipes/", f"{ROOT}/recipes/").split()
-        run(folder, sys.executable, *words, *SHORT)
+        run(folder, python(), *words, *SHORT)
     assert (folder / "outputs/tiny-pte-after/adapter_model.safetensors").exists()
 
 
@@ -106,18 +107,18 @@ def test_the_evaluation_lines(demo):
     launch = " ".join(launch).replace("recipes/", f"{ROOT}/recipes/").replace("qwen3b.yaml", "tiny.yaml")
     launch = launch.replace("outputs/qwen3b-pte ", "outputs/tiny-pte ")
     options = "--benchmarks outputs/tiny-data/test.jsonl --limit 2 --max_new_tokens 12 --use_cpu true"
-    run(folder, sys.executable, *launch.split(), *options.split())
+    run(folder, python(), *launch.split(), *options.split())
     (metrics,) = re.findall(r"python -m (pte_trl\.evaluation\.metrics \S+)", text)
-    assert "| outputs/eval/qwen3b-pte-1024/test | 2 x 16 |" in run(folder, sys.executable, "-m", *metrics.split())
+    assert "| outputs/eval/qwen3b-pte-1024/test | 2 x 16 |" in run(folder, python(), "-m", *metrics.split())
     (regrade,) = re.findall(r"python -m (pte_trl\.evaluation\.regrade \S+)`", text)
-    assert "0 of 32 verdicts changed" in run(folder, sys.executable, "-m", *regrade.split())
+    assert "0 of 32 verdicts changed" in run(folder, python(), "-m", *regrade.split())
 
 
 def test_the_question_line(demo):
     folder, _ = demo
     line = re.search(r"python (recipes/generate\.py .*)", README)[1].replace("smollm2.yaml", "tiny.yaml")
     arguments = shlex.split(line.replace("recipes/", f"{ROOT}/recipes/"))
-    assert "What is 7 + 5?" in run(folder, sys.executable, *arguments, "--max_new_tokens", "12", "--use_cpu", "true")
+    assert "What is 7 + 5?" in run(folder, python(), *arguments, "--max_new_tokens", "12", "--use_cpu", "true")
 
 
 def test_targets_and_files_that_are_named_exist():

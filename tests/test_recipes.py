@@ -14,6 +14,7 @@ from pte_trl.settings.parsing import parse, read_recipe
 from pte_trl.training.arguments import RecipeArguments, parse_recipe
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill import PteDistillConfig
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -112,7 +113,7 @@ def test_a_missing_recipe_is_named():
 
 
 def run(tmp_path, *flags):
-    command = [sys.executable, str(ROOT / "recipes/grpo_pte.py"), *recipe(tmp_path), *flags]
+    command = [python(), str(ROOT / "recipes/grpo_pte.py"), *recipe(tmp_path), *flags]
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.tiny.model import build
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = "--max_steps 1 --per_device_train_batch_size 16 --max_completion_length 24"
@@ -18,7 +19,7 @@ SHORT = "--max_steps 1 --per_device_train_batch_size 16 --max_completion_length 
 def checkout(tmp_path_factory):
     """The project's files beside outputs of its own, with a tiny model that was not pretrained."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("Makefile", "pte_trl", "recipes", "requirements.txt", "pyproject.toml"):
+    for name in ("Makefile", "pte_trl", "experiments", "recipes", "requirements.txt", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     model, tokenizer = build(seed=0)
     tokenizer.save_pretrained(folder / "outputs/tiny-base")
@@ -30,7 +31,7 @@ def checkout(tmp_path_factory):
 def make(folder: Path, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     evaluation = "--data_dir outputs/tiny/data --use_cpu true --limit 2 --max_new_tokens 8"
-    variables = ["SCALE=tiny", f"PY={sys.executable}", f"PYTHON={sys.executable}", f"READY={folder}/ready"]
+    variables = ["SCALE=tiny", f"PY={python()}", f"PYTHON={sys.executable}", f"READY={folder}/ready"]
     variables += [f"TRAIN_ARGS=--dataset_name outputs/tiny/data/train.jsonl {SHORT}", f"EVAL_ARGS={evaluation}"]
     command = ["make", "reproduce-tableA1", *variables, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)

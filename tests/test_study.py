@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,9 @@ from experiments.study.recall import (
 )
 from pte_trl.cache.schedule import Schedule
 from pte_trl.evaluation.records import COMPLETE
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
-PY = sys.executable
 HEAD = "PY := python\nREADY := /dev/null\nTINY_BASE := /dev/null\nTINY_DATA := /dev/null\n"  # the Makefile's own
 
 
@@ -105,11 +104,16 @@ def test_every_run_of_the_plan_works(tmp_path):
     """One seed, few steps: base, the arms that differ in code, results, table and plot."""
     recall = tmp_path / "outputs/study/recall"
     short = ["--steps", "5", "--batch", "16", "--rows", "64"]
-    run(tmp_path, PY, "-m", "experiments.study.recall", "--output", "outputs/study/recall", *short)
-    distill = [PY, str(ROOT / "recipes/distill_pte.py"), "--config", str(ROOT / "recipes/study/recall_distill.yaml")]
+    run(tmp_path, python(), "-m", "experiments.study.recall", "--output", "outputs/study/recall", *short)
+    distill = [
+        python(),
+        str(ROOT / "recipes/distill_pte.py"),
+        "--config",
+        str(ROOT / "recipes/study/recall_distill.yaml"),
+    ]
     few = ["--max_steps", "2", "--logging_steps", "1", "--dataset_limit", "64"]
     run(tmp_path, *distill, *few, "--per_device_train_batch_size", "8", "--output_dir", f"{recall}/pte_distilled-0")
-    grpo = [PY, "-m", "experiments.study.grpo", "--config", str(ROOT / "recipes/study/recall_grpo.yaml"), *few]
+    grpo = [python(), "-m", "experiments.study.grpo", "--config", str(ROOT / "recipes/study/recall_grpo.yaml"), *few]
     grpo += ["--per_device_train_batch_size", "16"]
     run(tmp_path, *grpo, "--adapter", f"{recall}/pte_distilled-0", "--output_dir", f"{recall}/pte_distilled_grpo-0")
     run(tmp_path, *grpo, "--method", "lora", "--window", "full", "--output_dir", f"{recall}/lora-0")
@@ -117,8 +121,8 @@ def test_every_run_of_the_plan_works(tmp_path):
     assert max(entry.get("mismatch/max", 0) for entry in state["log_history"]) < 1e-4
     for arm in ("pte_distilled_grpo", "lora"):
         evaluate = ["-m", "experiments.study.evaluate", "--base", f"{recall}/base", "--adapter", f"{recall}/{arm}-0"]
-        run(tmp_path, PY, *evaluate, "--samples", "64", "--output", f"{recall}/results/{arm}-0.json")
-    out = run(tmp_path, PY, "-m", "experiments.study.report", f"{recall}/results", "--output", str(recall))
+        run(tmp_path, python(), *evaluate, "--samples", "64", "--output", f"{recall}/results/{arm}-0.json")
+    out = run(tmp_path, python(), "-m", "experiments.study.report", f"{recall}/results", "--output", str(recall))
     assert "| lora | 1 |" in out and (recall / "table.md").read_text() == out
     for name in ("plot", "curves"):
         assert (recall / f"{name}.png").read_bytes().startswith(b"\x89PNG")
