@@ -16,6 +16,7 @@ from benchmarks.measure import Peak
 from experiments.tiny.model import build_tokenizer
 from pte_trl import PteConfig
 from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
 from pte_trl.estimate.__main__ import paper_job
 from pte_trl.estimate.terms import (
     SHAPES,
@@ -77,7 +78,7 @@ def small_job(shape, method, dtype=torch.float32, **changes) -> Job:
         method,
         prompt,
         completion,
-        None if method == "lora" else window,
+        None if method == "lora" else Schedule(window),
         **{"micro_batch": batch, "dtype": dtype, "state_rank": 8, "device": "cpu"} | changes,
     )
 
@@ -107,7 +108,7 @@ def inputs_of(job: Job, model) -> dict:
     extra = {"attention_mask": mask, "use_cache": False}
     return {
         "input_ids": ids,
-        **(extra if job.window is None else replay_inputs(model, mask, job.prompt, job.schedule)),
+        **(extra if job.schedule is None else replay_inputs(model, mask, job.prompt, job.schedule)),
     }
 
 
@@ -255,7 +256,7 @@ def test_longer_completions_cost_a_bounded_rollout_nothing_and_segments_little()
 
 def test_a_window_belongs_to_bounded_methods():
     with pytest.raises(ValueError, match="only method=lora has none"):
-        replace(paper_job("tiny", "pte"), window=None)
+        replace(paper_job("tiny", "pte"), schedule=None)
     with pytest.raises(ValueError, match="sharding='zero9': allowed are"):
         paper_job("tiny", "pte", sharding="zero9")
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from experiments.tiny.model import build
 from experiments.tiny.task import DIFFICULTIES, rows
+from pte_trl.cache.schedule import Schedule
 from pte_trl.runtime.launch import check_launch, check_world, named_launch, parse_launch
 from pte_trl.runtime.startup import cache_lines, describe, job_of, running_engine
 from pte_trl.training.config import PteGRPOConfig
@@ -201,7 +202,7 @@ def test_the_table_of_a_trainer(tmp_path):
     assert shown["rollout"] == "bounded decode, completions at once: 2"
     assert "float32" in shown["precision"] and "GB per process" in shown["peak memory"]
     job = job_of(trainer, "single", 12)
-    assert (job.rollout_batch, job.micro_batch, job.state_rank, job.window) == (2, 8, 4, 8)
+    assert (job.rollout_batch, job.micro_batch, job.state_rank, job.schedule) == (2, 8, 4, Schedule(8))
     assert job.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
 

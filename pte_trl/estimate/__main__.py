@@ -6,6 +6,7 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from pte_trl.adapter import PteConfig
+from pte_trl.cache.schedule import Schedule
 from pte_trl.estimate.terms import SHAPES, Job, count, estimate
 
 MODELS = {"qwen2.5-3b": "Qwen2.5-3B", "qwen2.5-7b": "Qwen2.5-7B", "llama-8b": "DeepSeek-R1-Distill-Llama-8B"}
@@ -36,8 +37,8 @@ def paper_job(shape: str, method: str, **changes) -> Job:
     """The recipe of one of the paper's models, with changes."""
     config = AutoConfig.from_pretrained(SHAPES / shape)
     adapter = PteConfig() if method == "pte" else LoraConfig(r=32, target_modules=["q_proj", "o_proj"])
-    window = None if method == "lora" else 512
-    return Job(config, count(config), count(config, adapter), method, window=window, **PAPER | changes)
+    schedule = None if method == "lora" else Schedule(512)
+    return Job(config, count(config), count(config, adapter), method, schedule=schedule, **PAPER | changes)
 
 
 def table(jobs: dict[str, Job]) -> list[str]:

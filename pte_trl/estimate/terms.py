@@ -44,7 +44,7 @@ class Job:
         parameters, trainable: of the model and of its adapter (see `count`).
         method: pte, lora_c or lora.
         prompt, completion: the longest of both, in tokens.
-        window: W; None for lora.
+        schedule: evictions at the longest prompt; None for lora.
         micro_batch: sequences of one forward and backward.
         rollout_batch: completions decoded at once.
         num_generations: completions of one prompt; a bounded rollout prefills it once.
@@ -63,7 +63,7 @@ class Job:
     method: str
     prompt: int
     completion: int
-    window: int | None
+    schedule: Schedule | None
     micro_batch: int = 1
     rollout_batch: int = 1
     num_generations: int = 1
@@ -74,19 +74,14 @@ class Job:
     replay: str = "one_pass"
     segment_length: int | None = None
     offload: bool = False
-    evict_ratio: float = 0.25
     state_rank: int = 32
     blockwise: bool = True
     device: str = "cuda"
 
     def __post_init__(self):
         one_of("sharding", self.sharding, SHARDINGS)
-        if (self.window is None) != (self.method == "lora"):
-            raise ValueError(f"window={self.window!r}: only method=lora has none, method={self.method!r}")
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        return Schedule(self.window, self.evict_ratio)
+        if (self.schedule is None) != (self.method == "lora"):
+            raise ValueError(f"schedule={self.schedule!r}: only method=lora has none, method={self.method!r}")
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -177,8 +172,10 @@ def attention(job: Job) -> float:
     2 d_q e each; masks, 1 + e bytes per pair in the blocks. SDPA: T^2 (1 + e).
     """
     length, width, d_q = job.prompt + job.completion, job.dtype.itemsize, job.sizes[3]
-    if job.window is None or not job.blockwise:
-        return length**2 * (1 + width) if job.window is not None else 0.0
+    if job.schedule is None:
+        return 0.0
+    if not job.blockwise:
+        return length**2 * (1 + width)
     blocks = ReplayPlan.build([job.schedule], job.prompt, torch.ones(1, length)).blocks
     copies = sum(block.mask.shape[3] for block in blocks)
     return 2 * d_q * width * copies + (1 + width) * sum(block.mask.numel() for block in blocks)
@@ -249,9 +246,9 @@ def training(job: Job) -> float:
 
 def cached_tokens(job: Job) -> int:
     """P + C with the full cache, else P + min(W, C), rounded up by the engine."""
-    if job.window is None:
+    if job.schedule is None:
         return job.prompt + job.completion
-    return aligned(job.prompt + ring_size(job.window, job.completion))
+    return aligned(job.prompt + ring_size(job.schedule.window, job.completion))
 
 
 def rollout_cache(job: Job) -> float:
@@ -267,7 +264,7 @@ def rollout(job: Job) -> float:
     """
     _, d, inner, *_, vocabulary = job.sizes
     prompts = job.rollout_batch
-    if job.window is not None:
+    if job.schedule is not None:
         prompts = max(1, min(prompts // job.num_generations, PREFILL_TOKENS // job.prompt))
     prefill = prompts * job.prompt * (4 * inner + 8 * d) * job.dtype.itemsize
     return rollout_cache(job) + max(prefill, (16 + job.dtype.itemsize) * job.rollout_batch * vocabulary)

@@ -2,7 +2,8 @@
 
 Blocks of queries each attend to the prompt and to the thought tokens that any of them sees; the mask within a block
 stays exact. It is a transformers attention function, chosen as `attn_implementation="blockwise"`; without a plan (a
-decode, an ordinary forward) it is plain SDPA. `attn_implementation="sdpa"` is its twin: the same mask, all at once.
+decode, an ordinary forward) it is plain SDPA. `attn_implementation="sdpa"` is its reference: the same mask, all
+at once.
 """
 
 import torch

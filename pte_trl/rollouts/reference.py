@@ -51,8 +51,8 @@ def decode(
             if step + 1 == sampling.max_new_tokens or not left:
                 break
             if shared and left <= len(rows) // 2:  # at half the size each time, so that shapes are few
-                going = batch.select(alive.nonzero().squeeze(1))
-                rows, token, alive = rows[going], token[going], alive[going]
+                unfinished = batch.select(alive.nonzero().squeeze(1))
+                rows, token, alive = rows[unfinished], token[unfinished], alive[unfinished]
             logits = batch.feed(token, extra)
     return ids, logps, lengths, cache.nbytes / len(rows)
 

@@ -63,7 +63,6 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     sizes = [(p.requires_grad, local_and_whole(p)[1]) for p in model.parameters()]
     trainable = sum(size for wanted, size in sizes if wanted)
-    schedule = longest_schedule(args.cache_policy, max_prompt_tokens)
     per_rollout = args.per_device_train_batch_size * args.steps_per_generation
     at_once = args.rollout_batch_size if isinstance(args.rollout_batch_size, int) else per_rollout
     return Job(
@@ -73,7 +72,7 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
         method=args.method,
         prompt=max_prompt_tokens,
         completion=args.max_completion_length,
-        window=None if schedule is None else schedule.window,
+        schedule=longest_schedule(args.cache_policy, max_prompt_tokens),
         micro_batch=args.per_device_train_batch_size,
         rollout_batch=0 if args.use_vllm else min(at_once, per_rollout),  # vLLM has memory of its own
         num_generations=args.num_generations,
@@ -84,7 +83,6 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
         replay=args.replay,
         segment_length=args.segment_length,
         offload=args.offload_cache,
-        evict_ratio=args.evict_ratio,
         state_rank=next((c.rank for c in getattr(model, "peft_config", {}).values() if hasattr(c, "rank")), 32),
         blockwise=model.config._attn_implementation == "blockwise",
         device=trainer.accelerator.device.type,
