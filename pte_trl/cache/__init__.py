@@ -1,1 +1,6 @@
 """What is kept of a sequence, and when what leaves: schedule, bounded cache, masks, eviction strategies."""
+
+from pte_trl.cache.bounded import BoundedCache
+from pte_trl.cache.generate import feed  # also teaches `generate` the bounded cache
+
+__all__ = ["BoundedCache", "feed"]
