@@ -9,9 +9,7 @@ Importing the package makes PEFT know the adapter (`PeftModel.from_pretrained` l
 import importlib
 
 from pte_trl.adapter import PteConfig  # registers the adapter
-from pte_trl.cache.bounded import BoundedCache
-from pte_trl.cache.generate import feed  # teaches `generate` the bounded cache
-from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache import BoundedCache, CachePolicy  # teaches `generate` the bounded cache
 from pte_trl.replay import attention as _attention  # noqa: F401 (registers the attention)
 
 # Where the names live that need TRL, or that not everyone needs.
@@ -24,7 +22,7 @@ _LATER = {
     "rollout": "pte_trl.rollouts.rollout",
 }
 
-__all__ = ["BoundedCache", "CachePolicy", "PteConfig", "feed", *_LATER]
+__all__ = ["BoundedCache", "CachePolicy", "PteConfig", *_LATER]
 
 
 def __getattr__(name: str):

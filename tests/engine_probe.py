@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 import pte_trl.training.generation
+import pte_trl.training.mixin
 from pte_trl.adapter.model import pte_layers
 from pte_trl.rollouts.rollout import Rollout, rollout
 from pte_trl.training import grpo as grpo_pte
@@ -127,8 +128,8 @@ if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_a_cpu()
     torch.set_num_threads(1)
-    probe, calibrate = Probe(Path(sys.argv[1])), grpo_pte.calibrate_encoders
+    probe, calibrate = Probe(Path(sys.argv[1])), pte_trl.training.mixin.calibrate_encoders
     pte_trl.training.generation.rollout = probe.rollout
-    grpo_pte.calibrate_encoders = probe.calibrate
+    pte_trl.training.mixin.calibrate_encoders = probe.calibrate
     grpo_pte.AccuracyReward = lambda grader: reward
     probe.write(grpo_pte.main(sys.argv[2:]))

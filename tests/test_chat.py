@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.tiny.model import build
-from pte_trl import BoundedCache, feed
+from pte_trl.cache import BoundedCache, feed
 from pte_trl.cache.eviction import make_cache
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs

@@ -13,7 +13,6 @@ from transformers import (
 )
 
 from experiments.tiny.model import build_tokenizer
-from pte_trl.runtime.startup import StartupGuard
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill import PteDistillConfig
 from tests.test_settings import distill, grpo, logged, model_of, settings, trained
@@ -109,6 +108,6 @@ def test_lora_trains_any_architecture(tmp_path, family, capsys):
     adapter = LoraConfig(r=2, target_modules=[linear], task_type="CAUSAL_LM")
     arguments = {"model": AutoModelForCausalLM.from_config(config), "peft_config": adapter}
     trainer = grpo(tmp_path, "lora", arguments, max_steps=1)
-    trainer.add_callback(StartupGuard(trainer, 32))
+    trainer.max_prompt_tokens = 32
     trained(trainer)
     assert f"not estimated for {family}" in capsys.readouterr().out

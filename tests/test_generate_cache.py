@@ -11,7 +11,7 @@ import torch
 from transformers import pipeline
 
 from experiments.tiny.model import build
-from pte_trl import BoundedCache, feed
+from pte_trl.cache import BoundedCache, feed
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from tests.models import gap, left_padded_batch, tiny, with_lora, with_pte

@@ -22,8 +22,8 @@ from pte_trl.runtime.identity import (
 from pte_trl.runtime.resume import differences, starting_point
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.described import recipe_settings
 from pte_trl.training.distill import PteDistillConfig
-from pte_trl.training.run import recipe_settings
 from tests.test_resume import args_of, checkpoint
 
 

@@ -16,10 +16,11 @@ from pte_trl.runtime.ownership import Owner
 from pte_trl.runtime.resume import is_finished
 from pte_trl.runtime.trained import check_enough, prompts_per_batch
 from pte_trl.training import grpo as grpo_pte
+from pte_trl.training import run as course
 from pte_trl.training.arguments import parse_recipe
 from pte_trl.training.distill import script as distill_pte
 from pte_trl.training.distill.completions import check_new_file
-from pte_trl.training.run import save_run
+from pte_trl.training.mixin import BoundedTrainer
 from tests.models import tiny, with_pte
 from tests.test_recipes import ROOT, recipe
 
@@ -86,7 +87,7 @@ FEW = [
 def test_too_few_prompts_for_one_step_are_refused_before_the_weights_load(
     setting, tmp_path, monkeypatch, name, script, changes, message
 ):
-    monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(course, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit, match=f"error: the training set {message}, so not one step could be made"):
         script.main(argv(setting, tmp_path, name, **changes))
     assert left(tmp_path) == []
@@ -110,13 +111,14 @@ def test_a_run_that_ended_too_early_is_not_saved_as_finished(tmp_path, done, ask
     accelerator = SimpleNamespace(is_main_process=True, device="cpu", num_processes=1)
     control = SimpleNamespace(should_training_stop=False)
     trainer = SimpleNamespace(args=args, state=state, accelerator=accelerator, control=control, model=tiny())
+    trainer.settings = {}
     trainer.save_model = lambda path: open(f"{path}/adapter_model.safetensors", "w").close()
     if saved:
-        save_run(trainer, {})
+        BoundedTrainer.save_run(trainer)
         assert (folder / "manifest.json").exists()
         return
     with pytest.raises(Fault, match=f"{done} steps were made"):
-        save_run(trainer, {})
+        BoundedTrainer.save_run(trainer)
     assert not list(folder.iterdir())
 
 

@@ -11,20 +11,13 @@ taken from one replay, which is what a decode gives (tests/test_exactness.py).
 import torch
 from trl.trainer.utils import pad
 
-from pte_trl.data.needs import check_needs
 from pte_trl.data.problems import load_problems
-from pte_trl.models.tokens import load_tokenizer
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.rollout import eval_mode
 from pte_trl.runtime.entry import framed, run, settings_checked
-from pte_trl.runtime.identity import training_identity
-from pte_trl.runtime.ownership import own
-from pte_trl.runtime.trained import check_enough
 from pte_trl.training.arguments import parse_recipe
-from pte_trl.training.calibrate import calibrate_encoders
-from pte_trl.training.loading import check_model, load_model
-from pte_trl.training.run import recipe_settings, save_run
+from pte_trl.training.run import train
 from pte_trl.training.trainer import PteGRPOTrainer
 
 
@@ -83,33 +76,16 @@ class RightAnswer:
 
 
 @framed
-def main(argv: list[str] | None = None) -> GivenThoughtTrainer:
+def main(argv: list[str] | None = None) -> GivenThoughtTrainer | None:
     with settings_checked():
         script, args = parse_recipe(argv)
-        check_needs(script)
-        own(args.output_dir)
-        settings = recipe_settings(script, args)
-        check_model(script, args)
-        tokenizer = load_tokenizer(script, args.trust_remote_code)
+
+    def read(_):
         # The column thought: see experiments.study.recall.
         data = load_problems(script.dataset_name, limit=script.dataset_limit, keep=["thought"])
-        data = data.rename_column("problem", "prompt")
-        check_enough(args, len(data))
-        settings |= training_identity(script, tokenizer, data)
-    with settings_checked():
-        trainer = GivenThoughtTrainer(
-            model=load_model(script, args.trust_remote_code),
-            reward_funcs=RightAnswer(tokenizer),
-            args=args,
-            train_dataset=data,
-            processing_class=tokenizer,
-            peft_config=None if script.adapter else script.adapter_config(args.method),
-        )
-    if script.adapter is None:
-        calibrate_encoders(trainer)
-    trainer.train()
-    save_run(trainer, settings)
-    return trainer
+        return data.rename_column("problem", "prompt")
+
+    return train(script, args, GivenThoughtTrainer, read, lambda tokenizer: {"reward_funcs": RightAnswer(tokenizer)})
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class BoundedLayer(CacheLayerMixin):
             raise ValueError(
                 f"{length} tokens fed at once after {self.fed} thought tokens: an eviction falls between them; at "
                 f"most {self.schedule.room(self.fed)} fit (window={self.schedule.window}). To continue this sequence, "
-                "feed them with pte_trl.feed; for another sequence, call cache.reset() first"
+                "feed them with pte_trl.cache.feed; for another sequence, call cache.reset() first"
             )
         while self.evicted < self.schedule.evictions_before(self.fed):
             start, stop = self.prompt, self.prompt + self.schedule.evict
@@ -104,7 +104,7 @@ class BoundedLayer(CacheLayerMixin):
         if self.expected is not None and self.prompt + keys.shape[2] > self.expected:
             raise ValueError(
                 f"{keys.shape[2]} tokens fed at once after {self.prompt} of a prompt that was said to have "
-                f"{self.expected}: its end falls between them; feed them with pte_trl.feed"
+                f"{self.expected}: its end falls between them; feed them with pte_trl.cache.feed"
             )
         if self.prompt:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)

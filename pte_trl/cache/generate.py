@@ -246,7 +246,8 @@ def take_up(
     if len(pieces) > 1 and not whole:
         raise ValueError(
             f"input_ids: {total - seen} new tokens take {len(pieces)} forwards (window={cache.schedule.window}), for "
-            "which generate needs all tokens of the conversation; pass these, or feed all but the last by pte_trl.feed"
+            "which generate needs all tokens of the conversation; pass these, or feed all but the last by "
+            "pte_trl.cache.feed"
         )
     for length in pieces[:-1]:
         now, seen = slice(seen, seen + length), seen + length

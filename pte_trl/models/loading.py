@@ -29,14 +29,28 @@ def load_base(source: Source, trust_remote_code: bool) -> PreTrainedModel:
     Raises:
         ValueError: some are missing, or of other shapes than the configuration says.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(
+    return load_weights(
         source.model_name_or_path,
-        dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype),
+        dtype=source.dtype,
         attn_implementation=source.attn_implementation,
         trust_remote_code=trust_remote_code,
-        output_loading_info=True,
     )
-    check_loaded(found, source.model_name_or_path)
+
+
+def load_weights(name: str, key: str = "model_name_or_path", **options) -> PreTrainedModel:
+    """A causal language model with all of its weights.
+
+    Args:
+        key: the setting that names it, for errors.
+        options: of `from_pretrained`; a dtype may be given by its name.
+
+    Raises:
+        ValueError: as `load_base`.
+    """
+    if isinstance(options.get("dtype"), str) and options["dtype"] != "auto":
+        options["dtype"] = getattr(torch, options["dtype"])
+    model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    check_loaded(found, name, key)
     # A checkpoint's own sampling settings would change what TRL's `generate` samples, for `lora` alone.
     model.generation_config = neutral_generation_config(model)
     return model

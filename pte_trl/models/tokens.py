@@ -34,18 +34,21 @@ def say(sentence: str) -> None:
     PartialState().print(sentence, flush=True)
 
 
-def load_tokenizer(script, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    script, trust_remote_code: bool = False, key: str = "model_name_or_path"
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the left, with a pad token; what a user would not expect is said aloud.
 
     Args:
         script: with `model_name_or_path`, and where there are such fields `system_prompt`, `chat_template_kwargs`.
+        key: the setting that names the model, for errors.
 
     Raises:
         ValueError: no tokenizer files, none that can be loaded, no token that ends a text, tokens that the model has
             no embedding for, text that does not survive, or a chat template that cannot be used.
     """
     name = script.model_name_or_path
-    key = f"model_name_or_path={name!r}"
+    key = f"{key}={name!r}"
     check_files(name, key)
     options = {"padding_side": "left", "trust_remote_code": trust_remote_code}
     try:

@@ -132,18 +132,19 @@ def rows_identity(rows: Dataset) -> str:
     return hash_of([columns, *rows.select_columns(columns)]) if columns else hash_of([])
 
 
-def training_identity(script, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> dict:
+def training_identity(script, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None) -> dict:
     """What a training's settings have to say of its inputs; the main process reads the files, all get the answer.
 
     Args:
-        script: `RecipeArguments`, model and adapter.
-        rows: the training set as the trainer gets it, after every selection.
+        script: `RecipeArguments`, model and adapter; None for one that was made in memory.
+        rows: the training set as the trainer gets it, after every selection; None for a streamed one.
     """
+    name = script.model_name_or_path
     files = on_main(
-        lambda: base_identity(script.model_name_or_path) | {"adapter_sha256": adapter_identity(script.adapter)}
+        lambda: (base_identity(name) if name else {}) | {"adapter_sha256": adapter_identity(script.adapter)}
     )
     return files | {
         "template_sha256": template_identity(tokenizer),
-        "data_sha256": rows_identity(rows),
+        "data_sha256": None if rows is None else rows_identity(rows),
         "versions": versions_of(LIBRARIES) | verdict_versions(),
     }

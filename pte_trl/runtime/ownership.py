@@ -196,6 +196,18 @@ def own(path: str | Path | None, file: bool = False) -> None:
     on_main(lambda: _owned.append(Owner(path, file)))
 
 
+@contextlib.contextmanager
+def owned(path: str | Path):
+    """`own` for the time of a `with`."""
+    own(path)
+    try:
+        yield
+    finally:
+        for owner in [each for each in _owned if each.path == Path(path)]:
+            _owned.remove(owner)
+            owner.release()
+
+
 @atexit.register
 def release_all() -> None:
     while _owned:

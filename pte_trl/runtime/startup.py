@@ -133,8 +133,12 @@ def sharding_line(engine: str, parameters: list[nn.Parameter], ranks: int) -> st
     return f"{divided.get(engine, 'nothing')} divided by {ranks}; {100 * held / whole:.0f} % of the parameters here"
 
 
-def memory_line(trainer, engine: str, max_prompt_tokens: int) -> str:
-    """The estimate, for families whose shape we know; `lora` trains any."""
+def memory_line(trainer, engine: str, max_prompt_tokens: int | None) -> str:
+    """The estimate, of GRPO on families whose shape we know; `lora` trains any."""
+    if max_prompt_tokens is None:
+        return "not estimated, the longest prompt is not known"
+    if not hasattr(trainer.args, "num_generations"):
+        return "not estimated for a distillation"
     model_type = trainer.accelerator.unwrap_model(trainer.model).config.model_type
     if model_type not in FAMILIES:
         return f"not estimated for {model_type}"
@@ -143,13 +147,17 @@ def memory_line(trainer, engine: str, max_prompt_tokens: int) -> str:
     return f"{terms['peak'] / 1e9:.3g} GB per process, estimated; in GB: {parts}"
 
 
-def describe(trainer, engine: str, max_prompt_tokens: int) -> dict[str, str]:
+def describe(trainer, engine: str, max_prompt_tokens: int | None) -> dict[str, str]:
     """The rows of the table."""
     args, accelerator = trainer.args, trainer.accelerator
     parameters = list(trainer.model.parameters())
     micro, steps, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
     batch = micro * steps * ranks
-    kept, evictions = cache_lines(args.cache_policy, args.max_completion_length, max_prompt_tokens)
+    if max_prompt_tokens is None and args.cache_policy.bounded:
+        kept, evictions = f"window {args.window}, budget {args.budget}", "not known, as the longest prompt"
+    else:
+        kept, evictions = cache_lines(args.cache_policy, args.max_completion_length, max_prompt_tokens or 0)
+    per_prompt = getattr(args, "num_generations", 1)
     frozen = [p for p in parameters if not p.requires_grad]
     return {
         "method": args.method,
@@ -159,10 +167,10 @@ def describe(trainer, engine: str, max_prompt_tokens: int) -> dict[str, str]:
         "adapter": dtypes([p for p in parameters if p.requires_grad]),
         "sharding": sharding_line(engine, parameters, ranks),
         "global batch": f"{micro} x {steps} accumulated x {ranks} ranks = {batch} completions",
-        "prompts a step": f"{batch / args.num_generations:g}, {args.num_generations} completions each",
+        "prompts a step": f"{batch / per_prompt:g}, {per_prompt} completions each",
         "cache": kept,
         "evictions": evictions,
-        "replay": "none, TRL scores" if args.method == "lora" else args.replay,
+        "replay": "none, TRL scores" if args.method == "lora" else getattr(args, "replay", "one_pass"),
         "rollout": rollout_line(args),
         "peak memory": memory_line(trainer, engine, max_prompt_tokens),
         "tracker": ", ".join(args.report_to) or "none",
@@ -174,10 +182,10 @@ class StartupGuard(TrainerCallback):
 
     Args:
         trainer: whose model is looked at once it is wrapped.
-        max_prompt_tokens: longest prompt there can be.
+        max_prompt_tokens: longest prompt there can be, None if it is not known.
     """
 
-    def __init__(self, trainer, max_prompt_tokens: int):
+    def __init__(self, trainer, max_prompt_tokens: int | None):
         self.trainer, self.max_prompt_tokens = trainer, max_prompt_tokens
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -24,18 +24,20 @@ class StopOnTerm(TrainerCallback):
 
     Args:
         steps: optimizer steps of a generation batch; a checkpoint inside one would lose what is left of it.
+        signals: those that are listened to, SIGTERM and SIGINT if None.
 
     Attributes:
         stopped: the signal that the training was left for, None if it was not.
     """
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, signals: list[int] | None = None):
+        self.signals = list(SAME_SIGNAL) if signals is None else signals
         self.steps, self.asked, self.stopped = steps, 0, None
         self._since, self._before = 0.0, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SAME_SIGNAL}
+            self._before = {number: signal.signal(number, self._ask) for number in self.signals}
 
     def _ask(self, number: int, _) -> None:
         if not self.asked:

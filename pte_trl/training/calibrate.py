@@ -1,16 +1,33 @@
 """Calibration of a fresh adapter's encoders on the first prompts of the training set."""
 
+from itertools import islice
+
 from accelerate.utils import broadcast_object_list
 
 from pte_trl.adapter.calibration import fit, measure
-from pte_trl.adapter.model import pte_layers
+from pte_trl.adapter.model import active_layers, pte_layers
 from pte_trl.cache.policy import FULL_CACHE
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.rollout import rollout
+from pte_trl.runtime.together import on_main
+
+
+def is_fresh(trainer) -> bool:
+    """Whether the trained adapter is PTE's and was never trained: its up-projections, which start at zero, still are.
+
+    Calibrating such an adapter changes nothing of what the model computes. The same on every process.
+    """
+    layers = active_layers(trainer.model)
+    if not layers:
+        return False
+    part = f".pte_up.{layers[0]._adapter()}."
+    ups = [parameter for name, parameter in trainer.model.named_parameters() if part in name]
+    with trainer._dist.gather_params(ups):
+        return on_main(lambda: not any(parameter.any() for parameter in ups))
 
 
 def calibrate_encoders(trainer, texts: int = 8) -> None:
-    """Fits the encoders of a fresh PTE adapter to the base model's keys and values, aloud.
+    """Fits the encoders of a fresh PTE adapter to the base model's keys and values, and prints what it found.
 
     The first prompts of the training set serve; a whitening has more to find out, and gets twice as many with what the
     base writes to them, since it is thoughts that are evicted. The main process measures, every process fits: the
@@ -20,11 +37,11 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
     if not layers:
         return
     whiten = layers[0].config[layers[0]._adapter()].whiten
-    texts = min(2 * texts if whiten else texts, len(trainer.train_dataset))
+    rows = list(islice(trainer.train_dataset, 2 * texts if whiten else texts))
     found = [None]
     with trainer._dist.gather_params(list(model.parameters())):
         if trainer.accelerator.is_main_process:
-            ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset[i]["prompt"] for i in range(texts)])
+            ids, _, _ = trainer._tokenize_prompts([row["prompt"] for row in rows])
             evict = args.cache_policy.schedule(max(map(len, ids))).evict
             if whiten:
                 ids = with_thoughts(trainer, ids)
@@ -34,13 +51,22 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
     fit(model, found)
     ratios = [each.ratio for each in found]
     trainer.accelerator.print(
-        f"encoders calibrated on {texts} prompts: |S'|/|S| was {min(ratios):.3g} to {max(ratios):.3g} over "
+        f"encoders calibrated on {len(rows)} prompts: |S'|/|S| was {min(ratios):.3g} to {max(ratios):.3g} over "
         f"{len(ratios)} layers"
     )
     if whiten:
         widths = [each.dimensions for each in found]
         size = found[0].whiteners[0].shape[-1]
         trainer.accelerator.print(f"keys filled {min(widths):.1f} to {max(widths):.1f} of a head's {size} dimensions")
+
+
+def longest_prompt(trainer, batch: int = 1000) -> int:
+    """Tokens of the longest prompt of the training set, as the trainer tokenizes them."""
+    prompts, longest = trainer.train_dataset.select_columns("prompt"), 0
+    for start in range(0, len(prompts), batch):
+        ids, _, _ = trainer._tokenize_prompts(list(prompts[start : start + batch]["prompt"]))
+        longest = max(longest, *map(len, ids))
+    return longest
 
 
 def with_thoughts(trainer, prompt_ids: list[list[int]], tokens: int = 128) -> list[list[int]]:

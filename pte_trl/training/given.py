@@ -1,23 +1,32 @@
-"""The model and the adapter that a trainer of this project is given, looked at before TRL loads or wraps them."""
+"""What a trainer of this project is given, looked at before TRL loads or wraps the model: model, adapter, data."""
 
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from torch import nn
 from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME
 
-from pte_trl.adapter.check import active_config, check_adapter
-from pte_trl.adapter.fit import check_geometry, check_supported
+from pte_trl.adapter import PteConfig
+from pte_trl.adapter.check import active_config, check_adapter, expected_shapes
+from pte_trl.adapter.fit import FAMILIES, check_geometry, check_supported
 from pte_trl.adapter.settings import one_of
 from pte_trl.cache.masks import MASKED_ATTENTION
+from pte_trl.data.needs import repository
+from pte_trl.models.hub import reachable
+from pte_trl.models.weights import check_model_folder, read_config
+from pte_trl.rewards.functions import AccuracyReward
+from pte_trl.runtime.trained import check_enough
 
 LOADED = "PeftModel.from_pretrained(model, FOLDER, is_trainable=True)"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def check_given(settings, model: Any, peft_config: Any) -> None:
+def check_given(settings, model: Any, peft_config: Any):
     """Refuses a model and an adapter that do not fit the method, or that would train nothing.
 
     Args:
@@ -25,22 +34,94 @@ def check_given(settings, model: Any, peft_config: Any) -> None:
         model: a name or folder, or a model with or without an adapter.
         peft_config: of the adapter to be made; None where the model has one, or where `lora` trains it whole.
 
+    Returns:
+        The configuration of a model given by name, None for a model.
+
     Raises:
         ValueError: in one sentence, with what was given and what is allowed.
+        OSError: the hub has no such model, or it cannot be reached and the model is not in the local cache.
     """
     method = settings.method
     if not isinstance(model, (str, nn.Module)):
         raise ValueError(f"model={_kind(model)}: must be a hub name, a folder or a model")
     if not (peft_config is None or isinstance(peft_config, PeftConfig)):
         raise ValueError(f"peft_config={_kind(peft_config)}: must be a PteConfig, a LoraConfig or another PeftConfig")
-    if isinstance(model, str):
-        _check_folder(model)
-        found, source = peft_config, "peft_config"
-    else:
+    if not isinstance(model, str):
         found, source = _check_model(settings, model, peft_config)
-    check_adapter(method, found, source=source)
+        check_adapter(method, found, source=source)
+        if method != "lora":
+            config = getattr(model, "config", None)
+            _check_bounded(config, getattr(config, "_attn_implementation", None), found)
+        return None
+    _check_folder(model)
+    check_adapter(method, peft_config, source="peft_config")
+    options = settings.model_init_kwargs or {}
+    config = named_config(model, settings.trust_remote_code, options)
     if method != "lora":
-        _check_bounded(settings, model, found)
+        _check_bounded(config, options.get("attn_implementation"), peft_config)
+    if isinstance(peft_config, (PteConfig, LoraConfig)) and config.model_type in FAMILIES:
+        check_targets(peft_config, config, settings.trust_remote_code, key="peft_config.target_modules")
+    return config
+
+
+def check_data(settings, dataset: Any, rewards: Any = None) -> None:
+    """Refuses a training set without the columns that are read, or that does not fill one generation batch.
+
+    Streamed data, of which neither is known, is let pass.
+
+    Raises:
+        ValueError: naming the columns, or both numbers.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
+    needed = {"prompt": "the trainer"}
+    if any(isinstance(each, AccuracyReward) for each in rewards):
+        needed["answer"] = "AccuracyReward"
+    for column, reader in needed.items():
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"train_dataset: has the columns {dataset.column_names}; {reader} reads the column {column!r}"
+            )
+    check_enough(settings, len(dataset))
+
+
+def named_config(name: str, trust_remote_code: bool, options: dict):
+    """The configuration of a model given by name, whose files are looked at where they are here.
+
+    Args:
+        options: TRL's `model_init_kwargs`.
+
+    Raises:
+        ValueError, OSError: as `check_given`.
+    """
+    if (hub := repository("model", "model", name)) is not None:
+        reachable(hub)
+    dtype = options.get("dtype")
+    if not isinstance(dtype, torch.dtype):
+        one_of("model_init_kwargs.dtype", dtype, (None, *DTYPES))
+    known = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
+    known = {"trust_remote_code": trust_remote_code} | known
+    if hub is None:
+        config = read_config(Path(name), f"model={name!r}", known["trust_remote_code"])
+        if config.model_type in FAMILIES:  # of others, which `lora` trains, TRL knows better how they load
+            check_model_folder(name, known["trust_remote_code"], key="model")
+        return config
+    return AutoConfig.from_pretrained(name, **known)
+
+
+def check_targets(adapter: PeftConfig, config, trust_remote_code: bool, key: str = "target_modules") -> None:
+    """Builds the adapter on a model without memory, so that a name that is no linear of it is found now.
+
+    Raises:
+        ValueError: with the names.
+    """
+    try:
+        expected_shapes(adapter, config, trust_remote_code)
+    except (ValueError, AttributeError) as error:
+        names = adapter.target_modules
+        shown = sorted(names) if isinstance(names, (set, list, tuple)) else names
+        raise ValueError(f"{key}={shown!r}: {' '.join(str(error).split())}") from error
 
 
 def _kind(value: Any) -> str:
@@ -79,16 +160,8 @@ def _check_model(settings, model: nn.Module, peft_config: PeftConfig | None) -> 
     return active_config(model), "the model's adapter"
 
 
-def _check_bounded(settings, model: str | nn.Module, adapter: PeftConfig) -> None:
+def _check_bounded(config, attention: str | None, adapter: PeftConfig) -> None:
     """What a decode with evictions and its replay can do, of the model's configuration."""
-    if isinstance(model, nn.Module):
-        config = getattr(model, "config", None)
-        attention = getattr(config, "_attn_implementation", None)
-    else:
-        options = settings.model_init_kwargs or {}
-        known = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}
-        config = AutoConfig.from_pretrained(model, **{"trust_remote_code": settings.trust_remote_code} | known)
-        attention = options.get("attn_implementation")
     check_supported(config)
     if attention is not None:
         one_of("attn_implementation", attention, MASKED_ATTENTION)

@@ -1,22 +1,27 @@
-"""A recipe's model, tokenizer and adapter, refused before the weights load where they cannot work."""
+"""A model and an adapter, of a recipe or given to a trainer by name: refused before the weights load where they cannot
+work, and loaded."""
+
+from types import SimpleNamespace
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_scheduler
 
-from pte_trl.adapter.check import check_adapter, check_adapter_folder, expected_shapes, load_adapter
+from pte_trl.adapter.check import check_adapter, check_adapter_folder, load_adapter
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.files import adapter_folder
 from pte_trl.adapter.fit import FAMILIES, check_supported
 from pte_trl.cache.masks import MASKED_ATTENTION
 from pte_trl.data.needs import model_needs
 from pte_trl.models.hub import reachable
-from pte_trl.models.loading import check_base, load_base
+from pte_trl.models.loading import check_base, load_base, load_weights
+from pte_trl.models.tokens import load_tokenizer
 from pte_trl.replay.attention import NAME
 from pte_trl.runtime.launch import named_launch
 from pte_trl.runtime.sharding import check_engine
 from pte_trl.training.arguments import ADAPTER_KEYS, RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.given import check_targets
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
@@ -47,7 +52,9 @@ def check_fits(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
         one_of("attn_implementation", script.attn_implementation, MASKED_ATTENTION)
         check_supported(config)
     if script.adapter is None:
-        check_fresh_adapter(script, args, config)
+        adapter = script.adapter_config(args.method)
+        check_adapter(args.method, adapter, model_config=config)
+        check_targets(adapter, config, args.trust_remote_code)
         return
     name = script.adapter
     script.adapter = str(adapter_folder(name))
@@ -93,17 +100,38 @@ def check_optimizer(args: PteGRPOConfig) -> None:
         ) from error
 
 
-def check_fresh_adapter(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
-    """Builds the adapter on a model without memory, so that a name that is no linear of it is found now."""
-    adapter = script.adapter_config(args.method)
-    check_adapter(args.method, adapter, model_config=config)
-    try:
-        expected_shapes(adapter, config, args.trust_remote_code)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"target_modules={script.target_modules!r}: {error}") from error
-
-
 def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:
     """The base model, with the adapter that training starts from if the recipe names one."""
     model = load_base(script, trust_remote_code)
     return model if script.adapter is None else load_adapter(model, script.adapter, is_trainable=True)
+
+
+def load_named(name: str, settings) -> PreTrainedModel:
+    """The model that a trainer is given by name, as TRL loads it (`model_init_kwargs`; float32 if nothing is said) and
+    as a recipe does: all of its weights are there, attention is `blockwise` if nothing is said, and its own sampling
+    settings are left out.
+
+    Raises:
+        ValueError: weights are missing, or of other shapes than the configuration says.
+    """
+    options = {"attn_implementation": NAME, "dtype": "float32", "trust_remote_code": settings.trust_remote_code}
+    options |= settings.model_init_kwargs or {}
+    if settings.world_size > 1:
+        options["device_map"] = None  # every process has a model of its own
+    return load_weights(name, key="model", **options)
+
+
+def load_named_tokenizer(name: str, settings) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that a trainer is given by name.
+
+    Raises:
+        ValueError: as `load_tokenizer`.
+    """
+    options = settings.model_init_kwargs or {}
+    trust = options.get("trust_remote_code", settings.trust_remote_code)
+    if options.get("revision") is not None:  # which `load_tokenizer`, as the recipes, has no name for
+        return AutoTokenizer.from_pretrained(
+            name, revision=options["revision"], padding_side="left", truncation_side="left", trust_remote_code=trust
+        )
+    source = SimpleNamespace(model_name_or_path=name, chat_template_kwargs=settings.chat_template_kwargs)
+    return load_tokenizer(source, trust, key="model")

@@ -1,43 +1,106 @@
-"""The course of a training script: data, where it resumes, training, and what a finished run leaves."""
+"""The course of a training by a recipe: checks, data, where it resumes, training, and what a finished run leaves."""
 
-import signal
-import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from pte_trl.data.decontaminate import load_eval_problems, remove_overlap
+from pte_trl.data.needs import check_needs
 from pte_trl.data.problems import load_problems
 from pte_trl.data.prompts import build_prompts
+from pte_trl.models.tokens import load_tokenizer
 from pte_trl.rewards.grader import check_golds
-from pte_trl.runtime.manifest import write_manifest
-from pte_trl.runtime.resume import starting_point
-from pte_trl.runtime.trained import check_finished
-from pte_trl.runtime.watch import StopOnTerm
+from pte_trl.runtime.entry import settings_checked
+from pte_trl.runtime.identity import training_identity
+from pte_trl.runtime.launch import check_launch
+from pte_trl.runtime.ownership import own
+from pte_trl.runtime.resume import is_finished, starting_point
+from pte_trl.runtime.together import on_main
+from pte_trl.runtime.trained import check_enough
+from pte_trl.runtime.watch import SAME_SIGNAL
+from pte_trl.training.described import recipe_settings
+from pte_trl.training.loading import check_model, load_model
+
+Read = Callable[[PreTrainedTokenizerBase], Dataset]
+Arguments = Callable[[PreTrainedTokenizerBase], dict]
 
 
-def save_run(trainer, settings: dict) -> None:
-    """What a finished training leaves: the adapter, the course of its metrics, and last the manifest.
+@dataclass
+class Start:
+    """What is known of a run before the weights load.
+
+    Attributes:
+        settings: as they stand in the manifest.
+        checkpoint: the one to resume from, None to begin at step 0.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+    settings: dict
+    checkpoint: str | None = None
+
+
+def train(script, args, trainer: type, read: Read, arguments: Arguments = lambda _: {}):
+    """Trains as a recipe says; a setting that is refused ends the process in one line.
+
+    Args:
+        script: `RecipeArguments`.
+        args: the trainer's config.
+        trainer: its class.
+        read: gives the training set, once the tokenizer is there.
+        arguments: gives the trainer's other arguments: rewards, callbacks.
+
+    Returns:
+        The trainer; None where the run is finished already.
 
     Raises:
-        Fault: no step was made, or the adapter is not finite: nothing is written then.
+        SystemExit: for a setting, and after SIGTERM or Ctrl-C.
     """
-    check_finished(trainer)
-    folder = trainer.args.output_dir
-    trainer.save_model(folder)
-    if trainer.accelerator.is_main_process:
-        trainer.state.save_to_json(f"{folder}/trainer_state.json")
-        write_manifest(folder, trainer.accelerator.device, trainer.accelerator.num_processes, settings)
+    with settings_checked():
+        start = prepare(script, args, read)
+        check_enough(args, len(start.dataset))
+        if is_finished(args, start.settings):
+            return None
+        found = on_main(lambda: starting_point(args, start.settings))
+        start.checkpoint = None if found is None else str(found)
+        made = trainer(
+            model=load_model(script, args.trust_remote_code),
+            args=args,
+            train_dataset=start.dataset,
+            processing_class=start.tokenizer,
+            peft_config=None if script.adapter else script.adapter_config(args.method),
+            **arguments(start.tokenizer),
+        )
+    made.settings, made.max_prompt_tokens = start.settings, script.max_prompt_tokens
+    made.stop.signals = list(SAME_SIGNAL)
+    made.train_from(start.checkpoint)
+    made.save_run()
+    return made
 
 
-def recipe_settings(script, args) -> dict:
-    """The settings of a run, as they stand in its manifest."""
-    stated = {key: value for key, value in args.to_dict().items() if value is not None}
-    # A distillation shares most of its keys with a GRPO, and is not it.
-    return asdict(script) | stated | {"config_class": type(args).__name__}
+def prepare(script, args, read: Read, file: str | None = None) -> Start:
+    """Checks everything that can be checked before the weights load, and reads tokenizer and data.
+
+    Args:
+        file: what is written instead of `output_dir`.
+
+    Raises:
+        ValueError, OSError: for the first setting that cannot work.
+    """
+    check_needs(script)
+    own(file or args.output_dir, file=file is not None)
+    settings = recipe_settings(script, args)
+    check_launch(args)
+    check_model(script, args)
+    tokenizer = load_tokenizer(script, args.trust_remote_code)
+    with args.main_process_first(desc="data"):
+        dataset = read(tokenizer)
+    return Start(tokenizer, dataset, settings | training_identity(script, tokenizer, dataset))
 
 
-def load_data(script, args, tokenizer, grader=None):
+def load_data(script, args, tokenizer: PreTrainedTokenizerBase, grader=None) -> Dataset:
     """Training prompts: loaded, cleaned of benchmark problems, golds read by the grader, long prompts dropped.
 
     Without a grader, as in a distillation, the golds are not used.
@@ -62,35 +125,3 @@ def load_data(script, args, tokenizer, grader=None):
         max_prompt_tokens=script.max_prompt_tokens,
         chat_template_kwargs=args.chat_template_kwargs,
     )
-
-
-def find_start(args, settings: dict) -> str | None:
-    """The checkpoint to go on from, chosen by the main process for all."""
-    found = [None, None]
-    if args.process_index == 0:
-        try:
-            found[0] = starting_point(args, settings)
-        except ValueError as error:
-            found[1] = str(error)
-    broadcast_object_list(found)
-    if found[1] is not None:
-        raise ValueError(found[1])
-    return None if found[0] is None else str(found[0])
-
-
-def train_and_save(trainer, start: str | None, settings: dict, stop: StopOnTerm):
-    """Trains from `start` on and leaves the whole run; `framed` says what ends it too early.
-
-    Raises:
-        SystemExit: after SIGTERM or Ctrl-C.
-    """
-    try:
-        trainer.train(resume_from_checkpoint=start)
-    finally:
-        stop.on_train_end()  # transformers does not say so where an error ends the training
-    if stop.stopped:
-        name = signal.Signals(stop.stopped).name
-        trainer.accelerator.print(f"stopped by {name} at step {trainer.state.global_step}; the same command goes on")
-        sys.exit(128 + stop.stopped)
-    save_run(trainer, settings)
-    return trainer

@@ -5,66 +5,61 @@ the completions were sampled under. W travels with every sample, since TRL shuff
 it is scored. The reference model of the KL term is the base with the full cache: TRL's own method, untouched.
 """
 
-import math
-from contextlib import contextmanager
-
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.trainer.utils import is_async_callable
 
-from pte_trl.adapter.fit import FAMILIES
-from pte_trl.adapter.model import adapters_disabled, pte_layers
+from pte_trl.adapter.model import adapters_disabled
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rewards.grader import has_boxed
-from pte_trl.rollouts.batching import EngineCache
-from pte_trl.runtime.checkpoints import AtomicCheckpoints
-from pte_trl.runtime.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
-from pte_trl.runtime.faults import Fault
-from pte_trl.runtime.finite import FiniteReward, check_finite, samples_without_gradient, tail
-from pte_trl.runtime.sharding import call_inside, check_engine, prepare_engine
+from pte_trl.runtime.sharding import call_inside
 from pte_trl.training.config import PteGRPOConfig
+from pte_trl.training.finite import FiniteGrpo
 from pte_trl.training.generation import trainer_rollout
-from pte_trl.training.unsupported import check_arguments
+from pte_trl.training.metrics import GrpoMetrics
+from pte_trl.training.mixin import BoundedTrainer
 
 logger = get_logger(__name__)
 
 
-class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
-    """`GRPOTrainer` whose rollouts and scoring run under cache policy D.
+class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
+    """`GRPOTrainer` whose rollouts and scoring run under a bounded KV cache (eq. 3).
+
+        trainer = PteGRPOTrainer(
+            model="Qwen/Qwen2.5-3B-Instruct",  # or a folder, or a model
+            reward_funcs=AccuracyReward(),
+            args=PteGRPOConfig(output_dir="outputs/pte", window=512),
+            train_dataset=dataset,
+            peft_config=PteConfig(),
+        )
+        trainer.train()
 
     Takes what `GRPOTrainer` takes, with a `PteGRPOConfig`. `method="lora"` is TRL untouched; `lora_c` and `pte` differ
-    only in the adapter, given as `peft_config` or as a model that has one.
+    only in the adapter, given as `peft_config` or as a model that has one. What is checked and when training starts:
+    `BoundedTrainer`.
+
+    Raises:
+        ValueError: from the constructor, before weights load: settings, a model, an adapter or data that do not fit.
+        Fault: from `train`, naming step, rank and sample: a log-prob, reward or gradient that is not finite.
     """
 
     args: PteGRPOConfig
-    answer_after: str | None = None  # the format rate counts boxes behind it only, as the rewards do
+    config_class = PteGRPOConfig
 
     def __init__(self, *args, **kwargs):
-        check_arguments(GRPOTrainer, PteGRPOConfig, args, kwargs)
         super().__init__(*args, **kwargs)
-        self.engine_cache = EngineCache()
         self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
-        self._micro_batches: list[dict] = []  # those of the optimizer step that is under way
-        self.reward_funcs = [
-            f if isinstance(f, nn.Module) or is_async_callable(f) else FiniteReward(f, self.args.process_index)
-            for f in self.reward_funcs
-        ]
+        self._micro_batches = []
+        # The format rate counts boxes behind it only, as the rewards do.
+        texts = (getattr(getattr(f, "grader", f), "answer_after", None) for f in self.reward_funcs)
+        self.answer_after: str | None = next(filter(None, texts), None)
+        self._check_rewards()
         if self.bounded and "ref" in getattr(self.model, "peft_config", {}):
             # TRL would take the adapter that training starts from as the reference; eq. 3 takes the base model.
             self.model.delete_adapter("ref")
-        for layer in pte_layers(self.model):
-            layer.watch_updates = True
         self._check_dropout()
-        zero, fsdp = self._dist.zero_stage, self._dist.fsdp_version
-        check_engine(self.args, f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None)
-        prepare_engine(self)
-
-    @property
-    def bounded(self) -> bool:
-        return self.args.method != "lora"
 
     def _check_dropout(self) -> None:
         """Segment-wise scoring runs the model again inside backward, where nothing may be random.
@@ -99,10 +94,7 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         result = trainer_rollout(self, prompt_ids, self.args.cache_policy)
         self._check_rollout(result.logprobs, prompt_ids)
         self._samples = {"windows": torch.full((len(prompt_ids),), result.window, device=self.accelerator.device)}
-        self._record("rollout/window", result.window)
-        self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))
-        self._record("rollout/tokens_per_second", result.tokens_per_second)
-        self._record("rollout/cache_bytes_per_sample", result.cache_bytes)
+        self._record_rollout(result)
         return result.completion_ids, result.logprobs
 
     def _generate_and_score_completions(self, inputs):
@@ -182,137 +174,5 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         if self.model.training:
             self._micro_batches.append(inputs)
         loss = super()._compute_loss(model, inputs)
-        layers = pte_layers(self.accelerator.unwrap_model(model))
-        if layers:  # no evictions on this process, perhaps, but all of them take part in the mean
-            ratios = [layer.update_ratio for layer in layers if layer.update_ratio is not None]
-            self._record("pte/update_over_state", torch.stack(ratios).mean() if ratios else float("nan"))
+        self._record_updates(model)
         return loss
-
-    # ---- what is not finite --------------------------------------------------------------------------------
-
-    @property
-    def _place(self) -> str:
-        return f"step {self.state.global_step + 1}, rank {self.args.process_index}"
-
-    def _check_rollout(self, logprobs: list[list[float]], prompt_ids: list[list[int]]) -> None:
-        sums = torch.tensor([[sum(row)] for row in logprobs])  # of numbers below 0: finite only if all are
-        check_finite("log-probs of the rollout", sums, self._place, lambda i: self._sample_name(i, prompt_ids[i]))
-
-    @contextmanager
-    def _finite_logits(self, prompt_ids: list[list[int]]):
-        """Gives torch's refusal to sample from a NaN, in a rollout of TRL's, a place and a sample."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "probability tensor contains" not in str(error):
-                raise
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # weights may be on other ranks
-                raise Fault(f"{self._place}: logits of the rollout are not finite") from error
-            with torch.no_grad():
-                for index, ids in enumerate(prompt_ids):
-                    logits = self.model(torch.tensor([ids], device=self.accelerator.device)).logits
-                    if not torch.isfinite(logits).all():
-                        name = self._sample_name(index, ids)
-                        raise Fault(f"{self._place}: logits of the rollout are not finite, first in {name}") from error
-            raise Fault(f"{self._place}: logits of the rollout are not finite, though the prompts' are") from error
-
-    def _check_logps(self, logps: Tensor, ids: Tensor, mask: Tensor) -> None:
-        prompt = ids.shape[1] - logps.shape[1]
-        kept = logps.detach().masked_fill(mask[:, prompt:] == 0, 0.0)
-        check_finite(
-            "log-probs", kept, self._place, lambda i: self._sample_name(i, ids[i, :prompt][mask[i, :prompt] != 0])
-        )
-
-    def _sample_name(self, index: int, prompt_ids: Tensor | list[int]) -> str:
-        return f"sample {index}, prompt {tail(self.processing_class.decode(prompt_ids))}"
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Stops before the optimizer steps along a gradient that is not finite (with DeepSpeed: right after)."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        value = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if self.accelerator.scaler is None and value is not None and not math.isfinite(value):
-            raise Fault(f"{self._place}: the norm of the gradient is {float(value)}; {self._blame()}")
-        self._micro_batches.clear()
-        return norm
-
-    def _blame(self) -> str:
-        """Which of this rank's samples have a gradient that is not finite: each is differentiated alone."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return "which sample it comes from is not known under ZeRO and FSDP"
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for inputs in list(self._micro_batches):
-            rows = [
-                {k: v[i : i + 1] if torch.is_tensor(v) and v.dim() else v for k, v in inputs.items()}
-                for i in range(len(inputs["prompt_ids"]))
-            ]
-            bad = samples_without_gradient(lambda i: self._compute_loss(self.model, rows[i]), len(rows), parameters)  # noqa: B023
-            if bad:
-                first = inputs["prompt_ids"][bad[0]][inputs["prompt_mask"][bad[0]].bool()]
-                return f"it comes from {len(bad)} of {len(rows)} samples, first {self._sample_name(bad[0], first)}"
-        return "none of this rank's samples has such a gradient alone"
-
-    # ---- what is logged ------------------------------------------------------------------------------------
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _record(self, name: str, value: float | Tensor) -> None:
-        """One number of this process -> the mean over processes, averaged by TRL over a logging step.
-
-        NaN is no number, and nothing is recorded where no process has one.
-        """
-        value = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device))
-        if not value.isnan().all():
-            self._metrics[self._mode][name].append(value.nanmean().item())
-
-    def _record_max(self, name: str, value: float | Tensor) -> None:
-        """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number.
-
-        NaN is no number here, either.
-        """
-        found = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device)).flatten()
-        metrics, numbers = self._metrics[self._mode], found[~found.isnan()].tolist()
-        if numbers:
-            metrics[name] = [max(numbers + metrics[name])]
-
-    @torch.no_grad()
-    def _record_mismatch(self, replayed: Tensor, samples: dict[str, Tensor]) -> None:
-        """|replay - rollout| of the log-probs of the same tokens under the same weights; 0 but for rounding.
-
-        The KL is the non-negative estimate exp(d) - d - 1 with d = replay - rollout, as TRL's.
-        """
-        d = (replayed - samples["sampling_per_token_logps"])[samples["completion_mask"].bool()].double()
-        # Of no token, where `mask_truncated_completions` leaves none, the mean is NaN: this process has no number.
-        self._record("mismatch/mean", d.abs().mean())
-        self._record("mismatch/kl", (d.exp() - d - 1).mean())
-        self._record_max("mismatch/max", d.abs().max() if d.numel() else math.nan)
-
-    def _record_attention(self, prompt_mask: Tensor, completion_mask: Tensor) -> None:
-        """TFLOPs of attention that the costliest sample's forward needs, of families whose shape we know."""
-        config = self.accelerator.unwrap_model(self.model).config
-        if config.model_type not in FAMILIES:  # `lora` trains any
-            return
-        lengths = zip(prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist(), strict=True)
-        policy = self.args.cache_policy
-        schedules = policy.schedules(self._samples["windows"]) if self.bounded else [None] * len(prompt_mask)
-        pairs = [visible_pairs(*length, schedule) for length, schedule in zip(lengths, schedules, strict=True)]
-        self._record_max(TFLOPS_METRIC, attention_tflops(config, max(pairs)))
-
-    def _warn_without_signal(self) -> None:
-        """Says aloud that a rollout batch teaches nothing, instead of a silent zero gradient."""
-        metrics = self._metrics[self._mode]
-        if metrics["frac_reward_zero_std"][-1] == 1.0:
-            logger.warning(
-                "step %d: every group has zero reward spread (mean reward %.3f), so this batch has no gradient; "
-                "the task is too hard or too easy for the policy, or completions are cut (truncated share %.2f)",
-                self.state.global_step,
-                metrics["reward"][-1],
-                metrics["completions/clipped_ratio"][-1],
-            )
-        elif metrics["completions/clipped_ratio"][-1] == 1.0:
-            logger.warning(
-                "step %d: every completion was cut at max_completion_length=%d",
-                self.state.global_step,
-                self.max_completion_length,
-            )

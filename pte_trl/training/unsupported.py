@@ -4,12 +4,10 @@ They are refused, since TRL would take them and train on something else than was
 TRL untouched and takes them all. tests/test_settings.py has a line for every field that there is.
 """
 
-import inspect
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 from pte_trl.rollouts.vllm import WHY
-from pte_trl.training.given import check_given
 
 
 class Only(NamedTuple):
@@ -84,26 +82,23 @@ def check_settings(args) -> None:
             refuse_other(field.name, getattr(args, field.name), only, args.method)
 
 
-def check_arguments(trainer: type, config: type, args: tuple, kwargs: dict) -> None:
+def check_arguments(arguments: dict[str, Any], config: type) -> None:
     """Refuses arguments of a trainer of this project before TRL loads and wraps the model.
 
     Args:
-        trainer: TRL's trainer, whose `__init__` names the arguments.
+        arguments: of the trainer, by their names.
         config: the class that its `args` must have.
-        args, kwargs: as the trainer was given them.
 
     Raises:
-        ValueError: another config, a model or an adapter that does not fit it, or what a bounded method cannot honour.
+        ValueError: another config, or what a bounded method cannot honour.
     """
-    given = inspect.signature(trainer.__init__).bind(None, *args, **kwargs).arguments
-    settings = given.get("args")
+    settings = arguments.get("args")
     if not isinstance(settings, config):
         raise ValueError(f"args={type(settings).__name__}: must be a {config.__name__}, which has method and window")
     if settings.method != "lora":
         for key, only in ARGUMENTS.items():
-            if key in given:
-                refuse_other(key, given[key], only, settings.method)
-    check_given(settings, given["model"], given.get("peft_config"))
+            if key in arguments:
+                refuse_other(key, arguments[key], only, settings.method)
 
 
 def refuse_other(key: str, value, only: Only, method: str) -> None:

@@ -13,37 +13,41 @@ import torch
 from torch import Tensor
 from trl import DistillationTrainer
 
-from pte_trl.adapter.model import pte_layers
 from pte_trl.cache.policy import FULL_CACHE
-from pte_trl.rollouts.batching import EngineCache
-from pte_trl.runtime.checkpoints import AtomicCheckpoints
-from pte_trl.runtime.sharding import prepare_engine
 from pte_trl.training.distill.config import PteDistillConfig
 from pte_trl.training.distill.divergence import divergence
 from pte_trl.training.distill.policies import evictions_seen, hidden_states
 from pte_trl.training.generation import trainer_rollout
-from pte_trl.training.unsupported import check_arguments
+from pte_trl.training.mixin import BoundedTrainer
 
 
-class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
+class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
     """Takes what `DistillationTrainer` takes but a teacher, with a `PteDistillConfig`; the model must have an adapter.
+
+        trainer = PteDistillationTrainer(
+            model="Qwen/Qwen2.5-3B-Instruct",  # or a folder, or a model
+            args=PteDistillConfig(output_dir="outputs/distilled", window=512),
+            train_dataset=dataset,
+            peft_config=PteConfig(),
+        )
+        trainer.train()
 
     A dataset with a column `completion_ids` (token ids, end included) is distilled on these: a teacher's completions
     that were sampled once, or any text. Without one they are sampled, from the teacher or (`on_policy`) the student.
+    What is checked and when training starts: `BoundedTrainer`.
+
+    Raises:
+        ValueError: from the constructor, before weights load: settings, a model, an adapter or data that do not fit.
     """
 
     args: PteDistillConfig
+    config_class = PteDistillConfig
 
     def __init__(self, *args, **kwargs):
-        check_arguments(DistillationTrainer, PteDistillConfig, args, kwargs)
         super().__init__(*args, **kwargs)
-        self.engine_cache = EngineCache()
         self._given: list[list[int]] | None = None  # completions that the dataset brings
         self._window = 0
         self._sums: dict[str, Tensor] = {}
-        for layer in pte_layers(self.model):
-            layer.watch_updates = True
-        prepare_engine(self)
 
     # ---- completions ---------------------------------------------------------------------------------------
 
@@ -54,7 +58,7 @@ class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
         on_policy = self.args.on_policy
         policy = self.args.cache_policy if on_policy else FULL_CACHE
         result = trainer_rollout(self, prompt_ids, policy, base=not on_policy)
-        self._metrics[self._mode]["rollout/tokens_per_second"].append(result.tokens_per_second)
+        self._record("rollout/tokens_per_second", result.tokens_per_second)
         return result.completion_ids
 
     def _generate_and_score_completions(self, inputs):
@@ -105,13 +109,5 @@ class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
         for name, pair in self._sums.items():  # outside of the wrapper, where processes may wait for each other
             total, count = self.accelerator.gather(pair.unsqueeze(0)).sum(0).tolist()
             metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
-        layers = pte_layers(self.accelerator.unwrap_model(model))
-        if layers:  # on every process alike; a batch without an eviction has no ratio
-            ratios = [torch.tensor(float("nan")) if x.update_ratio is None else x.update_ratio for x in layers]
-            ratio = torch.stack([r.to(self.accelerator.device) for r in ratios]).mean()
-            metrics["pte/update_over_state"].append(self.accelerator.gather(ratio).nanmean().item())
+        self._record_updates(model)
         return loss
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"

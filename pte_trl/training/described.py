@@ -1,0 +1,37 @@
+"""What a run is, in words that a checkpoint and a manifest keep: its settings, and hashes of what it is made of."""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+
+from datasets import Dataset
+
+from pte_trl.adapter.check import active_config
+from pte_trl.runtime.identity import training_identity
+
+
+def stated(args) -> dict:
+    """The settings of a trainer's config that are not None."""
+    settings = {key: value for key, value in args.to_dict().items() if value is not None}
+    # A distillation shares most of its keys with a GRPO, and is not it.
+    return settings | {"config_class": type(args).__name__}
+
+
+def recipe_settings(script, args) -> dict:
+    """The settings of a run by a recipe, as they stand in its manifest."""
+    return asdict(script) | stated(args)
+
+
+def trainer_settings(trainer) -> dict:
+    """The settings of a run from Python; model and adapter are those that the trainer has.
+
+    Of a model that was made in memory there is no hash, nor of streamed data.
+    """
+    name = getattr(trainer.model.config, "_name_or_path", "")
+    adapter = active_config(trainer.model)
+    settings = stated(trainer.args) | {"model_name_or_path": name}
+    if adapter is not None:
+        # A set has another order in every process.
+        settings |= {key: sorted(x) if isinstance(x, set) else x for key, x in adapter.to_dict().items()}
+    source = SimpleNamespace(model_name_or_path=name or None, adapter=None)
+    rows = trainer.train_dataset if isinstance(trainer.train_dataset, Dataset) else None
+    return settings | training_identity(source, trainer.processing_class, rows)

@@ -1,0 +1,99 @@
+"""What the trainers log beside TRL's own metrics."""
+
+import math
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+
+from pte_trl.adapter.fit import FAMILIES
+from pte_trl.adapter.model import pte_layers
+from pte_trl.runtime.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
+
+logger = get_logger(__name__)
+
+
+class TrainerMetrics:
+    """Methods of a TRL trainer that put numbers among its metrics; TRL averages them over a logging step."""
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _record(self, name: str, value: float | Tensor) -> None:
+        """One number of this process -> the mean over processes.
+
+        NaN is no number, and nothing is recorded where no process has one.
+        """
+        value = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device))
+        if not value.isnan().all():
+            self._metrics[self._mode][name].append(value.nanmean().item())
+
+    def _record_max(self, name: str, value: float | Tensor) -> None:
+        """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number.
+
+        NaN is no number here, either.
+        """
+        found = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device)).flatten()
+        metrics, numbers = self._metrics[self._mode], found[~found.isnan()].tolist()
+        if numbers:
+            metrics[name] = [max(numbers + metrics[name])]
+
+    def _record_rollout(self, result) -> None:
+        """Window, evictions per completion, speed and memory of a rollout under a bounded cache."""
+        self._record("rollout/window", result.window)
+        self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))
+        self._record("rollout/tokens_per_second", result.tokens_per_second)
+        self._record("rollout/cache_bytes_per_sample", result.cache_bytes)
+
+    def _record_updates(self, model) -> None:
+        """|S'| / |S| of the last forward, mean over layers; on every process, also one that has seen no eviction."""
+        layers = pte_layers(self.accelerator.unwrap_model(model))
+        if layers:
+            ratios = [layer.update_ratio for layer in layers if layer.update_ratio is not None]
+            self._record("pte/update_over_state", torch.stack(ratios).mean() if ratios else float("nan"))
+
+
+class GrpoMetrics(TrainerMetrics):
+    """Of GRPO: whether the replay agrees with the rollout, what attention costs, and batches without a signal."""
+
+    @torch.no_grad()
+    def _record_mismatch(self, replayed: Tensor, samples: dict[str, Tensor]) -> None:
+        """|replay - rollout| of the log-probs of the same tokens under the same weights; 0 but for rounding.
+
+        The KL is the non-negative estimate exp(d) - d - 1 with d = replay - rollout, as TRL's.
+        """
+        d = (replayed - samples["sampling_per_token_logps"])[samples["completion_mask"].bool()].double()
+        # Of no token, where `mask_truncated_completions` leaves none, the mean is NaN: this process has no number.
+        self._record("mismatch/mean", d.abs().mean())
+        self._record("mismatch/kl", (d.exp() - d - 1).mean())
+        self._record_max("mismatch/max", d.abs().max() if d.numel() else math.nan)
+
+    def _record_attention(self, prompt_mask: Tensor, completion_mask: Tensor) -> None:
+        """TFLOPs of attention that the costliest sample's forward needs, of families whose shape we know."""
+        config = self.accelerator.unwrap_model(self.model).config
+        if config.model_type not in FAMILIES:  # `lora` trains any
+            return
+        lengths = zip(prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist(), strict=True)
+        policy = self.args.cache_policy
+        schedules = policy.schedules(self._samples["windows"]) if self.bounded else [None] * len(prompt_mask)
+        pairs = [visible_pairs(*length, schedule) for length, schedule in zip(lengths, schedules, strict=True)]
+        self._record_max(TFLOPS_METRIC, attention_tflops(config, max(pairs)))
+
+    def _warn_without_signal(self) -> None:
+        """Warns of a rollout batch that teaches nothing, instead of a silent zero gradient."""
+        metrics = self._metrics[self._mode]
+        if metrics["frac_reward_zero_std"][-1] == 1.0:
+            logger.warning(
+                "step %d: every group has zero reward spread (mean reward %.3f), so this batch has no gradient; "
+                "the task is too hard or too easy for the policy, or completions are cut (truncated share %.2f)",
+                self.state.global_step,
+                metrics["reward"][-1],
+                metrics["completions/clipped_ratio"][-1],
+            )
+        elif metrics["completions/clipped_ratio"][-1] == 1.0:
+            logger.warning(
+                "step %d: every completion was cut at max_completion_length=%d",
+                self.state.global_step,
+                self.max_completion_length,
+            )

@@ -1,0 +1,193 @@
+"""What the trainers of this project share: checks before weights load, calibration, the start and the end of a run."""
+
+import copy
+import inspect
+import logging
+import signal
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from pte_trl.adapter.fit import FAMILIES
+from pte_trl.adapter.model import pte_layers
+from pte_trl.rollouts.batching import EngineCache
+from pte_trl.runtime.checkpoints import AtomicCheckpoints, batch_steps, fault_of
+from pte_trl.runtime.launch import check_launch
+from pte_trl.runtime.manifest import write_manifest
+from pte_trl.runtime.ownership import owned
+from pte_trl.runtime.resume import newest, starting_point
+from pte_trl.runtime.sharding import check_engine, prepare_engine
+from pte_trl.runtime.startup import StartupGuard
+from pte_trl.runtime.together import on_main
+from pte_trl.runtime.trackers import tolerate_trackers
+from pte_trl.runtime.trained import check_finished
+from pte_trl.runtime.watch import RankWatch, StopOnTerm
+from pte_trl.training.calibrate import calibrate_encoders, is_fresh, longest_prompt
+from pte_trl.training.described import trainer_settings
+from pte_trl.training.given import check_data, check_given
+from pte_trl.training.loading import check_optimizer, load_named, load_named_tokenizer
+from pte_trl.training.metrics import TrainerMetrics
+from pte_trl.training.unsupported import check_arguments
+
+
+class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
+    """Base of the trainers, in front of TRL's: what a user of TRL does not have to think of.
+
+    Before weights load, the constructor checks the launch, the settings, the model's files, the adapter and the data.
+    A model of a family that PTE supports, given by name, is loaded with `attn_implementation="blockwise"` and without
+    its own sampling settings; dtype (float32) and the rest of `args.model_init_kwargs` are as in TRL.
+
+    `train` calibrates a fresh PTE adapter, prints what is really running, stops a run whose engine is not the one that
+    was launched, saves a checkpoint and exits at SIGTERM, and ends this process when another rank is lost.
+    Checkpoints appear whole or not at all. A tracker that fails does not end a run.
+
+    Attributes:
+        settings: what stands in every checkpoint and in the manifest: what decides the course of the run.
+        max_prompt_tokens: longest prompt there can be; None to look it up in the training set.
+        engine_cache: the rollout engine, kept between rollouts.
+    """
+
+    config_class: type
+
+    def __init__(self, *args, **kwargs):
+        arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        check_arguments(arguments, self.config_class)
+        given_by_name = load_if_named(arguments)
+        # TRL warns that `model_init_kwargs` are ignored for a model that it did not load; here they were used.
+        quiet = without_warning(super().__init__.__module__, "`model_init_kwargs`") if given_by_name else nullcontext()
+        with quiet:
+            super().__init__(**arguments | given_by_name)
+        self.engine_cache, self.max_prompt_tokens = EngineCache(), None
+        for layer in pte_layers(self.model):
+            layer.watch_updates = True
+        zero, fsdp = self._dist.zero_stage, self._dist.fsdp_version
+        check_engine(self.args, f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None)
+        prepare_engine(self)
+        # Ctrl-C interrupts a Python session as ever; the recipes' scripts save a checkpoint at it, too.
+        self.stop = StopOnTerm(batch_steps(self.args), [signal.SIGTERM])
+        self._guard = StartupGuard(self, None)
+        for callback in (self.stop, RankWatch(), self._guard):
+            self.add_callback(callback)
+        tolerate_trackers(self)
+
+    @property
+    def bounded(self) -> bool:
+        return self.args.method != "lora"
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Trains, as TRL's `train` does.
+
+        Without an argument training begins at step 0, whatever `args.resume` says, which is the recipes' key. What an
+        earlier run left in `output_dir` is moved into `output_dir/earlier-N`, or its checkpoints would be taken for
+        this run's.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint in `output_dir`, or the path of one.
+                Settings that differ from the checkpoint's are printed.
+
+        Raises:
+            ValueError: no such checkpoint, a damaged one, or one of another engine or number of processes; another
+                run writes into `output_dir`; a prompt for which the budget leaves no thought.
+            SystemExit: 143 after SIGTERM, when the checkpoint is saved.
+            Fault: the engine is not the one that was launched.
+        """
+        self.settings = self.settings or trainer_settings(self)
+        with owned(self.args.output_dir):
+            start = on_main(lambda: self._find_start(resume_from_checkpoint))
+            return self.train_from(start, *args, **kwargs)
+
+    def train_from(self, checkpoint: str | None, *args, **kwargs):
+        """`train` from a checkpoint that was found, in a folder that is this run's."""
+        if checkpoint is None and is_fresh(self):
+            calibrate_encoders(self)
+        self._guard.max_prompt_tokens = self._longest_prompt()
+        try:
+            result = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.stop.on_train_end()  # transformers does not say so where an error ends the training
+        if self.stop.stopped:
+            name = signal.Signals(self.stop.stopped).name
+            self.accelerator.print(f"stopped by {name} at step {self.state.global_step}; a checkpoint of it is saved")
+            sys.exit(128 + self.stop.stopped)
+        return result
+
+    def save_run(self) -> None:
+        """What a finished run leaves in `output_dir`: the adapter, `trainer_state.json` and last `manifest.json`.
+
+        The manifest has commit, command, hardware, versions and settings. On every process.
+
+        Raises:
+            Fault: no step was made, or the adapter is not finite: nothing is written then.
+        """
+        check_finished(self)
+        folder = self.args.output_dir
+        self.save_model(folder)
+        if self.accelerator.is_main_process:
+            self.state.save_to_json(f"{folder}/trainer_state.json")
+            write_manifest(folder, self.accelerator.device, self.accelerator.num_processes, self.settings)
+
+    def _find_start(self, asked: str | bool | None) -> str | None:
+        """The checkpoint to begin from, on one process; what an earlier run left beyond it is put aside."""
+        folder, args = Path(self.args.output_dir), copy.copy(self.args)
+        found = newest(folder, batch_steps(args)) if asked is True else Path(asked) if asked else None
+        if asked and (found is None or (fault := fault_of(found) if found.is_dir() else "no such folder")):
+            why = f"{folder} has no complete checkpoint" if found is None else fault
+            raise ValueError(
+                f"resume_from_checkpoint={asked!r}: {why}; allowed are True, a complete checkpoint, or None to begin "
+                "at step 0"
+            )
+        args.resume = "never" if found is None else str(found)
+        start = starting_point(args, self.settings)
+        return None if start is None else str(start)
+
+    def _longest_prompt(self) -> int | None:
+        """Tokens; None where nobody knows: streamed data, and `lora`, to which prompts are TRL's business."""
+        if self.max_prompt_tokens is not None or not (self.bounded and isinstance(self.train_dataset, Dataset)):
+            return self.max_prompt_tokens
+        longest = on_main(lambda: longest_prompt(self))
+        self.args.cache_policy.schedule(longest)  # refuses a budget that it would fill
+        return longest
+
+
+def load_if_named(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Checks what a trainer is given; a model given by name, and its tokenizer, are then loaded.
+
+    Models that only `lora` trains are left to TRL, and so are quantised ones.
+
+    Returns:
+        model and processing_class where they are loaded here.
+
+    Raises:
+        ValueError, OSError: as `check_given`, `check_data`, `check_launch`, `check_optimizer` and `check_engine`.
+    """
+    args, model = arguments["args"], arguments["model"]
+    launch = check_launch(args)
+    check_engine(args, launch.engine)
+    config = check_given(args, model, arguments.get("peft_config"))
+    check_data(args, arguments.get("train_dataset"), arguments.get("reward_funcs"))
+    if args.method != "lora" and not any(arguments.get("optimizers") or ()):
+        check_optimizer(args)
+    quantised = arguments.get("quantization_config") or (args.model_init_kwargs or {}).get("quantization_config")
+    if isinstance(model, nn.Module) or quantised or config.model_type not in FAMILIES:
+        return {}
+    tokenizer = arguments.get("processing_class") or load_named_tokenizer(model, args)
+    return {"model": load_named(model, args), "processing_class": tokenizer}
+
+
+@contextmanager
+def without_warning(logger: str, text: str):
+    """A warning of another library, known by a part of it, is not logged meanwhile."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    log = logging.getLogger(logger)
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
