@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import DistillationConfig
 
+from pte_trl.settings.extras import check_extra
 from pte_trl.settings.limits import SHARE, check_values, choice
 from pte_trl.training.config import check_resume, check_sampling, read_numbers
 
@@ -33,5 +34,7 @@ class PteDistillConfig(DistillationConfig):
         # beta: 0 is the forward KL, 1 the reverse one.
         check_values(self, method=choice("pte", "lora_c"), beta=SHARE)
         check_sampling(self)
+        if self.deepspeed:
+            check_extra("deepspeed", f"deepspeed={self.deepspeed!r}")
         super().__post_init__()
         check_resume(self)
