@@ -10,7 +10,9 @@ import psutil
 import torch
 
 GB = 1e9
-CONTEXT = 0.5 * GB  # of a GPU, for its own context (pte_trl/estimate/terms.py)
+# What an estimate leaves out on a GPU (docs/scaling.md): its context, and fragmentation as a share of the memory.
+CONTEXT = 2 * GB
+FRAGMENTS = 0.1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pte_trl.settings.parsing import parse, read_recipe
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill import PteDistillConfig
-from pte_trl_cli.machine import CONTEXT, GB, Gpu
+from pte_trl_cli.machine import CONTEXT, FRAGMENTS, GB, Gpu
 
 # Models whose shape the package has, by the names that recipes give them.
 KNOWN = {
@@ -130,7 +130,7 @@ def fit(path: str, found: list[Gpu], free: float) -> Fit:
     peak = estimate(job)["peak"]
     if not on_cpu and not found:
         return Fit(path, peak, "needs a GPU of that size; there is none here")
-    room = free if on_cpu else min(gpu.free for gpu in found) - CONTEXT
+    room = free if on_cpu else (1 - FRAGMENTS) * min(gpu.free for gpu in found) - CONTEXT
     return Fit(path, peak, verdict(job, peak, room, "the free memory" if on_cpu else "each GPU"))
 
 
