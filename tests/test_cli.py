@@ -113,8 +113,9 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 def test_a_training_by_the_console_script(place, tmp_path, script):
-    flags = f"--config {ROOT}/recipes/tiny.yaml --model_name_or_path {place}/outputs/tiny-base --dataset_name {place}/train.jsonl"
-    flags += " --max_steps 1 --per_device_train_batch_size 8 --max_completion_length 20 --output_dir out"
+    flags = f"--config {ROOT}/recipes/tiny.yaml --dataset_name {place}/train.jsonl"
+    flags += f" --model_name_or_path {place}/outputs/tiny-base --output_dir out"
+    flags += " --max_steps 1 --per_device_train_batch_size 8 --max_completion_length 20"
     done = run(script, "train", *flags.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     about = json.loads((tmp_path / "out/manifest.json").read_text())
