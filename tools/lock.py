@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = "uv pip compile pyproject.toml --extra dev --constraint requirements.txt --universal --python-version 3.11"
+COMMAND = "uv pip compile pyproject.toml --extra all --constraint requirements.txt --universal --python-version 3.11"
 COMMAND += " --generate-hashes --no-annotate --no-header --no-emit-index-url --quiet"
 FILES = {"requirements-build.lock": r"setuptools", "requirements-torch.lock": r"torch|nvidia-.*|cuda-.*|triton"}
 CPU = "requirements-torch-cpu.lock"

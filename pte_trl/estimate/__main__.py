@@ -1,13 +1,24 @@
-"""Memory of the paper's recipes on one GPU, by method, engine and setting."""
+"""Memory of the paper's recipes on one GPU, by method, engine and setting; or of one job.
 
+    python -m pte_trl.estimate                                          # the tables of docs/scaling.md
+    python -m pte_trl.estimate --model qwen2.5-7b --completion 16384 --replay segments --offload
+    python -m pte_trl.estimate --model FOLDER --ranks 4 --sharding zero3 --micro_batch 2
+
+`pte-trl doctor RECIPE` estimates a recipe and compares it with this machine.
+"""
+
+import argparse
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 from peft import LoraConfig
 from transformers import AutoConfig
 
 from pte_trl.adapter import PteConfig
 from pte_trl.cache.schedule import Schedule
-from pte_trl.estimate.terms import SHAPES, Job, count, estimate
+from pte_trl.estimate.terms import SHAPES, SHARDINGS, Job, count, estimate
+from pte_trl.settings.limits import COUNT, METHODS, check_value
 
 MODELS = {"qwen2.5-3b": "Qwen2.5-3B", "qwen2.5-7b": "Qwen2.5-7B", "llama-8b": "DeepSeek-R1-Distill-Llama-8B"}
 
@@ -33,12 +44,16 @@ CHANGES = {
 }
 
 
-def paper_job(shape: str, method: str, **changes) -> Job:
-    """The recipe of one of the paper's models, with changes."""
-    config = AutoConfig.from_pretrained(SHAPES / shape)
+def paper_job(shape: str | Path, method: str, **changes) -> Job:
+    """The recipe of one of the paper's models, with changes.
+
+    Args:
+        shape: a folder of `SHAPES`, or any folder with a config.json.
+    """
+    config = AutoConfig.from_pretrained(SHAPES / shape)  # an absolute path stays as it is
     adapter = PteConfig() if method == "pte" else LoraConfig(r=32, target_modules=["q_proj", "o_proj"])
-    schedule = None if method == "lora" else Schedule(512)
-    return Job(config, count(config), count(config, adapter), method, schedule=schedule, **PAPER | changes)
+    schedule = {"schedule": None if method == "lora" else Schedule(512)}
+    return Job(config, count(config), count(config, adapter), method, **PAPER | schedule | changes)
 
 
 def table(jobs: dict[str, Job]) -> list[str]:
@@ -65,5 +80,56 @@ def tables() -> str:
     return "\n".join([*lines, "### One change at a time: Qwen2.5-7B, pte, DDP", "", *table(jobs)])
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; what is not given is as in the paper's recipes.
+
+    Raises:
+        ValueError: a model that is neither a known shape nor a folder, or a number out of its range.
+    """
+    shapes = sorted(folder.name for folder in SHAPES.iterdir())
+    parser = argparse.ArgumentParser(
+        description="Peak memory of one GPU, computed from configurations; without flags, of the paper's recipes."
+    )
+    parser.add_argument("--model", help=f"folder with a config.json, or one of {', '.join(shapes)}")
+    parser.add_argument("--method", choices=METHODS, default="pte")
+    parser.add_argument("--prompt", type=int, help="longest prompt, in tokens")
+    parser.add_argument("--completion", type=int, help="longest completion, in tokens")
+    parser.add_argument("--window", type=int, help="W; 512 if not given, none for lora")
+    parser.add_argument("--micro_batch", type=int, help="per_device_train_batch_size")
+    parser.add_argument("--rollout_batch", type=int, help="completions decoded at once")
+    parser.add_argument("--num_generations", type=int, help="completions of one prompt")
+    parser.add_argument("--ranks", type=int, help="GPUs")
+    parser.add_argument("--sharding", choices=SHARDINGS)
+    parser.add_argument("--replay", choices=("one_pass", "segments"))
+    parser.add_argument("--segment_length", type=int, help="with --replay segments")
+    parser.add_argument("--offload", action="store_true", default=None, help="with --replay segments")
+    args = parser.parse_args(argv)
+    for key, value in vars(args).items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            check_value(key, value, COUNT)
+    if args.model is None:
+        return args
+    if args.model not in shapes and not (Path(args.model) / "config.json").is_file():
+        raise ValueError(f"model={args.model!r}: no folder with a config.json; known are {', '.join(shapes)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the tables, or a table of one line for what the flags say."""
+    try:
+        args = parse(argv)
+        given = {key: value for key, value in vars(args).items() if value is not None}
+        model, method = given.pop("model", None), given.pop("method")
+        if model is None and given:
+            raise ValueError(f"{', '.join('--' + key for key in given)}: only with --model")
+        if model is None:
+            print(tables())
+            return
+        shape = Path(model).resolve() if (Path(model) / "config.json").is_file() else model
+        print("\n".join(table({f"{model}, {method}": paper_job(shape, method, **given)})))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
 if __name__ == "__main__":
-    print(tables())
+    main()

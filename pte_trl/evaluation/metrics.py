@@ -93,11 +93,11 @@ def table(summaries: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Metrics of finished evaluations, from their records.")
     parser.add_argument("folders", nargs="+", type=Path, help="folders with records.jsonl somewhere below")
     parser.add_argument("--json", action="store_true", help="everything there is, instead of the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     found = sorted({path.parent for folder in args.folders for path in folder.rglob(COMPLETE)})
     if not found:
         raise SystemExit(f"error: no {COMPLETE} below {', '.join(map(str, args.folders))}")

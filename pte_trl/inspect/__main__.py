@@ -18,6 +18,7 @@ from pte_trl.models.hub import reachable
 from pte_trl.rollouts.rollout import rollout
 from pte_trl.runtime.entry import framed, run, settings_checked
 from pte_trl.runtime.manifest import environment, write_json
+from pte_trl.settings.extras import check_extra
 from pte_trl.settings.limits import COUNT, check_value
 from pte_trl.training.distill.completions import read_completions, tokens_of
 
@@ -95,6 +96,7 @@ def written(args: argparse.Namespace, model: PeftModel, tokenizer) -> tuple[list
 def main(argv: list[str] | None = None) -> None:
     with settings_checked():
         args = parse(argv)
+        check_extra("matplotlib", "the plots of an inspection")
         args.output.mkdir(parents=True, exist_ok=True)
         source, tokenizer = check(args.model, args.adapter)
         row = row_of(args, tokenizer)

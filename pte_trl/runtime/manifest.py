@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def command() -> str:
 def environment(device: str | torch.device = "cpu") -> dict:
     """The short form, for benchmarks."""
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
         "command": command(),
         "hardware": hardware(device),

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from pte_trl.settings.extras import check_extra
+
 
 class TolerantTracker:
     """A tracker's callback whose failure costs the tracking and not the run; the first one is said aloud."""
@@ -44,6 +46,8 @@ def check_trackers(names: list[str]) -> None:
         ValueError: naming it and what is allowed.
     """
     for name in names:
+        if name == "trackio":
+            check_extra("trackio", "report_to='trackio'")
         try:
             if name != "none":
                 INTEGRATION_TO_CALLBACK[name]()

@@ -11,6 +11,7 @@ from trl.import_utils import is_vllm_available
 from pte_trl.cache.arguments import CacheArguments
 from pte_trl.runtime.checkpoints import check_save_steps
 from pte_trl.runtime.trackers import check_trackers
+from pte_trl.settings.extras import check_extra
 from pte_trl.settings.limits import Limit, check_values
 from pte_trl.training.unsupported import check_settings
 
@@ -52,6 +53,8 @@ class BoundedTrainingConfig(CacheArguments):
         if self.window == "full" and self.method == "lora":
             self.window = None  # so that a flag can take back the window of a recipe
         check_method(self)
+        if self.deepspeed:
+            check_extra("deepspeed", f"deepspeed={self.deepspeed!r}")
         super().__post_init__()
         check_resume(self)
         check_trackers(self.report_to)
