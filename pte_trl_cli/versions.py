@@ -69,8 +69,13 @@ def look(requirements: list[str]) -> list[Found]:
             installed = version(needed.name)
         except PackageNotFoundError:
             installed = None
-        found.append(Found(needed.name, str(needed.specifier), installed, extra))
+        found.append(Found(needed.name, _range(needed.specifier), installed, extra))
     return sorted(found, key=lambda each: each.extra is not None)
+
+
+def _range(specifier: SpecifierSet) -> str:
+    """The lower bound first."""
+    return ",".join(sorted(map(str, specifier), reverse=True))
 
 
 def extra_of(needed: Requirement) -> str | None:
