@@ -9,7 +9,7 @@ from pathlib import Path
 from experiments.paper import numbers
 from experiments.paper.plan import Cell, EvaluationRun, TrainingRun
 from pte_trl.evaluation.metrics import summarise
-from pte_trl.evaluation.records import read_records
+from pte_trl.evaluation.records import COMPLETE, read_records
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def done(source: TrainingRun | EvaluationRun) -> bool:
     """Whether a run has finished: a training writes its manifest last, an evaluation's records are whole or absent."""
     folder = Path(source.folder)
     if isinstance(source, EvaluationRun):
-        return (folder / "records.jsonl").exists()
+        return (folder / COMPLETE).exists()
     return (folder / "manifest.json").exists() and (folder / "efficiency.json").exists()
 
 
@@ -141,7 +141,7 @@ def _row(item: str, cell: Cell) -> Row:
 
 
 def _score(source: EvaluationRun, metric: str) -> dict:
-    path = Path(source.folder) / "records.jsonl"
+    path = Path(source.folder) / COMPLETE
     summary = _summary(source.folder, path.stat().st_mtime_ns)
     counts = {"problems": summary["problems"], "samples": summary["samples"]}
     if metric == "pass@1":

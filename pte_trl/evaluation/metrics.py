@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-from pte_trl.evaluation.records import COMPLETE, read_records
+from pte_trl.evaluation.records import COMPLETE, Record, read_records
 from pte_trl.rewards.grader import has_boxed
 
 
@@ -31,7 +31,7 @@ def standard_error(values: list[float]) -> float | None:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def summarise(records: list[dict]) -> dict:
+def summarise(records: list[Record]) -> dict:
     """The metrics of one evaluation of one benchmark.
 
     Returns:
