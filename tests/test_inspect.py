@@ -12,6 +12,7 @@ import torch
 
 from pte_trl.adapter.model import pte_layers
 from pte_trl.cache.bounded import BoundedCache
+from pte_trl.inspect.plots import subplots
 from pte_trl.inspect.states import by_distance, inspect, movers
 from tests.models import tiny, with_lora, with_pte
 
@@ -79,6 +80,12 @@ def test_what_it_cannot_look_at():
         inspect(with_pte(tiny(), target_modules=["k_proj"]), PROMPT, COMPLETION, WINDOW, 0.25, pad=0)
 
 
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"matplotlib .* is not installed; pip install 'pte_trl\[plots\]'"):
+        subplots(size=(1, 1))
+
+
 def test_the_command(tmp_path, monkeypatch):
     from experiments.tiny.model import build
 
@@ -91,7 +98,7 @@ def test_the_command(tmp_path, monkeypatch):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def run(*words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pte_trl.inspect.states", *words]
+        command = [sys.executable, "-m", "pte_trl.inspect", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
 
     done = run("adapter", "--window", "8", "--max_new_tokens", "30", "--prompt", "a1b2. Find A.")

@@ -12,7 +12,7 @@ import torch
 import transformers.trainer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from pte_trl.rewards.worker_pool import Job, WorkerPool
+from pte_trl.rewards.worker_pool import Comparison, WorkerPool
 from pte_trl.runtime import checkpoints
 from pte_trl.runtime.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
 from pte_trl.settings.environment import check_environment
@@ -136,6 +136,6 @@ def test_a_graders_worker_runs_nothing_that_the_environment_was_given_since(tmp_
     monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "sitecustomize.py"))
     monkeypatch.setenv("PYTHONINSPECT", "1")
     pool = WorkerPool(1, 60.0, None)
-    assert pool.run([Job("$5$", "$5$")])[0].reason == "correct"
+    assert pool.run([Comparison("$5$", "$5$")])[0].reason == "correct"
     pool.close()
     assert not marker.exists()

@@ -5,6 +5,7 @@ from dataclasses import replace
 from peft import LoraConfig
 from transformers import AutoConfig
 
+from pte_trl import markdown
 from pte_trl.adapter import PteConfig
 from pte_trl.estimate.terms import SHAPES, Job, count, estimate
 
@@ -40,15 +41,15 @@ def paper_job(shape: str, method: str, **changes) -> Job:
     return Job(config, count(config), count(config, adapter), method, window=window, **PAPER | changes)
 
 
-def table(jobs: dict[str, Job]) -> list[str]:
-    """Markdown lines, one job a row."""
-    lines = ["| GB per GPU | weights | adapter, gradients, Adam | training | rollout | peak |", "|---" * 6 + "|"]
+def table(jobs: dict[str, Job]) -> str:
+    """Markdown, one job a row."""
+    head, rows = ["GB per GPU", "weights", "adapter, gradients, Adam", "training", "rollout", "peak"], []
     for name, job in jobs.items():
         terms = estimate(job)
         own = terms["adapter"] + terms["gradients"] + terms["optimizer"]
         cells = (terms["weights"], own, terms["training"], terms["rollout"], terms["peak"])
-        lines.append(" | ".join([f"| {name}", *(f"{cell / 1e9:.1f}" for cell in cells)]) + " |")
-    return [*lines, ""]
+        rows.append([name, *(f"{cell / 1e9:.1f}" for cell in cells)])
+    return markdown.table(head, rows)
 
 
 def tables() -> str:
@@ -59,9 +60,9 @@ def tables() -> str:
         for method in ("lora", "lora_c", "pte"):
             job = paper_job(shape, method)
             jobs |= {f"{method}, {name}": replace(job, sharding=sharding) for sharding, name in ENGINES.items()}
-        lines += [f"### {title}", "", *table(jobs)]
+        lines += [f"### {title}", "", table(jobs), ""]
     jobs = {name: paper_job("qwen2.5-7b", "pte", **change) for name, change in CHANGES.items()}
-    return "\n".join([*lines, "### One change at a time: Qwen2.5-7B, pte, DDP", "", *table(jobs)])
+    return "\n".join([*lines, "### One change at a time: Qwen2.5-7B, pte, DDP", "", table(jobs), ""])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pte_trl.adapter.check import method_of, read_config
 from pte_trl.adapter.files import adapter_folder
 from pte_trl.data.needs import repository
 from pte_trl.inspect.kl import check, load
-from pte_trl.inspect.plots import draw
+from pte_trl.inspect.plots import check_matplotlib, draw
 from pte_trl.inspect.states import by_distance, inspect, movers
 from pte_trl.models.hub import reachable
 from pte_trl.rollouts.rollout import rollout
@@ -93,6 +93,7 @@ def written(args: argparse.Namespace, model: PeftModel, tokenizer) -> tuple[list
 def main(argv: list[str] | None = None) -> None:
     with settings_checked():
         args = parse(argv)
+        check_matplotlib()
         args.output.mkdir(parents=True, exist_ok=True)
         source, tokenizer = check(args.model, args.adapter)
         row = row_of(args, tokenizer)
