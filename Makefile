@@ -82,9 +82,9 @@ CAPACITY_SIZE ?=
 SCALE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
 ACCELERATE ?= accelerate_configs/ddp.yaml
 
-outputs/$(SCALE)/plan.mk: experiments/paper/plan.py $(wildcard experiments/paper/data/*.csv)
+outputs/$(SCALE)/plan.mk: experiments/rules.py experiments/paper/plan.py $(wildcard experiments/paper/data/*.csv)
 	@mkdir -p $(@D)
-	@$(PYTHON) $< $(SCALE) > $@.tmp && mv $@.tmp $@
+	@$(PYTHON) -m experiments.paper.plan $(SCALE) > $@.tmp && mv $@.tmp $@
 
 ifeq ($(SCALE),tiny)
 export OMP_NUM_THREADS ?= 1
@@ -125,7 +125,7 @@ $(TINY_DATA): | $(READY)
 .PHONY: FORCE
 outputs/study/plan.mk: FORCE
 	@mkdir -p $(@D)
-	@$(PYTHON) experiments/study/plan.py > $@.tmp && { cmp -s $@.tmp $@ && rm $@.tmp || mv $@.tmp $@; }
+	@$(PYTHON) -m experiments.study.plan > $@.tmp && { cmp -s $@.tmp $@ && rm $@.tmp || mv $@.tmp $@; }
 ifneq ($(filter study study-%,$(MAKECMDGOALS)),)
 include outputs/study/plan.mk
 endif

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from experiments.paper.plan import Cell, Evaluation, Training
+from experiments.paper.plan import Cell, EvaluationRun, TrainingRun
 
 MODEL = "Qwen2.5-3B-Instruct"
 MATH = [[1, 1], [1, 0], [0, 0], [0, 0]]  # pass@1 (1 + 1/2) / 4 = 37.5 %; squared error 0.6875 / 3 / 4 = 0.05729
@@ -46,8 +46,8 @@ def write_training(folder: Path, tflops: float = 3.25) -> str:
     return str(folder)
 
 
-def evaluation(folder, budget: int = 3072, length: int = 3072) -> Evaluation:
-    return Evaluation("qwen3b", "pte", "math500", budget, length, 0.25, "sliding_window", 2, str(folder))
+def evaluation(folder, budget: int = 3072, length: int = 3072) -> EvaluationRun:
+    return EvaluationRun("qwen3b", "pte", "math500", budget, length, 0.25, "sliding_window", 2, str(folder))
 
 
 def table1_cells(root: Path) -> list[Cell]:
@@ -63,7 +63,7 @@ def table1_cells(root: Path) -> list[Cell]:
             Cell(keys(method, "aime24_pass16"), evaluation(root / method / "aime24"), "pass@16"),
             Cell(keys(method, "avg"), None, "avg"),
         ]
-    trained = Training("qwen3b", "pte", (), str(root / "train"))
+    trained = TrainingRun("qwen3b", "pte", (), str(root / "train"))
     return [*cells, Cell(keys("pte", "attention_tflops_max"), trained, "attention_tflops_max")]
 
 

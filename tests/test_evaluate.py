@@ -19,7 +19,7 @@ from pte_trl.cache.eviction import STRATEGIES
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.evaluation.benchmarks import load_benchmark
 from pte_trl.evaluation.config import EvaluationArguments, ModelSource, short_name
-from pte_trl.evaluation.records import read_records
+from pte_trl.evaluation.records import SCHEMA, read_records
 from pte_trl.evaluation.regrade import main as regrade_command
 from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import sample_window, seed_of
@@ -82,6 +82,7 @@ def test_every_sample_is_a_record_with_its_settings(setting, finished):
     assert {r["gold"] for r in records} <= set("0123456789")
     assert any(r["evictions"] for r in records)
     for record in records:
+        assert record["schema"] == SCHEMA
         assert record["sample_window"] == 48 - -(-record["prompt_tokens"] // 8) * 8
         assert record["finish_reason"] == ("length" if record["tokens"] == 40 else "stop")
         assert record["adapter"] == str(setting / "adapter")

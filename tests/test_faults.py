@@ -14,7 +14,7 @@ from pte_trl.adapter.files import adapter_folder
 from pte_trl.data.problems import load_problems
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.evaluation.loading import check_evaluation_model
-from pte_trl.rewards.worker_pool import Job, WorkerPool
+from pte_trl.rewards.worker_pool import Comparison, WorkerPool
 from pte_trl.runtime.checkpoints import checkpoints, complete
 from pte_trl.runtime.faults import is_lost_rank
 from pte_trl.runtime.finite import FiniteReward, check_finite
@@ -132,7 +132,7 @@ def test_a_grader_without_its_workers_gives_the_same_rewards(place):
 
 def test_a_grading_worker_leaves_sigterm_to_the_trainer():
     pool = WorkerPool(1, 60.0, None)
-    job = Job("$5$", "$5$")
+    job = Comparison("$5$", "$5$")
     assert pool.run([job])[0].reason == "correct"
     (pid,) = pool.pids()
     os.kill(pid, signal.SIGTERM)

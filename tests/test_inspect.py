@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from pte_trl.adapter.model import pte_layers
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.schedule import Schedule
+from pte_trl.inspect.plots import subplots
 from pte_trl.inspect.states import by_distance, inspect, movers
 from tests.forked import python
 from tests.models import tiny, with_lora, with_pte
@@ -78,6 +80,12 @@ def test_what_it_cannot_look_at():
         inspect(with_pte(tiny()), PROMPT, COMPLETION, Schedule(60), pad=0)
     with pytest.raises(ValueError, match="k_proj"):
         inspect(with_pte(tiny(), target_modules=["k_proj"]), PROMPT, COMPLETION, Schedule(WINDOW), pad=0)
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"a figure: matplotlib is not installed; pip install 'pte_trl\[plots\]'"):
+        subplots(size=(1, 1))
 
 
 def test_the_command(tmp_path, monkeypatch):

@@ -2,14 +2,14 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments.paper.plan import ITEMS, Evaluation, Training, cells, makefile
+from experiments.paper.plan import ITEMS, EvaluationRun, TrainingRun, cells, rules
+from experiments.rules import Run, makefile, options, python
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.settings.parsing import parse
 from pte_trl.training.arguments import parse_recipe
@@ -24,19 +24,20 @@ def sources(item: str, scale: str) -> list:
 
 def commands(scale: str, script: str) -> list[list[str]]:
     """Arguments of every command of the plan that runs a script; make's variables are left out."""
-    text = re.sub(r"\$\(call ACCUMULATION,(\d+)\)", lambda m: str(512 // (8 * int(m[1]))), makefile(scale))
-    lines = [line for line in text.splitlines() if line.startswith(f"\t$(LAUNCH) recipes/{script}")]
-    return [[word for word in shlex.split(line)[2:] if not word.startswith("$(")] for line in lines]
+    found = dict.fromkeys(argv for run in rules(scale) for argv in run.commands if script in argv)
+    batch = re.compile(r"\$\(call ACCUMULATION,(\d+)\)")
+    words = [[batch.sub(lambda m: str(512 // (8 * int(m[1]))), word) for word in argv[2:]] for argv in found]
+    return [[word for word in argv if not word.startswith("$(")] for argv in words]
 
 
 def test_table_1_at_the_papers_scale():
     runs = sources("table1", "paper")
     assert {r.model for r in runs} == {"qwen3b", "qwen7b", "llama8b"}
     assert {r.run for r in runs} == {"baseline", "lora", "lora_c", "pte"}
-    protocol = {(r.benchmark, r.budget, r.max_new_tokens, r.samples) for r in runs if isinstance(r, Evaluation)}
+    protocol = {(r.benchmark, r.budget, r.max_new_tokens, r.samples) for r in runs if isinstance(r, EvaluationRun)}
     once = {(name, 3072, 3072, 5) for name in ("math500", "olympiadbench", "minerva_math", "amc23")}
     assert protocol == once | {("aime24", 1536, 6144, 16), ("aime25", 1536, 6144, 16)}
-    assert len([r for r in runs if isinstance(r, Training)]) == 3 * 3 * 3  # metrics x methods x models
+    assert len([r for r in runs if isinstance(r, TrainingRun)]) == 3 * 3 * 3  # metrics x methods x models
 
 
 def test_the_other_settings_of_the_paper():
@@ -52,7 +53,7 @@ def test_the_other_settings_of_the_paper():
     assert {r.eviction for r in sources("figure4b", "paper")} == {"sliding_window", "h2o", "pyramidkv", "headkv"}
     lengths = {3072, 6144, 12288, 24576, 49152, 65536}
     assert {(r.budget, r.max_new_tokens) for r in sources("figure5", "paper")} == {(1024, n) for n in lengths}
-    runs = {r.run: r.options for r in sources("table3", "paper") if isinstance(r, Training)}
+    runs = {r.run: r.options for r in sources("table3", "paper") if isinstance(r, TrainingRun)}
     assert set(runs) == {"lora", "lora-6144", "pte", "pte-4096", "pte-5120", "pte-6144"}
     assert runs["pte-4096"][-2:] == ("--max_completion_length", "4096")
 
@@ -70,7 +71,7 @@ def test_no_two_settings_share_a_folder_and_no_number_is_forgotten(item, scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_command_of_the_plan_parses(scale, monkeypatch):
     monkeypatch.chdir(ROOT)
-    training, evaluation = commands(scale, "pte_trl.training.grpo.py"), commands(scale, "evaluate.py")
+    training, evaluation = commands(scale, "recipes/grpo_pte.py"), commands(scale, "recipes/evaluate.py")
     assert (len(training), len(evaluation)) == ((18, 380) if scale == "paper" else (12, 172))
     for argv in training:
         script, args = parse_recipe([*argv, "--use_cpu", "true", "--bf16", "false"])
@@ -94,7 +95,7 @@ def test_make_plans_every_item(scale, tmp_path):
     assert done.stdout.count("recipes/evaluate.py") == (380 if scale == "paper" else 172)
     assert done.stdout.count("recipes/grpo_pte.py") == (18 if scale == "paper" else 12)
     assert done.stdout.count("experiments.paper.render") == len(ITEMS)
-    assert done.stdout.count("pretrain_tiny") == (scale == "tiny")
+    assert done.stdout.count("experiments.tiny.pretrain") == (scale == "tiny")
     assert not (tmp_path / "outputs" / scale / "train").exists()
 
 
@@ -108,9 +109,44 @@ def test_the_global_batch_is_the_papers_on_any_number_of_gpus(tmp_path):
 
 
 def plan_of(target: str, scale: str, tmp_path: Path, *variables: str) -> subprocess.CompletedProcess:
-    for name in ("Makefile", "pte_trl", "recipes", "requirements.txt", "pyproject.toml"):
+    locks = [path.name for path in ROOT.glob("requirements*.lock")]
+    for name in ("Makefile", "pte_trl", "experiments", "recipes", "pyproject.toml", *locks):
         if not (tmp_path / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     command = ["make", "-n", target, f"SCALE={scale}", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", *variables]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_a_run_is_a_rule_that_make_reads(tmp_path):
+    """What is data arrives as words; make's variables are expanded; `present` asks for the file, not for its date."""
+    program = (*python("experiments.study.collect", "a b"), *options(windows=[8, 16], kl=None), "it's", "$@")
+    runs = [
+        Run("all", ("out/result",), phony=True),
+        Run("out/result", ("need",), (("@echo", "first"), program), ("base",)),
+        Run("out/result", (), (("a rule of the same target",),)),
+    ]
+    (tmp_path / "Makefile").write_text("PY := python\n" + makefile("a test", runs))
+    for name in ("need", "base"):
+        (tmp_path / name).touch()
+
+    def make(*arguments: str) -> list[str]:
+        return subprocess.run(
+            ["make", "-n", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+    command = "python -m experiments.study.collect 'a b' --windows 8 16 'it'\"'\"'s' out/result"
+    assert make("all") == ["echo first", command]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/result").touch()
+    assert make("all") == ["make: Nothing to be done for 'all'."]
+    assert make("all", "-W", "base") == ["make: Nothing to be done for 'all'."]
+    assert make("all", "-W", "need") == ["echo first", command]
+
+
+@pytest.mark.parametrize("module", ["experiments.study.plan", "experiments.paper.plan"])
+def test_a_plan_needs_no_environment(module):
+    """`-S` leaves site-packages out: make asks for the plans before anything is installed."""
+    command = [sys.executable, "-S", "-m", module, "tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={})
+    assert done.returncode == 0 and "recipes/evaluate.py" in done.stdout, done.stderr

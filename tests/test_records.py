@@ -8,13 +8,13 @@ import resource
 import pytest
 
 from pte_trl.evaluation.metrics import pass_at_k, standard_error, summarise, table
-from pte_trl.evaluation.records import Parts, read_records, write_records
+from pte_trl.evaluation.records import SCHEMA, Parts, Record, read_records, write_records
 from pte_trl.runtime.faults import Fault
 
 
-def row(problem: str, sample: int, correct: bool, **changes) -> dict:
+def row(problem: str, sample: int, correct: bool, **changes) -> Record:
     usual = {"completion": r"\boxed{1}", "finish_reason": "stop", "tokens": 10, "evictions": 2}
-    usual |= {"contaminated": False, "gold": "1", "gold_note": None}
+    usual |= {"contaminated": False, "gold": "1", "gold_note": None, "schema": SCHEMA}
     return {"problem_id": problem, "sample": sample, "correct": correct} | usual | changes
 
 
@@ -109,6 +109,8 @@ LINES = {
     json.dumps(row("a", True, True)): "without a proper sample",
     json.dumps(row("a", 0, None)): "without a proper correct",
     json.dumps(row(["a"], 0, True)): "without a proper problem_id",
+    json.dumps(row("a", 0, True, finish_reason="tired")): "without a proper finish_reason",
+    json.dumps(row("a", 0, True, gold_note=5, sample_seed="7")): "without a proper gold_note, sample_seed",
     "\xff": "not JSON",
 }
 
@@ -120,6 +122,22 @@ def test_a_line_that_is_no_record_is_named_by_file_and_number(tmp_path, line, na
     (tmp_path / name).write_bytes(f"{good}\n{line}\n{good}\n".encode("latin-1"))
     with pytest.raises(ValueError, match=rf"{name}, line 2: (a record )?{LINES[line]}.*; remove the line"):
         Parts(tmp_path).read() if name == "part-0.jsonl" else read_records(tmp_path)
+
+
+def test_records_from_before_there_was_a_schema_are_read(tmp_path):
+    old = row("a", 0, True)
+    del old["schema"]
+    (tmp_path / "records.jsonl").write_text(json.dumps(old) + "\n")
+    assert read_records(tmp_path) == [row("a", 0, True, schema=1)]
+
+
+def test_records_of_another_schema_are_refused(tmp_path):
+    """Their keys may mean something else, so no metric is computed from them."""
+    write_records(tmp_path, [row("a", 0, True), row("a", 1, True, schema=SCHEMA + 1, pte_trl="9.0")])
+    with pytest.raises(
+        ValueError, match=rf"line 2: schema={SCHEMA + 1}, .* reads {SCHEMA}; use the version .*\(9\.0\)"
+    ):
+        read_records(tmp_path)
 
 
 def test_a_full_disk_is_named_and_costs_no_record(tmp_path):

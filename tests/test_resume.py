@@ -179,10 +179,22 @@ def test_save_steps_that_split_a_generation_batch_are_refused(tmp_path, changes,
         parse_recipe(recipe(tmp_path, save_strategy="steps", **changes))
 
 
-def test_save_steps_that_fit(tmp_path):
-    for changes in ({"save_steps": 8, "steps_per_generation": 4}, {"save_steps": 1}, {"save_steps": 2}):
-        parse_recipe(recipe(tmp_path, save_strategy="steps", **changes))
-    parse_recipe(recipe(tmp_path, save_steps=3, steps_per_generation=4))  # save_strategy is "no"
+@pytest.mark.parametrize(
+    "changes", [{"save_steps": 8, "steps_per_generation": 4}, {"save_steps": 1}, {"save_steps": 2}]
+)
+def test_save_steps_that_fit(tmp_path, changes):
+    """They are taken as they are, and a run resumes from a checkpoint at such a step."""
+    _, args = parse_recipe(recipe(tmp_path, save_strategy="steps", **changes))
+    assert (args.save_strategy, args.save_steps) == ("steps", changes["save_steps"])
+    batch = {key: getattr(args, key) for key in ("steps_per_generation", "num_iterations")}
+    path, said = checkpoint(tmp_path / "out", args.save_steps), []
+    assert starting_point(args_of(tmp_path / "out", **batch), SETTINGS, said.append) == path
+    assert not any("generation batch" in line for line in said)
+
+
+def test_save_steps_of_a_run_that_saves_nothing_may_be_anything(tmp_path):
+    _, args = parse_recipe(recipe(tmp_path, save_steps=3, steps_per_generation=4))
+    assert (args.save_strategy, args.save_steps, args.steps_per_generation) == ("no", 3, 4)
 
 
 def test_the_trainers_own_key_is_not_taken(tmp_path):

@@ -12,9 +12,9 @@ import torch
 import transformers.trainer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from pte_trl.rewards.worker_pool import Job, WorkerPool
-from pte_trl.runtime import checkpoints
+from pte_trl.rewards.worker_pool import Comparison, WorkerPool
 from pte_trl.runtime.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
+from pte_trl.runtime.resume import newest, starting_point
 from pte_trl.settings.environment import check_environment
 from pte_trl.training.arguments import parse_recipe
 from tests.test_recipes import recipe
@@ -75,9 +75,9 @@ def test_a_file_that_was_changed_is_found_by_its_hash(tmp_path):
     assert fault_of(path) is None  # as large as before
     assert fault_of(path, contents=True) == "optimizer.pt has been changed since it was written"
     said = []
-    assert checkpoints.newest(tmp_path, 1, said.append) is None and "has been changed" in said[0]
+    assert newest(tmp_path, 1, said.append) is None and "has been changed" in said[0]
     with pytest.raises(ValueError, match=r"checkpoint-2'?: optimizer\.pt has been changed since it was written"):
-        checkpoints.starting_point(args_of(tmp_path, str(path)), {})
+        starting_point(args_of(tmp_path, str(path)), {})
 
 
 def test_torchs_sharded_index_is_neither_written_nor_read(tmp_path):
@@ -90,7 +90,7 @@ def test_torchs_sharded_index_is_neither_written_nor_read(tmp_path):
     path = checkpoint(tmp_path, 4)
     shutil.copytree(tmp_path / "checkpoint-2/optimizer_0", path / "optimizer_0")
     with pytest.raises(ValueError, match=r"\.metadata: could run any code when it is read"):
-        checkpoints.starting_point(args_of(tmp_path, str(path)), {})
+        starting_point(args_of(tmp_path, str(path)), {})
 
 
 @pytest.mark.parametrize("listing", ["5", "[]", "{}", '{"files": 5}', '{"files": {"optimizer.pt": null}}', "\xff"])
@@ -136,6 +136,6 @@ def test_a_graders_worker_runs_nothing_that_the_environment_was_given_since(tmp_
     monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "sitecustomize.py"))
     monkeypatch.setenv("PYTHONINSPECT", "1")
     pool = WorkerPool(1, 60.0, None)
-    assert pool.run([Job("$5$", "$5$")])[0].reason == "correct"
+    assert pool.run([Comparison("$5$", "$5$")])[0].reason == "correct"
     pool.close()
     assert not marker.exists()

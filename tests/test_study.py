@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.rules import makefile
 from experiments.study import curves, plan, report
 from experiments.study.collect import beside, collect
 from experiments.study.evaluate import accuracy
@@ -213,7 +214,7 @@ def test_collecting_evaluations(tmp_path):
 
 
 def test_the_plan_is_one_that_make_reads(tmp_path):
-    (tmp_path / "Makefile").write_text(HEAD + plan.makefile())
+    (tmp_path / "Makefile").write_text(HEAD + makefile("a test", plan.rules()))
     shown = subprocess.run(["make", "-n", "study"], cwd=tmp_path, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()

@@ -1,17 +1,21 @@
 """GRPO for real on a tiny model: rollout and replay agree inside the trainer, and nothing but the adapter moves."""
 
+from statistics import fmean
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from trl import GRPOTrainer
 
 from experiments.tiny.model import build, build_tokenizer
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
+from pte_trl.rewards.grader import has_boxed
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.trainer import PteGRPOTrainer
-from tests.models import randomise_up, tiny, with_pte
+from tests.models import gap, left_padded_batch, randomise_up, replay_logps, tiny, with_pte
 
 PROBLEMS = ["1+1", "12+34=", "7", "100+200+300"] * 4
 
@@ -21,13 +25,23 @@ def reward_of_length(completion_ids, **kwargs):
     return [float(len(ids) + sum(ids) % 5) for ids in completion_ids]
 
 
+def watched(seen: list):
+    """The same reward, which keeps what it was given."""
+
+    def reward(completion_ids, **kwargs):
+        seen.append(completion_ids)
+        return reward_of_length(completion_ids)
+
+    return reward
+
+
 def model_of(vocabulary: int, family="qwen2"):
     model = tiny(family, torch.float32)
     model.resize_token_embeddings(vocabulary)
     return model
 
 
-def trainer_for(tmp_path, method="pte", model=None, peft=True, **changes):
+def trainer_for(tmp_path, method="pte", model=None, peft=True, trainer_class=PteGRPOTrainer, **changes):
     tokenizer = build_tokenizer()
     settings = {
         "output_dir": str(tmp_path),
@@ -46,7 +60,7 @@ def trainer_for(tmp_path, method="pte", model=None, peft=True, **changes):
         "disable_tqdm": True,
     } | changes
     script = RecipeArguments("unused", rank=4, num_global_tokens=4)
-    return PteGRPOTrainer(
+    return trainer_class(
         model=model or model_of(len(tokenizer)),
         reward_funcs=reward_of_length,
         args=PteGRPOConfig(**settings),
@@ -81,22 +95,37 @@ def test_the_replay_scores_what_was_sampled(tmp_path, method, batching):
 
 
 def test_what_is_logged(tmp_path):
+    """Every number again from the completions themselves, which the reward function gets to see."""
+    seen = []
     trainer = trainer_for(tmp_path)
+    tokenizer = trainer.processing_class
+    trainer.reward_funcs = [watched(seen)]
     trainer.train()
-    for name in (
-        "mismatch/mean",
-        "mismatch/max",
-        "mismatch/kl",
-        "rollout/window",
-        "rollout/evictions",
-        "rollout/tokens_per_second",
-        "rollout/cache_bytes_per_sample",
-        "pte/update_over_state",
-        "completions/format_rate",
-        "completions/clipped_ratio",
-        "frac_reward_zero_std",
-    ):
-        assert len(logged(trainer, name)) == 2, name
+    assert [len(batch) for batch in seen] == [8, 8]
+    window, evict = 8, 2
+    ended = [[ids[-1] == tokenizer.eos_token_id for ids in batch] for batch in seen]
+    texts = [tokenizer.batch_decode(batch, skip_special_tokens=True) for batch in seen]
+    rewards = [torch.tensor(reward_of_length(batch)).view(2, 4) for batch in seen]
+    expected = {
+        "rollout/window": [window] * 2,
+        # The last token of a completion is not fed to the model again.
+        "rollout/evictions": [fmean(max(0, -(-(len(ids) - 1 - window) // evict)) for ids in batch) for batch in seen],
+        "completions/format_rate": [fmean(map(has_boxed, batch)) for batch in texts],
+        "completions/clipped_ratio": [1 - fmean(batch) for batch in ended],
+        "completions/mean_length": [fmean(map(len, batch)) for batch in seen],
+        "reward": [batch.mean().item() for batch in rewards],
+        "frac_reward_zero_std": [(batch.std(1) == 0).float().mean().item() for batch in rewards],
+    }
+    for name, values in expected.items():
+        assert logged(trainer, name) == pytest.approx(values, abs=1e-6), name
+    mean, worst, kl = (logged(trainer, f"mismatch/{name}") for name in ("mean", "max", "kl"))
+    assert all(0 <= m <= w < 1e-4 for m, w in zip(mean, worst, strict=True)) and max(map(abs, kl)) < 1e-6
+    token = 2 * 3 * 2 * 8 * 4  # keys and values of 3 layers with 2 heads of 8 numbers of 4 bytes
+    longest = max(len(tokenizer(p)["input_ids"]) for p in PROBLEMS)
+    assert all(token * (longest + window) < held for held in logged(trainer, "rollout/cache_bytes_per_sample"))
+    assert all(speed > 0 for speed in logged(trainer, "rollout/tokens_per_second"))
+    # At the start B is zero, but S is updated all the same.
+    assert all(moved > 0 for moved in logged(trainer, "pte/update_over_state"))
 
 
 def test_only_the_adapter_moves_and_it_loads_again(tmp_path):
@@ -106,14 +135,22 @@ def test_only_the_adapter_moves_and_it_loads_again(tmp_path):
     trainer = trainer_for(tmp_path, model=model)
     start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
-    moved = [n for n, p in trainer.model.named_parameters() if n in start and not torch.equal(p, start[n])]
-    assert len(moved) == len(start), "a trainable tensor did not move"
+    trained = {n: trainer.model.get_parameter(n).detach().clone() for n in start}
+    assert [n for n in start if torch.equal(trained[n], start[n])] == [], "trainable tensors that did not move"
+    ids, mask, prompt = left_padded_batch([6, 3], 24)
+    with torch.no_grad():
+        logps = replay_logps(trainer.model.eval(), ids, mask, prompt, 8)
     trainer.save_model(str(tmp_path))
     base = trainer.model.unload()
     for name, value in base.state_dict().items():
         assert torch.equal(value, before[name]), name
-    again = PeftModel.from_pretrained(base, str(tmp_path))
-    assert any(p.abs().sum() > 0 for n, p in again.named_parameters() if "pte_up" in n)
+    again = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    for name, value in trained.items():
+        assert torch.equal(again.get_parameter(name), value), name
+    with torch.no_grad():
+        assert torch.equal(replay_logps(again, ids, mask, prompt, 8), logps)
+        with again.disable_adapter():
+            assert gap(replay_logps(again, ids, mask, prompt, 8), logps) > 1e-3, "the adapter does nothing"
 
 
 def test_the_reference_is_the_base_with_the_full_cache(tmp_path):
@@ -197,11 +234,26 @@ def test_a_batch_without_spread_is_said_aloud(tmp_path, caplog):
     assert "every group has zero reward spread" in caplog.text
 
 
-def test_lora_keeps_the_full_cache_of_trl(tmp_path):
-    trainer = trainer_for(tmp_path, "lora")
-    trainer.train()
+@pytest.mark.parametrize(
+    "changes", [{}, {"beta": 0.1, "steps_per_generation": 2, "num_iterations": 2, "max_steps": 4}], ids=["plain", "KL"]
+)
+def test_lora_keeps_the_full_cache_of_trl(tmp_path, changes):
+    """`method="lora"` is a plain `trl.GRPOTrainer`: samples, losses and weights are equal bit by bit."""
+    found = []
+    for trainer_class in (PteGRPOTrainer, GRPOTrainer):
+        torch.manual_seed(0)
+        seen = []
+        trainer = trainer_for(tmp_path, "lora", trainer_class=trainer_class, **changes)
+        trainer.reward_funcs = [watched(seen)]
+        trainer.train()
+        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        names = ("loss", "grad_norm", "kl", "entropy", "reward")
+        found.append((seen, {name: logged(trainer, name) for name in names}, weights))
+        assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
+    ours, trls = found
+    assert ours[0] == trls[0] and ours[1] == trls[1]
+    assert ours[2].keys() == trls[2].keys() and all(torch.equal(w, trls[2][n]) for n, w in ours[2].items())
     assert not logged(trainer, "rollout/window")
-    assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
 
 
 def test_the_tiny_model_of_the_demo_is_supported(tmp_path):

@@ -1,9 +1,9 @@
 """Which runs every table and figure needs, and the Makefile that makes them.
 
-    python experiments/paper/plan.py tiny > outputs/tiny/plan.mk
+    python -m experiments.paper.plan tiny > outputs/tiny/plan.mk
 
-Standard library only, and run by its path: make asks it for the plan before there is an environment. The cells follow
-the paper's own numbers (`data/*.csv`), so that none is forgotten.
+Standard library only: make asks for the plan before there is an environment. The cells follow the paper's own numbers
+(`data/*.csv`), so that none is forgotten.
 
 At the scale "tiny" one model of a million parameters stands in for the paper's three, generated sums stand in for the
 benchmarks, and lengths are 1/32 of the paper's. A budget b becomes 32 + (b - 512) / 32: the paper counts 512 of its
@@ -14,6 +14,8 @@ import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from experiments.rules import Run, makefile, options, python
 
 ITEMS = (
     *("table1", "table2", "table3", "tableA1"),
@@ -31,7 +33,6 @@ MODEL_OF = {
     **{"figure3a": "qwen7b", "figure3b": "llama8b", "figure5": "llama8b", "table3": "llama8b"},
 }
 EFFICIENCY = ("attention_tflops_max", "gpu_mem_peak_pct", "gpu_mem_mean_pct")
-BENCHMARKS = ("math500", "olympiadbench", "minerva_math", "amc23", "aime24", "aime25")
 LENGTH, LONG = 3072, 6144  # new tokens: figures 3, 4, A1; table 2 and the AIME columns of table 1
 RUNS, TRIES = 5, 16  # pass@1 is averaged over five runs, AIME is pass@16
 SHRINK, SINK, TINY_SINK = 32, 512, 32
@@ -46,7 +47,7 @@ TINY_RATE = "2e-4"  # at the recipe's 1e-3 two PTE runs collapsed (docs/log.md)
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingRun:
     """A training run: `options` are flags on top of the model's recipe."""
 
     model: str
@@ -56,7 +57,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRun:
     """An evaluation of a run ("baseline" has no training) on one benchmark under one setting."""
 
     model: str
@@ -75,7 +76,7 @@ class Cell:
     """A number: the paper's key columns, where ours comes from (None: the mean of its siblings), and as what."""
 
     keys: dict[str, str]
-    source: Training | Evaluation | None
+    source: TrainingRun | EvaluationRun | None
     metric: str
 
 
@@ -103,8 +104,8 @@ def options_of(run: str, scale: str) -> tuple[str, ...]:
     return tuple(options)
 
 
-def training(model: str, run: str, scale: str) -> Training:
-    return Training(model, run, options_of(run, scale), f"outputs/{scale}/train/{model}/{run}")
+def training(model: str, run: str, scale: str) -> TrainingRun:
+    return TrainingRun(model, run, options_of(run, scale), f"outputs/{scale}/train/{model}/{run}")
 
 
 def evaluation(
@@ -116,7 +117,7 @@ def evaluation(
         budget = TINY_SINK + (budget - SINK) // SHRINK
     setting = f"{budget}-{length}-{ratio}-{eviction}-{samples}"
     folder = f"outputs/{scale}/evaluate/{model}/{run}/{setting}/{benchmark}"
-    return Evaluation(model, run, benchmark, budget, length, ratio, eviction, samples, folder)
+    return EvaluationRun(model, run, benchmark, budget, length, ratio, eviction, samples, folder)
 
 
 def cells(item: str, scale: str) -> list[Cell]:
@@ -140,7 +141,7 @@ def cells(item: str, scale: str) -> list[Cell]:
     return list(out.values())
 
 
-def source(item: str, keys: dict[str, str], model: str, scale: str) -> tuple[Training | Evaluation | None, str]:
+def source(item: str, keys: dict[str, str], model: str, scale: str) -> tuple[TrainingRun | EvaluationRun | None, str]:
     """Where a cell's number comes from, and as what."""
     if "avg" in keys.values():
         return None, "avg"
@@ -205,55 +206,52 @@ def stand_in(scale: str) -> dict:
 # ---- the Makefile ----------------------------------------------------------------------------------------------
 
 
-def train_rule(run: Training, scale: str) -> str:
-    base = " | $(TINY_BASE) $(TINY_DATA)" if scale == "tiny" else " | $(READY)"
-    command = ["$(LAUNCH) recipes/grpo_pte.py --config", f"recipes/{run.model}.yaml", *run.options]
-    command += ["--output_dir", run.folder]
+def train_rule(run: TrainingRun, scale: str) -> Run:
+    command = ("$(LAUNCH)", "recipes/grpo_pte.py", *options(config=f"recipes/{run.model}.yaml"), *run.options)
+    command += options(output_dir=run.folder)
     if scale == "paper":
-        command += ["--gradient_accumulation_steps", f"$(call ACCUMULATION,{PER_DEVICE[run.model]})"]
-    command += ["$(TRAIN_ARGS)"]
-    return f"{run.folder}/manifest.json:{base}\n\t{' '.join(command)}\n"
+        command += options(gradient_accumulation_steps=f"$(call ACCUMULATION,{PER_DEVICE[run.model]})")
+    present = ("$(TINY_BASE)", "$(TINY_DATA)") if scale == "tiny" else ("$(READY)",)
+    return Run(manifest(run), (), ((*command, "$(TRAIN_ARGS)"),), present)
 
 
-def evaluate_rule(run: Evaluation, scale: str) -> str:
-    """$(FRESH) removes a folder of records that is older than its adapter; an unfinished one goes on."""
-    needs, command = [], ["$(LAUNCH) recipes/evaluate.py --recipe", f"recipes/{run.model}.yaml"]
-    if run.run != "baseline":
-        trained = training(run.model, run.run, scale).folder
-        needs.append(f"{trained}/manifest.json")
-        command += ["--adapter", trained]
-    base = "$(TINY_BASE) $(TINY_DATA)" if scale == "tiny" else "$(READY)"
-    command += ["--benchmarks", run.benchmark, "--budget", str(run.budget)]
-    command += ["--max_new_tokens", str(run.max_new_tokens), "--evict_ratio", str(run.evict_ratio)]
-    command += ["--eviction", run.eviction, "--samples", str(run.samples)]
-    command += ["--output_dir", str(Path(run.folder).parent), "$(EVAL_ARGS)"]
-    target = f"{run.folder}/manifest.json"
-    return f"{target}: {' '.join(needs)} | {base}\n\t@$(FRESH)\n\t{' '.join(command)}\n"
+def evaluate_rule(run: EvaluationRun, scale: str) -> Run:
+    """$(FRESH) removes a folder of records that is older than its adapter; an unfinished one is resumed."""
+    trained = None if run.run == "baseline" else training(run.model, run.run, scale)
+    flags = {"recipe": f"recipes/{run.model}.yaml", "adapter": trained.folder if trained else None}
+    flags |= {"benchmarks": run.benchmark, "budget": run.budget, "max_new_tokens": run.max_new_tokens}
+    flags |= {"evict_ratio": run.evict_ratio, "eviction": run.eviction, "samples": run.samples}
+    flags |= {"output_dir": Path(run.folder).parent}
+    command = ("$(LAUNCH)", "recipes/evaluate.py", *options(**flags), "$(EVAL_ARGS)")
+    present = ("$(TINY_BASE)", "$(TINY_DATA)") if scale == "tiny" else ("$(READY)",)
+    return Run(manifest(run), (manifest(trained),) if trained else (), (("@$(FRESH)",), command), present)
 
 
-def item_rule(item: str, needs: list[str], scale: str) -> str:
+def manifest(run: TrainingRun | EvaluationRun) -> str:
+    """The file that a run writes last."""
+    return f"{run.folder}/manifest.json"
+
+
+def item_rules(item: str, needs: tuple[str, ...], scale: str) -> list[Run]:
     """Writes the table or figure, and prints the table, once everything behind it is there."""
-    result = f"outputs/{scale}/results/{item}.{'md' if item.startswith('table') else 'png'}"
-    render = f"$(PY) -m experiments.paper.render {item} --scale {scale} --output outputs/{scale}/results"
-    return f".PHONY: reproduce-{item}\nreproduce-{item}: {result}\n{result}: {' '.join(needs)}\n\t{render}\n"
+    folder = f"outputs/{scale}/results"
+    result = f"{folder}/{item}.{'md' if item.startswith('table') else 'png'}"
+    render = python("experiments.paper.render", item, scale=scale, output=folder)
+    return [Run(f"reproduce-{item}", (result,), phony=True), Run(result, needs, (render,))]
 
 
-def makefile(scale: str) -> str:
-    """Rules for every training, evaluation, table and figure of a scale."""
-    runs: dict[str, str] = {}
-    rules = []
+def rules(scale: str) -> list[Run]:
+    """Every training, evaluation, table and figure of a scale; what several items need stands there several times."""
+    found, shown = [], []
     for item in ITEMS:
         sources = dict.fromkeys(cell.source for cell in cells(item, scale) if cell.source is not None)
         for run in sources:
-            if isinstance(run, Evaluation) and run.run != "baseline":
-                trained = training(run.model, run.run, scale)
-                runs.setdefault(trained.folder, train_rule(trained, scale))
-            runs.setdefault(run.folder, (train_rule if isinstance(run, Training) else evaluate_rule)(run, scale))
-        rules.append(item_rule(item, [f"{run.folder}/manifest.json" for run in sources], scale))
-    everything = " ".join(f"reproduce-{item}" for item in ITEMS)
-    rules.append(f".PHONY: reproduce-all\nreproduce-all: {everything}\n")
-    return "\n".join([f"# Made by experiments/paper/plan.py for SCALE={scale}", *runs.values(), *rules])
+            if isinstance(run, EvaluationRun) and run.run != "baseline":
+                found.append(train_rule(training(run.model, run.run, scale), scale))
+            found.append((train_rule if isinstance(run, TrainingRun) else evaluate_rule)(run, scale))
+        shown += item_rules(item, tuple(map(manifest, sources)), scale)
+    return [*found, *shown, Run("reproduce-all", tuple(f"reproduce-{item}" for item in ITEMS), phony=True)]
 
 
 if __name__ == "__main__":
-    print(makefile(sys.argv[1]))
+    print(makefile(f"experiments/paper/plan.py for SCALE={sys.argv[1]}", rules(sys.argv[1])))

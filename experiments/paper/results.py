@@ -7,9 +7,9 @@ from math import sqrt
 from pathlib import Path
 
 from experiments.paper import numbers
-from experiments.paper.plan import Cell, Evaluation, Training
+from experiments.paper.plan import Cell, EvaluationRun, TrainingRun
 from pte_trl.evaluation.metrics import summarise
-from pte_trl.evaluation.records import read_records
+from pte_trl.evaluation.records import COMPLETE, read_records
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ def lengths(cells: list[Cell]) -> dict[str, list[int] | None]:
     }
 
 
-def done(source: Training | Evaluation) -> bool:
+def done(source: TrainingRun | EvaluationRun) -> bool:
     """Whether a run has finished: a training writes its manifest last, an evaluation's records are whole or absent."""
     folder = Path(source.folder)
-    if isinstance(source, Evaluation):
-        return (folder / "records.jsonl").exists()
+    if isinstance(source, EvaluationRun):
+        return (folder / COMPLETE).exists()
     return (folder / "manifest.json").exists() and (folder / "efficiency.json").exists()
 
 
@@ -133,15 +133,15 @@ def _row(item: str, cell: Cell) -> Row:
             raise ValueError(f"{item} {cell.keys}: no source for {cell.metric}, and only averages need none")
         return Row(**base)
     base["folder"] = source.folder
-    if isinstance(source, Evaluation):
+    if isinstance(source, EvaluationRun):
         base["at"] = source.max_new_tokens if item == "figure5" else source.budget
     if not done(source):
         return Row(**base)
-    return Row(**base, **(_score if isinstance(source, Evaluation) else _efficiency)(source, cell.metric))
+    return Row(**base, **(_score if isinstance(source, EvaluationRun) else _efficiency)(source, cell.metric))
 
 
-def _score(source: Evaluation, metric: str) -> dict:
-    path = Path(source.folder) / "records.jsonl"
+def _score(source: EvaluationRun, metric: str) -> dict:
+    path = Path(source.folder) / COMPLETE
     summary = _summary(source.folder, path.stat().st_mtime_ns)
     counts = {"problems": summary["problems"], "samples": summary["samples"]}
     if metric == "pass@1":
@@ -164,7 +164,7 @@ def _summary(folder: str, changed: int) -> dict:
     return summarise(read_records(Path(folder)))
 
 
-def _efficiency(source: Training, metric: str) -> dict:
+def _efficiency(source: TrainingRun, metric: str) -> dict:
     path = Path(source.folder) / "efficiency.json"
     measured = json.loads(path.read_text())
     if metric not in measured:
@@ -184,7 +184,7 @@ def _average(row: Row, found: list[Row], cells: list[Cell]) -> Row:
     siblings = [
         other
         for other, cell in zip(found, cells, strict=True)
-        if isinstance(cell.source, Evaluation)  # not the efficiency columns
+        if isinstance(cell.source, EvaluationRun)  # not the efficiency columns
         and all(other.keys[key] == value for key, value in row.keys.items() if key != column)
     ]
     if not siblings or missing(siblings):

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.paper import numbers
+from experiments.paper.plan import EFFICIENCY
 from experiments.paper.results import Row, missing
+from pte_trl.markdown import table
 
 LABELS = {
     "baseline": "Base",
@@ -38,9 +40,6 @@ LABELS = {
     **{f"global_{n}": f"{n} global tokens" for n in (16, 32, 48, 64)},
     "global_0": "global-0 (S starts at 0)",
 }
-
-
-EFFICIENCY = ("attention_tflops_max", "gpu_mem_peak_pct", "gpu_mem_mean_pct")
 
 
 @dataclass(frozen=True)
@@ -173,19 +172,12 @@ def markdown(item: str, rows: list[Row], stand_in: dict) -> str:
     out = [f"## {LAYOUTS[item].title}", "", f"**{head}**" if stand_in else head, *(f"\n{line}" for line in rest), ""]
     for section in sections(item, rows):
         out += [f"### {section.title}", ""] if section.title else []
-        out += [*_aligned(section), ""]
+        out += [table(section.header, section.lines, padded=True), ""]
     if notes := footnotes(rows):
         out += ["Slips of the paper:", "", *(f"- [{n}] {text}" for n, text in enumerate(notes, 1)), ""]
     if general := numbers.general_slips(item):
         out += ["About the paper's numbers:", "", *(f"- {text}" for text in general), ""]
     return "\n".join(out).rstrip() + "\n"
-
-
-def _aligned(section: Section) -> list[str]:
-    table = [section.header, *section.lines]
-    widths = [max(3, *(len(line[i]) for line in table)) for i in range(len(section.header))]
-    text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in table]
-    return [text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]]
 
 
 # `metric` is a key column of two tables already, and there names the column rather than what is measured.

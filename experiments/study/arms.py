@@ -1,4 +1,6 @@
-"""The arms of a study, in the order in which they are shown."""
+"""The arms of the studies: ways to train that are compared, and the order in which they are shown."""
+
+from dataclasses import dataclass, field
 
 # The order of the rows; an arm that is not named comes last.
 ORDER = (
@@ -9,3 +11,56 @@ ORDER = (
 
 def ordered(arms) -> list[str]:
     return sorted(arms, key=lambda arm: (ORDER.index(arm) if arm in ORDER else len(ORDER), arm))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: `start` is the arm whose adapter it begins with, `flags` are what it changes in the recipe."""
+
+    name: str
+    method: str | None
+    stage: str  # grpo or distill
+    start: str | None = None
+    flags: dict = field(default_factory=dict)
+
+
+FULL = {"window": "full"}
+ARMS = (
+    Arm("lora", "lora", "grpo", flags=FULL),
+    Arm("lora_c", "lora_c", "grpo"),
+    Arm("pte", "pte", "grpo"),
+    Arm("lora_c_distilled", "lora_c", "distill"),
+    Arm("pte_distilled", "pte", "distill"),
+    Arm("lora_c_distilled_grpo", "lora_c", "grpo", "lora_c_distilled"),
+    Arm("pte_distilled_grpo", "pte", "grpo", "pte_distilled"),
+)
+# One change each to recipes/study/recall_distill.yaml.
+CHOICES = {
+    "default": {},
+    "sum": {"state_update": "sum"},
+    "column": {"read": "column"},
+    "row_norm": {"normalisation": "row"},
+    "qkvo": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "update_0.05": {"init_ratio": "0.05"},
+    "update_1": {"init_ratio": "1.0"},
+    "rate_2e-3": {"learning_rate": "2e-3"},
+    "rate_2e-2": {"learning_rate": "2e-2"},
+    "whiten": {"whiten": "true"},
+    "whiten_rate_2e-2": {"whiten": "true", "learning_rate": "2e-2"},
+    "alpha_4": {"alpha": "4"},  # rank over the root of num_global_tokens: what S adds is then of LoRA's size
+    "whiten_alpha_4": {"whiten": "true", "alpha": "4"},
+}
+LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
+SMOLLM2_ARMS = (
+    Arm("lora_c_distilled", "lora_c", "distill", flags=LORA_C),
+    Arm("pte_distilled", "pte", "distill"),
+)
+AFTERWARDS = (
+    Arm("lora_c_distilled_grpo", "lora_c", "grpo", "lora_c_distilled", LORA_C),
+    Arm("pte_distilled_grpo", "pte", "grpo", "pte_distilled"),
+)
+# A reward alone has nothing to start from there: the base guesses, one of thirty.
+NAMES_ARMS = (*SMOLLM2_ARMS, *AFTERWARDS, Arm("pte_unwhitened", "pte", "distill", flags={"whiten": "false"}))
+# LoRA_c's loss is stable at the higher rate; PTE's leaps there.
+FAST = LORA_C | {"learning_rate": "2e-3"}
+ARITHMETIC_ARMS = (Arm("lora_c_distilled", "lora_c", "distill", flags=FAST), SMOLLM2_ARMS[1], *AFTERWARDS)

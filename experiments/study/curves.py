@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+from experiments.study.arms import ordered
+from pte_trl.inspect.plots import subplots
+
 LABELS = {"reward": "mean reward, GRPO", "loss": "KL to the full cache per token, distillation"}
 
 
@@ -22,14 +25,7 @@ def courses(folder: Path) -> dict[str, dict[str, list[list[tuple[int, float]]]]]
 
 
 def plot(found: dict[str, dict[str, list[list[tuple[int, float]]]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from experiments.study.arms import ordered
-
-    figure, axes = plt.subplots(1, len(found), figsize=(6.5 * len(found), 4), layout="constrained", squeeze=False)
+    figure, axes = subplots(1, len(found), size=(6.5 * len(found), 4), squeeze=False)
     for axis, (metric, arms) in zip(axes[0], sorted(found.items()), strict=True):
         for index, arm in enumerate(ordered(arms)):
             steps = [step for step, _ in arms[arm][0]]

@@ -1,294 +1,232 @@
 """Which runs the studies need, and the Makefile that makes them.
 
-    python experiments/study/plan.py > outputs/study/plan.mk
+    python -m experiments.study.plan > outputs/study/plan.mk
 
-Standard library only, and run by its path, as `experiments/paper/plan.py`. A run is a folder with a manifest.json,
-which is written last; a result is a JSON file. What is there is not made again; what was interrupted starts again
-from its own command. SEEDS and the others below can be set in the environment for a cheaper study.
+Standard library only, as `experiments.paper.plan`. A training is a folder with a manifest.json, which is written last;
+a result is a JSON file. What is there is not made again; what was interrupted starts again from its own command. SEEDS
+and the other names in capitals can be set in the environment for a cheaper study.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from experiments.rules import Argv, Run, makefile, options, python
+from experiments.study.arms import ARITHMETIC_ARMS, ARMS, CHOICES, NAMES_ARMS, SMOLLM2_ARMS, Arm
 
 SEEDS = os.environ.get("SEEDS", "0 1 2").split()
-RECALL, CHOICES_FOLDER = "outputs/study/recall", "outputs/study/choices"
-SUMS = "outputs/study/sums"
-SMOLLM2 = "outputs/study/smollm2"
-BASE = "outputs/smollm2-135m"
 NAMES = os.environ.get("NAMES", "4")  # digits to remember in the recall task
 # Steps of every method alike; and of SmolLM2, whose texts are sampled once for all runs.
 DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "200")
 GRPO_STEPS = os.environ.get("GRPO_STEPS", "150")
 CHOICES_STEPS = os.environ.get("CHOICES_STEPS", "100")  # fewer, so that not everything is learnt
 SUMS_STEPS = os.environ.get("SUMS_STEPS", "40")  # of distillation and of GRPO
-SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
-SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "100")
-SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "256")  # to distil on
-LORA_C = " --alpha 32"  # LoRA's own scale; the recipe's is PTE's
 NAMES_STEPS = os.environ.get("NAMES_STEPS", "100")
 NAMES_GRPO_STEPS = os.environ.get("NAMES_GRPO_STEPS", "20")
-NAMES_WINDOWS = "32 64 96 128"  # trained at 64; a text has some 110 tokens, so 128 forgets nothing
-ARITHMETIC = "outputs/study/arithmetic"
 ARITHMETIC_STEPS = os.environ.get("ARITHMETIC_STEPS", "100")
 ARITHMETIC_GRPO_STEPS = os.environ.get("ARITHMETIC_GRPO_STEPS", "20")
-ARITHMETIC_WINDOWS = ("64", "full")  # trained at 64; a solution has some 100 tokens
+SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "100")
+SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "256")  # to distil on
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
-SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256")
+SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256").split()
+NAMES_WINDOWS = ("32", "64", "96", "128")  # trained at 64; a text has some 110 tokens, so 128 forgets nothing
+SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
+ARITHMETIC_WINDOWS = ("64", "full")  # trained at 64; a solution has some 100 tokens
+
+RECALL, CHOICES_FOLDER, SUMS = "outputs/study/recall", "outputs/study/choices", "outputs/study/sums"
+NAMES_FOLDER, ARITHMETIC, SMOLLM2 = "outputs/study/names", "outputs/study/arithmetic", "outputs/study/smollm2"
+BASE = "outputs/smollm2-135m"
+BASE_MODEL = f"{BASE}/config.json"
+
+GRPO, DISTILL, EVALUATE = "recipes/grpo_pte.py", "recipes/distill_pte.py", "recipes/evaluate.py"
+GIVEN_THOUGHT, KL = "experiments.study.grpo", "pte_trl.inspect.kl"
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A way to train: `start` is the arm whose adapter it goes on from."""
+@dataclass
+class Study:
+    """The rules of a study and its result files; `chance` is the accuracy of a guess, for the plot."""
 
     name: str
-    method: str
-    stage: str  # grpo or distill
-    start: str | None = None
+    chance: str | None = None
+    runs: list[Run] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> str:
+        return f"outputs/study/{self.name}"
+
+    def train(self, arm: Arm, seed: str, command: Argv, needs: tuple[str, ...] = (), present: tuple[str, ...] = ()):
+        """Adds the training of an arm to the rules, and returns its folder."""
+        run = f"{self.folder}/{arm.name}-{seed}"
+        start = f"{self.folder}/{arm.start}-{seed}" if arm.start else None
+        command += options(method=arm.method, **arm.flags, adapter=start, seed=seed, output_dir=run)
+        needs += (f"{start}/manifest.json",) if start else ()
+        self.runs.append(Run(f"{run}/manifest.json", needs, (command,), present))
+        return run
+
+    def measure(self, name: str, needs: tuple[str, ...], *commands: Argv, present: tuple[str, ...] = ()) -> None:
+        """Adds the result `name` to the rules."""
+        self.results.append(f"{self.folder}/results/{name}.json")
+        self.runs.append(Run(self.results[-1], needs, commands, present))
+
+    def rules(self) -> list[Run]:
+        """All runs, the table of their results, and the name of the study."""
+        report = python("experiments.study.report", f"{self.folder}/results", output=self.folder, chance=self.chance)
+        table = Run(f"{self.folder}/table.md", tuple(self.results), (report,))
+        return [*self.runs, table, Run(f"study-{self.name}", (table.target,), phony=True)]
 
 
-ARMS = (
-    Arm("lora", "lora", "grpo"),
-    Arm("lora_c", "lora_c", "grpo"),
-    Arm("pte", "pte", "grpo"),
-    Arm("lora_c_distilled", "lora_c", "distill"),
-    Arm("pte_distilled", "pte", "distill"),
-    Arm("lora_c_distilled_grpo", "lora_c", "grpo", "lora_c_distilled"),
-    Arm("pte_distilled_grpo", "pte", "grpo", "pte_distilled"),
-)
-# One change each to recipes/study/recall_distill.yaml.
-CHOICES = {
-    "default": "",
-    "sum": "--state_update sum",
-    "column": "--read column",
-    "row_norm": "--normalisation row",
-    "qkvo": "--target_modules q_proj k_proj v_proj o_proj",
-    "update_0.05": "--init_ratio 0.05",
-    "update_1": "--init_ratio 1.0",
-    "rate_2e-3": "--learning_rate 2e-3",
-    "rate_2e-2": "--learning_rate 2e-2",
-    "whiten": "--whiten true",
-    "whiten_rate_2e-2": "--whiten true --learning_rate 2e-2",
-    "alpha_4": "--alpha 4",  # rank over the root of num_global_tokens: what S adds is then of LoRA's size
-    "whiten_alpha_4": "--whiten true --alpha 4",
-}
-# A reward alone has nothing to start from there: the base guesses, one of thirty.
-NAMES_ARMS = (*(arm for arm in ARMS if "distilled" in arm.name), Arm("pte_unwhitened", "pte", "distill"))
-ARITHMETIC_ARMS = tuple(arm for arm in ARMS if "distilled" in arm.name)
-SMOLLM2_ARMS = (Arm("lora_c_distilled", "lora_c", "distill"), Arm("pte_distilled", "pte", "distill"))
-
-
-def rule(target: str, needs: list[str], *commands: str) -> str:
-    return f"{target}: {' '.join(needs)}\n" + "".join(f"\t{command}\n" for command in commands)
-
-
-def recall_rules() -> tuple[list[str], list[str]]:
-    """Rules and results of the recall task."""
-    base, data = f"{RECALL}/base/config.json", f"{RECALL}/base"
-    measure = f"$(PY) -m experiments.study.evaluate --base {data} --names {NAMES}"
-    rules, results = (
-        [rule(base, ["| $(READY)"], f"$(PY) -m experiments.study.recall --names {NAMES} --output {RECALL}")],
-        [],
-    )
+def recall() -> Study:
+    """The recall task, which only what S keeps can solve."""
+    study, base = Study("recall", chance="0.1"), f"{RECALL}/base"
+    needs, model = (f"{base}/config.json",), python("experiments.study.recall", names=NAMES, output=RECALL)
+    study.runs.append(Run(f"{base}/config.json", commands=(model,), present=("$(READY)",)))
+    measure = python("experiments.study.evaluate", base=base, names=NAMES, output="$@")
+    commands = {
+        "grpo": python(GIVEN_THOUGHT, config="recipes/study/recall_grpo.yaml", max_steps=GRPO_STEPS),
+        "distill": python(DISTILL, config="recipes/study/recall_distill.yaml", max_steps=DISTILL_STEPS),
+    }
     for seed in SEEDS:
         for arm in ARMS:
-            run = f"{RECALL}/{arm.name}-{seed}"
-            needs = [base] + ([f"{RECALL}/{arm.start}-{seed}/manifest.json"] if arm.start else [])
-            script = "-m experiments.study.grpo" if arm.stage == "grpo" else "recipes/distill_pte.py"
-            steps = GRPO_STEPS if arm.stage == "grpo" else DISTILL_STEPS
-            command = f"$(PY) {script} --config recipes/study/recall_{arm.stage}.yaml --method {arm.method}"
-            command += " --window full" if arm.method == "lora" else ""
-            command += f" --adapter {RECALL}/{arm.start}-{seed}" if arm.start else ""
-            rules.append(
-                rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --max_steps {steps} --output_dir {run}")
-            )
-            results.append(f"{RECALL}/results/{arm.name}-{seed}.json")
-            rules.append(rule(results[-1], [f"{run}/manifest.json"], f"{measure} --adapter {run} --output $@"))
-    results.append(f"{RECALL}/results/base-0.json")
-    rules.append(rule(results[-1], [base], f"{measure} --output $@"))
-    return rules, results
+            run = study.train(arm, seed, commands[arm.stage], needs)
+            study.measure(f"{arm.name}-{seed}", (f"{run}/manifest.json",), measure + options(adapter=run))
+    study.measure("base-0", needs, measure)
+    return study
 
 
-def choices_rules() -> tuple[list[str], list[str]]:
-    """The encoder's choices, one at a time, by distillation of the recall task; needs the base of `recall_rules`."""
-    base, rules, results = f"{RECALL}/base", [], []
-    recipe = f"recipes/distill_pte.py --config recipes/study/recall_distill.yaml --max_steps {CHOICES_STEPS}"
+def choices() -> Study:
+    """The encoder's choices, one at a time, by distillation of the recall task; needs the base of `recall`."""
+    study, base = Study("choices", chance="0.1"), f"{RECALL}/base"
+    command = python(DISTILL, config="recipes/study/recall_distill.yaml", max_steps=CHOICES_STEPS)
+    measure = python("experiments.study.evaluate", base=base, names=NAMES, output="$@")
     for seed in SEEDS:
         for name, change in CHOICES.items():
-            run = f"{CHOICES_FOLDER}/{name}-{seed}"
-            needs = [f"{base}/config.json"]
-            rules.append(
-                rule(f"{run}/manifest.json", needs, f"$(PY) {recipe} {change} --seed {seed} --output_dir {run}")
-            )
-            results.append(f"{CHOICES_FOLDER}/results/{name}-{seed}.json")
-            measure = f"$(PY) -m experiments.study.evaluate --base {base} --names {NAMES} --adapter {run} --output $@"
-            rules.append(rule(results[-1], [f"{run}/manifest.json"], measure))
-    return rules, results
+            arm = Arm(name, None, "distill", flags=change)  # the method is the recipe's
+            run = study.train(arm, seed, command, (f"{base}/config.json",))
+            study.measure(f"{name}-{seed}", (f"{run}/manifest.json",), measure + options(adapter=run))
+    return study
 
 
-def sums_rules() -> tuple[list[str], list[str]]:
-    """Rules and results of the running sums, which can be added up again from the prompt: the milder task."""
-    base, data = "$(TINY_BASE)", "$(TINY_DATA)"
-    rules, results = [], [f"{SUMS}/results/base-0.json"]
-    evaluation = "--recipe recipes/tiny.yaml --data_dir outputs/tiny/data --benchmarks tiny_math500 --samples 2"
-    evaluation += " --max_new_tokens 128 --batch_size 128"
-    there = ["|", base, data]
-    rules.append(evaluate_rule(f"{SUMS}/evaluate/base-0", results[0], None, evaluation, SUMS_WINDOWS, there))
+def sums() -> Study:
+    """The running sums, which can be added up again from the prompt: the milder task."""
+    study, present = Study("sums", chance="0.1"), ("$(TINY_BASE)", "$(TINY_DATA)")
+    data = {"dataset_name": "$(TINY_DATA)", "max_steps": SUMS_STEPS}
+    commands = {  # at the recipe's 1e-3 PTE fell apart
+        "grpo": python(GRPO, config="recipes/tiny.yaml", learning_rate="2e-4", **data),
+        "distill": python(DISTILL, config="recipes/distill_tiny.yaml", dataset_limit=8192, **data),
+    }
+    evaluation = {"recipe": "recipes/tiny.yaml", "data_dir": "outputs/tiny/data", "benchmarks": "tiny_math500"}
+    evaluation |= {"samples": 2, "max_new_tokens": 128, "batch_size": 128}
+    study.measure("base-0", (), *accuracies(f"{SUMS}/evaluate/base-0", SUMS_WINDOWS, evaluation), present=present)
     for seed in SEEDS:
         for arm in ARMS:
-            run = f"{SUMS}/{arm.name}-{seed}"
-            needs = [f"{SUMS}/{arm.start}-{seed}/manifest.json"] if arm.start else []
-            recipe = "recipes/grpo_pte.py --config recipes/tiny.yaml --learning_rate 2e-4"  # at 1e-3 PTE fell apart
-            if arm.stage == "distill":
-                recipe = "recipes/distill_pte.py --config recipes/distill_tiny.yaml --dataset_limit 8192"
-            command = f"$(PY) {recipe} --method {arm.method} --dataset_name $(TINY_DATA)"
-            command += " --window full" if arm.method == "lora" else ""
-            command += f" --adapter {SUMS}/{arm.start}-{seed}" if arm.start else ""
-            command += f" --seed {seed} --max_steps {SUMS_STEPS} --output_dir {run}"
-            rules.append(rule(f"{run}/manifest.json", [*needs, "|", base, data], command))
-            results.append(f"{SUMS}/results/{arm.name}-{seed}.json")
-            settings = (evaluation, SUMS_WINDOWS, [f"{run}/manifest.json", *there])
-            rules.append(evaluate_rule(f"{SUMS}/evaluate/{arm.name}-{seed}", results[-1], run, *settings))
-    return rules, results
+            run = study.train(arm, seed, commands[arm.stage], present=present)
+            measures = accuracies(f"{SUMS}/evaluate/{arm.name}-{seed}", SUMS_WINDOWS, evaluation, run)
+            study.measure(f"{arm.name}-{seed}", (f"{run}/manifest.json",), *measures, present=present)
+    return study
 
 
-def evaluate_rule(
-    folder: str,
-    result: str,
-    run: str | None,
-    evaluation: str,
-    windows: tuple[str, ...],
-    needs: list[str],
-    kl: str | None = None,
-) -> str:
+def accuracies(
+    folder: str, windows: tuple[str, ...], evaluation: dict, run: str | None = None, kl: str | None = None
+) -> list[Argv]:
     """An evaluation per window with the project's own script, and their collection, with the KL, into one result."""
-    commands = []
-    for window in windows:
-        command = f"$(PY) recipes/evaluate.py {evaluation} --temperature 1.0 --top_p 1.0 --use_cpu true"
-        command += "" if window == "full" else f" --window {window}"
-        command += f" --adapter {run}" if run else ""
-        commands.append(f"{command} --output_dir {folder}/{window}")
-    commands.append(f"$(PY) -m experiments.study.collect {folder}{f' --kl {kl}' if kl else ''} --output $@")
-    return rule(result, [*([kl] if kl else []), *needs], *commands)
-
-
-def smollm2_rules() -> tuple[list[str], list[str]]:
-    """Rules and results of the KL to the full cache on held-out text."""
-    config = "--config recipes/distill_smollm2.yaml"
-    prompts, model = f"{SMOLLM2}/prompts/train.jsonl", f"{BASE}/config.json"
-    rules = [
-        rule(prompts, ["| $(READY)"], f"$(PY) -m experiments.study.prompts --output {SMOLLM2}/prompts"),
-        rule(model, ["| $(READY)"], f"$(PY) -m pte_trl.smollm2 --output {BASE}"),
+    sampling = {"temperature": "1.0", "top_p": "1.0", "use_cpu": "true"}
+    commands = [
+        python(
+            EVALUATE,
+            **evaluation,
+            **sampling,
+            window=None if window == "full" else window,
+            adapter=run,
+            output_dir=f"{folder}/{window}",
+        )
+        for window in windows
     ]
+    return [*commands, python("experiments.study.collect", folder, kl=kl, output="$@")]
+
+
+def smollm2() -> Study:
+    """The KL to the full cache on held-out text of a real model."""
+    study, prompts = Study("smollm2"), f"{SMOLLM2}/prompts/train.jsonl"
+    model = python("pte_trl.smollm2", output=BASE)
+    texts = python("experiments.study.prompts", output=f"{SMOLLM2}/prompts")
+    study.runs.append(Run(prompts, commands=(texts,), present=("$(READY)",)))
+    study.runs.append(Run(BASE_MODEL, commands=(model,), present=("$(READY)",)))
+    distill = python(DISTILL, config="recipes/distill_smollm2.yaml")
     for name, count, length in (("train", SMOLLM2_TEXTS, 256), ("heldout", SMOLLM2_HELDOUT, 384)):
-        command = f"$(PY) recipes/distill_pte.py {config} --dataset_name {SMOLLM2}/prompts/{name}.jsonl"
-        command += f" --dataset_limit {count} --max_completion_length {length} --sample_to $@"
-        rules.append(rule(f"{SMOLLM2}/{name}.jsonl", [prompts, model], command))
-    train, heldout = (f"{SMOLLM2}/{name}.jsonl" for name in ("train", "heldout"))
-    measure = f"$(PY) -m pte_trl.inspect.kl --model {BASE} --completions {heldout} --windows {SMOLLM2_WINDOWS}"
-    results = [f"{SMOLLM2}/results/base-0.json"]
-    rules.append(rule(results[0], [model, heldout], f"{measure} --output $@"))
+        source = {"dataset_name": f"{SMOLLM2}/prompts/{name}.jsonl", "dataset_limit": count}
+        sample = distill + options(**source, max_completion_length=length, sample_to="$@")
+        study.runs.append(Run(f"{SMOLLM2}/{name}.jsonl", (prompts, BASE_MODEL), (sample,)))
+    train, heldout = f"{SMOLLM2}/train.jsonl", f"{SMOLLM2}/heldout.jsonl"
+    measure = python(KL, model=BASE, completions=heldout, windows=SMOLLM2_WINDOWS, output="$@")
+    study.measure("base-0", (BASE_MODEL, heldout), measure)
+    distill += options(completions=train, max_steps=SMOLLM2_STEPS)
     for seed in SEEDS:
         for arm in SMOLLM2_ARMS:
-            run = f"{SMOLLM2}/{arm.name}-{seed}"
-            command = f"$(PY) recipes/distill_pte.py {config} --method {arm.method} --completions {train}"
-            command += LORA_C if arm.method == "lora_c" else ""
-            command += f" --seed {seed} --max_steps {SMOLLM2_STEPS} --output_dir {run}"
-            rules.append(rule(f"{run}/manifest.json", [model, train], command))
-            results.append(f"{SMOLLM2}/results/{arm.name}-{seed}.json")
-            rules.append(
-                rule(results[-1], [f"{run}/manifest.json", heldout], f"{measure} --adapter {run} --output $@")
-            )
-    return rules, results
+            run = study.train(arm, seed, distill, (BASE_MODEL, train))
+            study.measure(f"{arm.name}-{seed}", (f"{run}/manifest.json", heldout), measure + options(adapter=run))
+    return study
 
 
-def training(folder: str, arm: Arm, seed: str, data: str, command: str) -> str:
-    """The rule of an arm of SmolLM2 that needs `data`, and the adapter it goes on from."""
-    run, needs = f"{folder}/{arm.name}-{seed}", [data]
-    command += f" --method {arm.method}{LORA_C if arm.method == 'lora_c' else ''}"
-    if arm.start:
-        needs.append(f"{folder}/{arm.start}-{seed}/manifest.json")
-        command += f" --adapter {folder}/{arm.start}-{seed}"
-    return rule(f"{run}/manifest.json", needs, f"{command} --seed {seed} --output_dir {run}")
-
-
-def names_rules() -> tuple[list[str], list[str]]:
-    """Rules and results of text on SmolLM2 whose end needs its beginning; the model is `smollm2_rules`'."""
-    folder, model = "outputs/study/names", f"{BASE}/config.json"
-    train, heldout = f"{folder}/train.jsonl", f"{folder}/heldout.jsonl"
-    rules = [rule(train, [model], f"$(PY) -m experiments.study.names --model {BASE} --output {folder}")]
-    rules.append(rule(heldout, [train]))
-    measure = f"$(PY) -m pte_trl.inspect.kl --model {BASE} --completions {heldout} --windows {NAMES_WINDOWS}"
-    results = [f"{folder}/results/base-0.json"]
-    rules.append(rule(results[0], [heldout], f"{measure} --output $@"))
-    distill = f"recipes/distill_pte.py --config recipes/distill_smollm2.yaml --completions {train}"
-    distill += f" --per_device_train_batch_size 6 --learning_rate 2e-3 --max_steps {NAMES_STEPS}"
-    reward = f"-m experiments.study.grpo --config recipes/study/names_grpo.yaml --max_steps {NAMES_GRPO_STEPS}"
+def names() -> Study:
+    """Text on SmolLM2 whose end needs its beginning; the model is that of `smollm2`."""
+    study, train, heldout = Study("names"), f"{NAMES_FOLDER}/train.jsonl", f"{NAMES_FOLDER}/heldout.jsonl"
+    texts = python("experiments.study.names", model=BASE, output=NAMES_FOLDER)
+    study.runs += [Run(train, (BASE_MODEL,), (texts,)), Run(heldout, (train,))]
+    measure = python(KL, model=BASE, completions=heldout, windows=NAMES_WINDOWS, output="$@")
+    study.measure("base-0", (heldout,), measure)
+    size = {"per_device_train_batch_size": 6, "learning_rate": "2e-3", "max_steps": NAMES_STEPS}
+    commands = {
+        "grpo": python(GIVEN_THOUGHT, config="recipes/study/names_grpo.yaml", max_steps=NAMES_GRPO_STEPS),
+        "distill": python(DISTILL, config="recipes/distill_smollm2.yaml", completions=train, **size),
+    }
     for seed in SEEDS:
         for arm in NAMES_ARMS:
-            run = f"{folder}/{arm.name}-{seed}"
-            command = f"$(PY) {distill if arm.stage == 'distill' else reward}"
-            command += " --whiten false" if arm.name == "pte_unwhitened" else ""
-            rules.append(training(folder, arm, seed, train, command))
-            results.append(f"{folder}/results/{arm.name}-{seed}.json")
-            rules.append(rule(results[-1], [f"{run}/manifest.json"], f"{measure} --adapter {run} --output $@"))
-    return rules, results
+            run = study.train(arm, seed, commands[arm.stage], (train,))
+            study.measure(f"{arm.name}-{seed}", (f"{run}/manifest.json",), measure + options(adapter=run))
+    return study
 
 
-def arithmetic_rules() -> tuple[list[str], list[str]]:
-    """Rules and results of word problems in long hand on SmolLM2, which has been shown some solutions."""
-    folder, base = ARITHMETIC, f"{ARITHMETIC}/base/config.json"
-    train, heldout = f"{folder}/train_completions.jsonl", f"{folder}/heldout_completions.jsonl"
-    show = f"$(PY) -m experiments.study.arithmetic --model {BASE} --output {folder}"
-    distill = f"$(PY) recipes/distill_pte.py --config recipes/distill_smollm2.yaml --model_name_or_path {folder}/base"
-    rules, results = [rule(base, ["|", f"{BASE}/config.json"], show)], [f"{folder}/results/base-0.json"]
+def arithmetic() -> Study:
+    """Word problems in long hand on SmolLM2, which has been shown some solutions."""
+    study, base = Study("arithmetic"), f"{ARITHMETIC}/base"
+    train, heldout = f"{ARITHMETIC}/train_completions.jsonl", f"{ARITHMETIC}/heldout_completions.jsonl"
+    show = python("experiments.study.arithmetic", model=BASE, output=ARITHMETIC)
+    study.runs.append(Run(f"{base}/config.json", commands=(show,), present=(BASE_MODEL,)))
+    distill = python(DISTILL, config="recipes/distill_smollm2.yaml", model_name_or_path=base)
     for name, count, target in (("train", 640, train), ("heldout", 32, heldout)):
-        command = f"{distill} --dataset_name {folder}/{name}.jsonl --dataset_limit {count} --max_completion_length 128"
-        rules.append(rule(target, [base], f"{command} --sample_to $@"))
-    rules += arithmetic_measures("base-0", None)
-    distill += f" --completions {train} --per_device_train_batch_size 6 --max_steps {ARITHMETIC_STEPS}"
-    reward = "$(PY) recipes/grpo_pte.py --config recipes/study/arithmetic_grpo.yaml"
-    reward += f" --max_steps {ARITHMETIC_GRPO_STEPS}"
+        source = {"dataset_name": f"{ARITHMETIC}/{name}.jsonl", "dataset_limit": count}
+        sample = distill + options(**source, max_completion_length=128, sample_to="$@")
+        study.runs.append(Run(target, (f"{base}/config.json",), (sample,)))
+    measure_arithmetic(study, "base-0", None)
+    size = {"per_device_train_batch_size": 6, "max_steps": ARITHMETIC_STEPS}
+    commands = {
+        "grpo": python(GRPO, config="recipes/study/arithmetic_grpo.yaml", max_steps=ARITHMETIC_GRPO_STEPS),
+        "distill": distill + options(completions=train, **size),
+    }
     for seed in SEEDS:
         for arm in ARITHMETIC_ARMS:
-            command = distill if arm.stage == "distill" else reward
-            # at 2e-3 PTE's loss leaps here
-            command += " --learning_rate 2e-3" if arm.name == "lora_c_distilled" else ""
-            rules.append(training(folder, arm, seed, train, command))
-            rules += arithmetic_measures(f"{arm.name}-{seed}", f"{folder}/{arm.name}-{seed}")
-            results.append(f"{folder}/results/{arm.name}-{seed}.json")
-    return rules, results
+            measure_arithmetic(study, f"{arm.name}-{seed}", study.train(arm, seed, commands[arm.stage], (train,)))
+    return study
 
 
-def arithmetic_measures(name: str, run: str | None) -> list[str]:
+def measure_arithmetic(study: Study, name: str, run: str | None) -> None:
     """The KL on held-out completions, and the accuracy with it."""
-    folder, texts = ARITHMETIC, f"{ARITHMETIC}/heldout_completions.jsonl"
-    kl, needs = f"{folder}/kl/{name}.json", [f"{run}/manifest.json"] if run else []
-    measure = f"$(PY) -m pte_trl.inspect.kl --model {folder}/base --completions {texts} --windows 64"
-    measure += f" --adapter {run}" if run else ""
-    evaluation = f"--recipe recipes/study/arithmetic_grpo.yaml --benchmarks {folder}/heldout.jsonl"
-    evaluation += " --samples 2 --max_new_tokens 128 --batch_size 100"
-    settings = (evaluation, ARITHMETIC_WINDOWS, needs, kl)
-    return [
-        rule(kl, [texts, *needs], f"{measure} --output $@"),
-        evaluate_rule(f"{folder}/evaluate/{name}", f"{folder}/results/{name}.json", run, *settings),
-    ]
+    texts, kl = f"{ARITHMETIC}/heldout_completions.jsonl", f"{ARITHMETIC}/kl/{name}.json"
+    needs = (f"{run}/manifest.json",) if run else ()
+    measure = python(KL, model=f"{ARITHMETIC}/base", completions=texts, windows="64", adapter=run, output="$@")
+    study.runs.append(Run(kl, (texts, *needs), (measure,)))
+    evaluation = {"recipe": "recipes/study/arithmetic_grpo.yaml", "benchmarks": f"{ARITHMETIC}/heldout.jsonl"}
+    evaluation |= {"samples": 2, "max_new_tokens": 128, "batch_size": 100}
+    folder = f"{ARITHMETIC}/evaluate/{name}"
+    study.measure(name, (kl, *needs), *accuracies(folder, ARITHMETIC_WINDOWS, evaluation, run, kl))
 
 
-def makefile() -> str:
-    parts = ["# Made by experiments/study/plan.py"]
-    studies = {"recall": recall_rules(), "choices": choices_rules(), "sums": sums_rules()}
-    studies |= {"names": names_rules(), "arithmetic": arithmetic_rules(), "smollm2": smollm2_rules()}
-    for name, (rules, results) in studies.items():
-        report = f"outputs/study/{name}/table.md"
-        draw = f"$(PY) -m experiments.study.report outputs/study/{name}/results --output outputs/study/{name}"
-        draw += " --chance 0.1" if name in ("recall", "choices", "sums") else ""  # one digit is asked for
-        parts += [
-            *rules,
-            rule(report, results, draw),
-            f".PHONY: study-{name}\n{rule(f'study-{name}', [report])}",
-        ]
-    return "\n".join([*parts, ".PHONY: study\nstudy: " + " ".join(f"study-{name}" for name in studies) + "\n"])
+def rules() -> list[Run]:
+    """Every rule of every study, and `study` for all of them."""
+    studies = [recall(), choices(), sums(), names(), arithmetic(), smollm2()]
+    everything = Run("study", tuple(f"study-{study.name}" for study in studies), phony=True)
+    return [*(run for study in studies for run in study.rules()), everything]
 
 
 if __name__ == "__main__":
-    print(makefile())
+    print(makefile("experiments/study/plan.py", rules()))

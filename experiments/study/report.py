@@ -14,6 +14,8 @@ from statistics import fmean, stdev
 
 from experiments.study import curves
 from experiments.study.arms import ordered
+from pte_trl import markdown
+from pte_trl.inspect.plots import subplots
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ def table(metric: str, arms: dict[str, dict[str, Spread]]) -> str:
     """Markdown: an arm a row, a window a column, mean ± standard deviation over the seeds."""
     windows = list(dict.fromkeys(window for row in arms.values() for window in row))
     head = [metric, "seeds", *(f"W = {w}" if w.isdigit() else f"{w} cache" for w in windows)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for arm in ordered(arms):
         seeds = len(next(iter(arms[arm].values())).values)
         cells = [str(arms[arm].get(window, "-")) for window in windows]
-        lines.append("| " + " | ".join([arm, str(seeds), *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([arm, str(seeds), *cells])
+    return markdown.table(head, rows)
 
 
 def gap_closed(arms: dict[str, dict[str, Spread]], ours: str = "pte_distilled", control: str = "lora_c_distilled"):
@@ -88,14 +90,9 @@ def gaps_closed(found: dict[str, dict[str, dict[str, Spread]]]) -> list[str]:
 
 def plot(found: dict[str, dict[str, dict[str, Spread]]], path: Path, chance: float | None = None) -> None:
     """A panel per metric, two in a row: bars by window, a bar per arm, the seeds as dots; an accuracy's `chance`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(8 * columns, 4 * rows), layout="constrained", squeeze=False)
+    figure, axes = subplots(rows, columns, size=(8 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.remove()
     for axis, (metric, arms) in zip(axes.flat, found.items(), strict=False):

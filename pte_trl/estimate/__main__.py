@@ -15,6 +15,7 @@ from pathlib import Path
 from peft import LoraConfig
 from transformers import AutoConfig
 
+from pte_trl import markdown
 from pte_trl.adapter import PteConfig
 from pte_trl.cache.schedule import Schedule
 from pte_trl.estimate.terms import SHAPES, SHARDINGS, Job, count, estimate
@@ -56,15 +57,15 @@ def paper_job(shape: str | Path, method: str, **changes) -> Job:
     return Job(config, count(config), count(config, adapter), method, **PAPER | schedule | changes)
 
 
-def table(jobs: dict[str, Job]) -> list[str]:
-    """Markdown lines, one job a row."""
-    lines = ["| GB per GPU | weights | adapter, gradients, Adam | training | rollout | peak |", "|---" * 6 + "|"]
+def table(jobs: dict[str, Job]) -> str:
+    """Markdown, one job a row."""
+    head, rows = ["GB per GPU", "weights", "adapter, gradients, Adam", "training", "rollout", "peak"], []
     for name, job in jobs.items():
         terms = estimate(job)
         own = terms["adapter"] + terms["gradients"] + terms["optimizer"]
         cells = (terms["weights"], own, terms["training"], terms["rollout"], terms["peak"])
-        lines.append(" | ".join([f"| {name}", *(f"{cell / 1e9:.1f}" for cell in cells)]) + " |")
-    return [*lines, ""]
+        rows.append([name, *(f"{cell / 1e9:.1f}" for cell in cells)])
+    return markdown.table(head, rows)
 
 
 def tables() -> str:
@@ -75,9 +76,9 @@ def tables() -> str:
         for method in ("lora", "lora_c", "pte"):
             job = paper_job(shape, method)
             jobs |= {f"{method}, {name}": replace(job, sharding=sharding) for sharding, name in ENGINES.items()}
-        lines += [f"### {title}", "", *table(jobs)]
+        lines += [f"### {title}", "", table(jobs), ""]
     jobs = {name: paper_job("qwen2.5-7b", "pte", **change) for name, change in CHANGES.items()}
-    return "\n".join([*lines, "### One change at a time: Qwen2.5-7B, pte, DDP", "", *table(jobs)])
+    return "\n".join([*lines, "### One change at a time: Qwen2.5-7B, pte, DDP", "", table(jobs), ""])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -126,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             print(tables())
             return
         shape = Path(model).resolve() if (Path(model) / "config.json").is_file() else model
+        if "window" in given:
+            given["schedule"] = Schedule(given.pop("window"))
         print("\n".join(table({f"{model}, {method}": paper_job(shape, method, **given)})))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -275,6 +275,3 @@ def estimate(job: Job) -> dict[str, float]:
     stays = persistent(job)
     steps = {"training": training(job) + gathered(job, False), "rollout": rollout(job) + gathered(job, True)}
     return stays | steps | {"peak": sum(stays.values()) + max(steps.values())}
-
-
-# ---- the tables of docs/scaling.md -----------------------------------------------------------------------------

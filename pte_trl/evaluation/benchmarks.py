@@ -20,21 +20,21 @@ FACTS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """Args: rows: problems it must have; sha256: first digits of the hash of the copy the project was tested with."""
+class Copy:
+    """A benchmark as the project was tested with it: the number of its problems, and first digits of its hash."""
 
     rows: int
     sha256: str
 
 
-BENCHMARKS = {
-    "math500": Benchmark(500, "ef094ed97b80"),
-    "olympiadbench": Benchmark(674, "504d0bcb442e"),
-    "minerva_math": Benchmark(272, "b8e8acd515cf"),  # the paper says 672; the public set and its own figures have 272
-    "amc23": Benchmark(40, "e3514be4e75b"),
-    "aime24": Benchmark(30, "9b447f010a51"),
-    "aime25": Benchmark(30, "00b43aa2204f"),
-    "gsm8k_test": Benchmark(1319, "cc309d35b75a"),
+TESTED = {
+    "math500": Copy(500, "ef094ed97b80"),
+    "olympiadbench": Copy(674, "504d0bcb442e"),
+    "minerva_math": Copy(272, "b8e8acd515cf"),  # the paper says 672; the public set and its own figures have 272
+    "amc23": Copy(40, "e3514be4e75b"),
+    "aime24": Copy(30, "9b447f010a51"),
+    "aime25": Copy(30, "00b43aa2204f"),
+    "gsm8k_test": Copy(1319, "cc309d35b75a"),
 }
 
 
@@ -61,7 +61,7 @@ def load_benchmark(name: str, data_dir: str | Path | None = None, limit: int | N
         ValueError: a known benchmark with another number of problems, or what `load_problems` refuses.
     """
     problems = load_problems(name, data_dir=data_dir, key="benchmarks")
-    known, found = BENCHMARKS.get(name), content_hash(problems)
+    known, found = TESTED.get(name), content_hash(problems)
     if known and len(problems) != known.rows:
         raise ValueError(f"{name}: has {len(problems)} problems, must have {known.rows}")
     if known is None:

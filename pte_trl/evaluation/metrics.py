@@ -15,7 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-from pte_trl.evaluation.records import COMPLETE, read_records
+from pte_trl import markdown
+from pte_trl.evaluation.records import COMPLETE, Record, read_records
 from pte_trl.rewards.grader import has_boxed
 
 
@@ -31,7 +32,7 @@ def standard_error(values: list[float]) -> float | None:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def summarise(records: list[dict]) -> dict:
+def summarise(records: list[Record]) -> dict:
     """The metrics of one evaluation of one benchmark.
 
     Returns:
@@ -83,14 +84,14 @@ def table(summaries: dict[str, dict]) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
 
     head = ["evaluation", "problems x samples", "pass@1", "se", "se of runs", "pass@max", "format", "cut", "tokens"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for name, s in summaries.items():
         best = max(s["pass@k"], key=int)
         cells = [name, f"{s['problems']} x {s['samples']}", percent(s["pass@1"]), percent(s["pass@1_se"])]
         cells += [percent(s["pass@1_se_runs"]), f"{percent(s['pass@k'][best])} (k={best})", percent(s["format_rate"])]
         cells += [percent(s["truncation_rate"]), f"{s['mean_tokens']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown.table(head, rows)
 
 
 def main(argv: list[str] | None = None) -> None:

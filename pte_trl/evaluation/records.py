@@ -1,8 +1,8 @@
 """Records: one JSON line per sample, appended as it is produced; what is on disk is never produced again.
 
 While an evaluation runs, every process appends to a part of its own (`part-RANK.jsonl`). At the end the main process
-merges them, in the order of the problems, into `records.jsonl`, which is complete or not there. Rows hold no time, no
-rank and no machine, so one process and two write the same file; those stand in `manifest.json`.
+merges them, in the order of the problems, into `records.jsonl`, which is complete or not there. Records hold no time,
+no rank and no machine, so one process and two write the same file; those stand in `manifest.json`.
 """
 
 import fcntl
@@ -11,21 +11,67 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import (
+    Literal,
+    NotRequired,  # typing's own cannot be checked by pydantic before Python 3.12
+)
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from pte_trl.runtime.faults import Fault
 
 COMPLETE = "records.jsonl"
-# What the metrics are computed from.
-KEYS = {"problem_id": str, "sample": int, "correct": bool, "completion": str, "finish_reason": str, "tokens": int}
-KEYS |= {"evictions": int, "contaminated": bool, "gold": str}
+SCHEMA = 1  # of the records; to be raised when a key gets another meaning
 
 
-def read_records(folder: str | Path) -> list[dict]:
+class Record(TypedDict):
+    """One completion and its verdict. The settings of the evaluation stand in it as further keys.
+
+    Keys:
+        problem_id, sample: which completion of which problem; no two records share both.
+        correct, reason, extracted, gold: the verdict (see `Verdict`) and what the answer was compared with.
+        completion, tokens: the text, and the number of its tokens.
+        finish_reason: "stop", "length", or "no_room" where the prompt fills the budget.
+        evictions: how often tokens left the cache.
+        contaminated, gold_note: of the problem, see `load_benchmark`.
+        prompt, prompt_tokens: as the model saw it.
+        sample_seed, sample_window: of this sample; the window is None with the full cache.
+        schema: `SCHEMA` of the version that wrote it; 1 where it is missing.
+    """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")
+
+    problem_id: str
+    sample: int
+    correct: bool
+    completion: str
+    finish_reason: Literal["stop", "length", "no_room"]
+    tokens: int
+    evictions: int
+    contaminated: bool
+    gold: str
+    # What the metrics can do without.
+    gold_note: NotRequired[str | None]
+    reason: NotRequired[str]
+    extracted: NotRequired[str | None]
+    prompt: NotRequired[str]
+    prompt_tokens: NotRequired[int]
+    sample_seed: NotRequired[int]
+    sample_window: NotRequired[int | None]
+    answer_after: NotRequired[str | None]
+    schema: NotRequired[int]
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def read_records(folder: str | Path) -> list[Record]:
     """The records of a finished evaluation.
 
     Raises:
         FileNotFoundError: it is not finished, or not there.
-        ValueError: a line that is no record, with its file and number.
+        ValueError: a line that is no record, or one of another schema, with its file and number.
     """
     path = Path(folder) / COMPLETE
     if not path.is_file():
@@ -34,11 +80,11 @@ def read_records(folder: str | Path) -> list[dict]:
     return read_lines(path, path.read_bytes())
 
 
-def read_lines(path: Path, content: bytes) -> list[dict]:
+def read_lines(path: Path, content: bytes) -> list[Record]:
     """The records in the content of a file.
 
     Raises:
-        ValueError: naming the line that is none.
+        ValueError: naming the line that is none, or has another schema.
     """
     remedy = "remove the line" + (", name the file part-0.jsonl" if path.name == COMPLETE else "")
     remedy += ", and the same command makes that sample anew"
@@ -50,9 +96,16 @@ def read_lines(path: Path, content: bytes) -> list[dict]:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); {remedy}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: is {json.dumps(row)[:40]} and no record; {remedy}")
-        wrong = [key for key, kind in KEYS.items() if type(row.get(key)) is not kind]
-        if wrong:
-            raise ValueError(f"{path}, line {number}: a record without a proper {', '.join(wrong)}; {remedy}")
+        if row.setdefault("schema", 1) != SCHEMA:  # the first records had no such key
+            raise ValueError(
+                f"{path}, line {number}: schema={row['schema']!r}, this version of pte_trl reads {SCHEMA}; use the "
+                f"version that wrote it ({row.get('pte_trl', 'unknown')}), or evaluate again into another output_dir"
+            )
+        try:
+            _RECORD.validate_python(row)
+        except ValidationError as error:
+            wrong = ", ".join(dict.fromkeys(str(one["loc"][0]) for one in error.errors()))
+            raise ValueError(f"{path}, line {number}: a record without a proper {wrong}; {remedy}") from error
         rows.append(row)
     return rows
 
@@ -65,11 +118,11 @@ def on_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         raise Fault(
             f"{path}: could not be written ({error.strerror or error}); the records that are there stay, and the same "
-            "command goes on from them"
+            "command resumes from them"
         ) from error
 
 
-def write_records(folder: str | Path, rows: Iterable[dict]) -> Path:
+def write_records(folder: str | Path, rows: Iterable[Record]) -> Path:
     """records.jsonl, written aside and renamed, so that a kill leaves the old file or the new one."""
     path = Path(folder) / COMPLETE
     aside = path.with_suffix(".tmp")
@@ -81,7 +134,7 @@ def write_records(folder: str | Path, rows: Iterable[dict]) -> Path:
     return path
 
 
-def line(row: dict) -> str:
+def line(row: Record) -> str:
     # Lone surrogates, which a cut byte sequence can leave in a completion, survive as escapes.
     return json.dumps(row, ensure_ascii=True) + "\n"
 
@@ -93,7 +146,7 @@ class Parts:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def read(self) -> list[dict]:
+    def read(self) -> list[Record]:
         """All rows so far, one for each sample. A last line cut by a kill is taken off its file; on one process only.
 
         Raises:
@@ -124,7 +177,7 @@ class Parts:
                 raise ValueError(f"{self.folder}: another evaluation is writing here; end it first") from None
             yield
 
-    def append(self, rank: int, rows: list[dict]) -> None:
+    def append(self, rank: int, rows: list[Record]) -> None:
         """Adds rows to this process's part; they are on the disk when this returns."""
         path = self.folder / f"part-{rank}.jsonl"
         with on_full_disk(path), path.open("a", encoding="utf-8") as file:
@@ -132,7 +185,7 @@ class Parts:
             file.flush()
             os.fsync(file.fileno())
 
-    def merge(self, order: list[tuple[str, int]]) -> list[dict]:
+    def merge(self, order: list[tuple[str, int]]) -> list[Record]:
         """All parts as records.jsonl, in the order of (problem_id, sample); the parts are removed.
 
         Raises:

@@ -22,7 +22,7 @@ from pte_trl.cache.policy import CachePolicy
 from pte_trl.data.prompts import build_prompts, tokens_of
 from pte_trl.evaluation.benchmarks import content_hash
 from pte_trl.evaluation.config import EvaluationArguments, short_name
-from pte_trl.evaluation.records import COMPLETE, Parts, read_records
+from pte_trl.evaluation.records import COMPLETE, SCHEMA, Parts, Record, read_records
 from pte_trl.models.generation_config import eos_token_ids
 from pte_trl.rewards.grader import Grader, Verdict, check_golds
 from pte_trl.rewards.worker_pool import verdict_versions
@@ -142,7 +142,7 @@ class Evaluation:
         _, complete = on_main(lambda: self._check({self._key(sample) for sample in self.samples()}))
         return complete
 
-    def run(self, model: nn.Module | VllmSampler | None) -> list[dict]:
+    def run(self, model: nn.Module | VllmSampler | None) -> list[Record]:
         """The records of the benchmark, all of them, on every process.
 
         Args:
@@ -213,7 +213,7 @@ class Evaluation:
             )
         return done, complete
 
-    def _rows(self, batch: list[Sample]) -> list[dict]:
+    def _rows(self, batch: list[Sample]) -> list[Record]:
         """Generates and grades one batch."""
         texts, tokens, finished, evictions = self._generate(batch)
         golds = [self.problems[s.problem]["answer"] for s in batch]
@@ -263,7 +263,7 @@ class Evaluation:
         finished = ["stop" if row[-1] in ends else "length" for row in ids]
         return texts, [len(row) for row in ids], finished, evictions
 
-    def _row(self, sample: Sample, text: str, tokens: int, finished: str, evictions: int, verdict: Verdict) -> dict:
+    def _row(self, sample: Sample, text: str, tokens: int, finished: str, evictions: int, verdict: Verdict) -> Record:
         problem = self.problems[sample.problem]
         return {
             "problem_id": problem["id"],
@@ -282,6 +282,7 @@ class Evaluation:
             "finish_reason": finished,
             "sample_seed": sample.seed,
             "sample_window": sample.window,
+            "schema": SCHEMA,
             **self.settings,
         }
 

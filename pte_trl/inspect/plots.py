@@ -1,32 +1,42 @@
-"""The pictures of `pte_trl.inspect.states`."""
+"""The pictures of `pte_trl.inspect.states`. matplotlib is an optional extra, so it is imported when one is drawn."""
 
 from pathlib import Path
 
 import torch
 
+from pte_trl.settings.extras import check_extra
+
 
 def draw(found: dict, words: list[str], folder: Path) -> None:
     """states.png, tokens.png and distance.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     for name, make in (("states", states), ("tokens", tokens), ("distance", distance)):
-        figure = make(plt, found, words)
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        plt.close(figure)
+        make(found, words).savefig(folder / f"{name}.png", dpi=130)
 
 
-def states(plt, found: dict, words: list[str]):
+def subplots(*shape: int, size: tuple[float, float], **options):
+    """A figure of `size` inches and its axes: pyplot's `subplots` without a backend and without state to close.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    check_extra("matplotlib", "a figure")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(*shape, **options)
+
+
+def states(found: dict, words: list[str]):
     """|S'| / |S|, and how far S turns, over the evictions, a line per layer."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, axes = subplots(1, 3, size=(12, 3.6))
+    from matplotlib import colormaps
+
     titles = {
         "update_over_state": "size of the update over that of S",
         "cosine_to_last": "cosine of S with the S before",
         "cosine_to_start": "cosine of S with S before any eviction",
     }
-    colours = plt.cm.viridis(torch.linspace(0, 0.9, len(found["layers"])).numpy())
+    colours = colormaps["viridis"](torch.linspace(0, 0.9, len(found["layers"])).numpy())
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for index, (layer, colour) in enumerate(zip(found["layers"], colours, strict=True)):
             label = f"layer {index}" if index in (0, len(found["layers"]) - 1) else None
@@ -40,11 +50,11 @@ def states(plt, found: dict, words: list[str]):
     return figure
 
 
-def tokens(plt, found: dict, words: list[str]):
+def tokens(found: dict, words: list[str]):
     """How far every evicted token moved S, layer by layer, and the words that moved it furthest."""
     shares = torch.tensor([layer["token_moved"] for layer in found["layers"]]).flatten(1)
     places = torch.tensor(found["evicted"]).flatten()
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(12, 6), layout="constrained")
+    figure, (top, bottom) = subplots(2, 1, size=(12, 6))
     limit = shares.abs().max().item()
     extent = (-0.5, len(places) - 0.5, len(shares) - 0.5, -0.5)
     image = top.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
@@ -63,10 +73,10 @@ def tokens(plt, found: dict, words: list[str]):
     return figure
 
 
-def distance(plt, found: dict, words: list[str]):
+def distance(found: dict, words: list[str]):
     """KL to the full-cache policy along the completion, and by tokens since the last eviction."""
     kl, since = torch.tensor(found["kl"]), torch.tensor(found["since_eviction"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
+    figure, (left, right) = subplots(1, 2, size=(12, 3.6))
     left.plot(kl.clamp(min=1e-9), color="C0", linewidth=0.8)
     for k in range(found["evictions"]):
         left.axvline(found["window"] + k * found["evict"] + 1, color="0.8", linewidth=0.8, zorder=0)

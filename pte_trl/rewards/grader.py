@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pte_trl.rewards.answers import MAX_ANSWER
-from pte_trl.rewards.worker_pool import Job, Reply, WorkerPool
+from pte_trl.rewards.worker_pool import Comparison, Reply, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Grader:
         for gold, box, completion in zip(golds, boxes, completions, strict=True):
             answer = completion[-MAX_TAIL:].strip() if box is None else box[: MAX_ANSWER + 1].strip()
             too_long = box is not None and len(box) > MAX_ANSWER
-            jobs.append(None if too_long or not answer else Job(_gold_content(gold), answer, box is not None))
+            jobs.append(None if too_long or not answer else Comparison(_gold_content(gold), answer, box is not None))
 
         # The completions of one group share their gold and often their answer: each pair is compared once.
         distinct = list(dict.fromkeys(job for job in jobs if job is not None))
@@ -183,7 +183,7 @@ class Grader:
             elif len(boxes(gold)) > 1:
                 faults[gold] = "several boxes"
             else:
-                jobs[gold] = Job(content, "" if boxed is None else boxed, boxed is not None)
+                jobs[gold] = Comparison(content, "" if boxed is None else boxed, boxed is not None)
         replies = dict(zip(jobs, self._pool.run(list(jobs.values())), strict=True))
         for gold, reply in replies.items():
             if reply.reason != "correct":

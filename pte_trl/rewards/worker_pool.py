@@ -86,8 +86,8 @@ def check_limits(workers: int, time_limit: float, memory_limit_mb: int | None = 
         )
 
 
-class Job(NamedTuple):
-    """A comparison: the gold answer, and the content of a box or (not `boxed`) the end of a completion without one."""
+class Comparison(NamedTuple):
+    """The gold answer, and the content of a box or (not `boxed`) the end of a completion without one."""
 
     gold: str
     answer: str
@@ -180,7 +180,7 @@ class WorkerPool:
         with self._lock:
             _kill_all(self._workers, self._owner or 0)
 
-    def run(self, jobs: list[Job]) -> list[Reply]:
+    def run(self, jobs: list[Comparison]) -> list[Reply]:
         """Do all jobs and return their replies in the same order.
 
         Raises RuntimeError if a worker cannot be started, ValueError if its memory limit is below what it needs.
@@ -196,7 +196,7 @@ class WorkerPool:
                 _kill_all(self._workers, self._owner)
                 raise
 
-    def _run(self, jobs: list[Job]) -> list[Reply]:
+    def _run(self, jobs: list[Comparison]) -> list[Reply]:
         waiting, replies = deque(range(len(jobs))), {}
         self._tried = set()
         while len(replies) < len(jobs):
@@ -215,7 +215,7 @@ class WorkerPool:
                     self._lose(worker, waiting, replies, overdue=True)
         return [replies[index] for index in range(len(jobs))]
 
-    def _assign(self, worker: _Worker, waiting: deque[int], jobs: list[Job]) -> None:
+    def _assign(self, worker: _Worker, waiting: deque[int], jobs: list[Comparison]) -> None:
         try:
             worker.connection.send(tuple(jobs[waiting[0]]))
         except OSError:  # it died while idle; `wait` reports it at once and the job goes to another
@@ -325,7 +325,7 @@ def serve(connection: str, time_limit: str, memory_limit_mb: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what goes wrong from now on is a verdict, not a message
     while True:
         try:
-            job = Job(*pipe.recv())
+            job = Comparison(*pipe.recv())
         except EOFError:
             return
         retire = False
