@@ -9,8 +9,9 @@ import pytest
 from latex2sympy2_extended import latex2sympy
 
 from pte_trl.rewards.answers import Unreadable, read
+from pte_trl.rewards.equality import parse_whole
 from pte_trl.rewards.grader import Grader, check_golds
-from pte_trl.rewards.judging import judge, parse_whole
+from pte_trl.rewards.judging import judge
 from tests.answer_cases import DIFFERENT, EQUAL, KEPT, PROSE, REFUSED
 
 
