@@ -56,7 +56,7 @@ def draw_bars(axes: Axes, results: dict) -> None:
     axes.axvline(results["chance"], color="0.35", linestyle="--", linewidth=1)
     axes.text(results["chance"] + 0.01, len(arms) - 0.52, "chance", color="0.35", fontsize=9, va="bottom")
     axes.set_yticks(at, [arm["name"] for arm in arms], fontsize=10)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     axes.set(xlim=(0, 1.08), ylim=(-0.6, len(arms) - 0.1))
     axes.set_xlabel(f"digits right, {results['sequences']} unseen sequences", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

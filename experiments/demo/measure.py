@@ -38,6 +38,12 @@ def unseen_sequences(count: int) -> tuple[Tensor, Tensor]:
     return draw(count, NAMES, length, torch.Generator().manual_seed(TEST_SEED))
 
 
+def shown_of(tokens: Tensor, places: Tensor) -> int:
+    """The sequence that is spelled out: the first with as many different digits as there are questions."""
+    digits = tokens[:, places].tolist()
+    return next((row for row, told in enumerate(digits) if len(set(told)) == NAMES), 0)
+
+
 @torch.no_grad()
 def answers(model: nn.Module, tokens: Tensor, places: Tensor, window: int) -> Tensor:
     """The most likely token where each answer belongs, (sequences, questions).
@@ -58,20 +64,20 @@ def load(folder: Path, adapter: str | None) -> nn.Module:
 
 
 def measure(folder: Path, count: int) -> dict:
-    """Accuracies over `count` sequences, and the answers to the first of them.
+    """Accuracies over `count` sequences, and the answers to one of them.
 
     Returns:
         words of that sequence, the places of its answers, per question the words that have been evicted, and the arms.
     """
     tokens, places = unseen_sequences(count)
-    arms = []
+    shown, arms = shown_of(tokens, places), []
     for name, adapter, bounded in tqdm(ARMS):
         window = WINDOW if bounded else tokens.shape[1]
         given = answers(load(folder, adapter), tokens, places, window)
         right = (given == tokens[:, places]).float().mean().item()
-        arms.append({"name": name, "accuracy": right, "answers": [WORDS[token] for token in given[0]]})
+        arms.append({"name": name, "accuracy": right, "answers": [WORDS[token] for token in given[shown]]})
     evicted = [Schedule(WINDOW).first_visible(int(place) - 2) for place in places]
-    example = {"words": [WORDS[token] for token in tokens[0]], "places": places.tolist(), "evicted": evicted}
+    example = {"words": [WORDS[token] for token in tokens[shown]], "places": places.tolist(), "evicted": evicted}
     return {"window": WINDOW, "chance": CHANCE, "sequences": count, "example": example, "arms": arms}
 
 

@@ -34,7 +34,7 @@ def example(results: dict) -> str:
     ]
     return "\n".join(
         [
-            f"The first of {results['sequences']} test sequences",
+            f"One of {results['sequences']} test sequences, the first with {NAMES} different digits",
             f"  told    {told}",
             f"  then    {counted[0]}, {counted[1]}, ... {counted[-1]}: the first {results['example']['evicted'][0]} "
             "tokens, the digits among them, have left the cache",

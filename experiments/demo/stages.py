@@ -69,7 +69,8 @@ class Running:
         code = self.process.poll()
         done, metric = progress(self.log, self.stage)
         self._bar.set_postfix_str("" if metric is None else f"{self.stage.metric} {metric}", refresh=False)
-        self._bar.update(done - self._bar.n)
+        self._bar.n = done
+        self._bar.refresh()
         if code is None:
             return False
         self._bar.close()
