@@ -5,7 +5,7 @@ PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 DATA_DIR ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test test-all test-fast lint bench bench-gpu clean report
+.PHONY: help setup demo demo-sums demo-smollm2 test test-all test-fast lint bench bench-gpu clean report
 
 help:  ## this list
 	@grep -hE '^[a-zA-Z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,10 +26,13 @@ $(READY): $(wildcard requirements*.lock) pyproject.toml
 	$(PY) -m pip check
 	touch $@
 
-demo: $(READY)  ## pretrain a tiny model, train it with PTE by GRPO, show what changed
+demo: $(READY)  ## what PTE recalls of what has left the cache, and LoRA does not; about five minutes
 	$(PY) -m experiments.demo --tier tiny
 
-demo-smollm2: $(READY)  ## the same run on a real pretrained model and real rows (DATA_DIR=folder without a hub)
+demo-sums: $(READY)  ## GRPO with PTE on running sums, a tiny model, before and after; about ten minutes
+	$(PY) -m experiments.demo --tier sums
+
+demo-smollm2: $(READY)  ## the same as demo-sums on a real pretrained model and real rows (DATA_DIR=folder without a hub)
 	$(PY) -m experiments.demo --tier smollm2 $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 
 test: $(READY)  ## the tests; of large grids every value once

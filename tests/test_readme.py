@@ -35,7 +35,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     pretrain = ["-m", "experiments.tiny.pretrain", "--steps", "20", "--test-problems", "8"]
     run(folder, python(), *pretrain)
-    script = ["-m", "experiments.demo", "--tier", "tiny", "--test_problems", "8", *SHORT]
+    script = ["-m", "experiments.demo", "--tier", "sums", "--test_problems", "8", *SHORT]
     return folder, run(folder, python(), *script)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pte_trl.cache.schedule import Schedule
@@ -107,7 +108,7 @@ def train(model: nn.Module, names: int, lengths: list[int], steps: int, batch: i
     shape = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
     )
-    for step in range(1, steps + 1):
+    for step in tqdm(range(1, steps + 1), desc="pretraining", mininterval=1.0):
         tokens, places = draw(batch, names, lengths[step % len(lengths)], generator)
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")

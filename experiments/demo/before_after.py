@@ -1,8 +1,7 @@
-"""The whole thing on one machine without a GPU: a model with some skill, PTE by GRPO under a tight window, and
-what changed: reward curve, sample completions, accuracy before and after.
+"""GRPO with PTE under a tight window on problems that a reward grades: reward curve, completions, before and after.
 
-    python -m experiments.demo --tier tiny
-    python -m experiments.demo --tier smollm2 --data_dir FOLDER_OF_JSONL_FILES
+python -m experiments.demo --tier sums
+python -m experiments.demo --tier smollm2 --data_dir FOLDER_OF_JSONL_FILES
 """
 
 import argparse
@@ -23,15 +22,16 @@ from pte_trl.data.prompts import build_prompts
 from pte_trl.models.tokens import load_tokenizer
 from pte_trl.rewards.grader import Grader
 from pte_trl.rollouts.rollout import rollout
-from pte_trl.runtime.entry import framed, run, settings_checked
+from pte_trl.runtime.entry import framed, settings_checked
 from pte_trl.training.arguments import parse_recipe
 from pte_trl.training.grpo import main as train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {"sums": "tiny", "smollm2": "smollm2"}
 TEST_SEED, TRAIN_SEED = 1, 2
 
 
-def prepare_tiny(test_problems: int) -> None:
+def prepare_sums(test_problems: int) -> None:
     """The pretrained tiny model and its problems; what is there already is kept."""
     subprocess.run([sys.executable, "-m", "experiments.tiny.pretrain"], check=True)
     folder = Path("outputs/tiny-data")
@@ -93,18 +93,18 @@ def plot_rewards(history: list[dict], path: Path) -> None:
 @framed
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tier", choices=("tiny", "smollm2"), default="tiny")
+    parser.add_argument("--tier", choices=RECIPES, required=True)
     parser.add_argument("--data_dir", help="folder of JSONL files, where no hub can be reached (smollm2)")
     parser.add_argument("--test_problems", type=int, default=None, help="problems of the evaluation")
     options, extra = parser.parse_known_args(argv)
-    count = options.test_problems or (200 if options.tier == "tiny" else 20)
-    argv = ["--config", str(ROOT / f"recipes/{options.tier}.yaml"), "--resume", "never", *extra]
+    count = options.test_problems or (200 if options.tier == "sums" else 20)
+    argv = ["--config", str(ROOT / f"recipes/{RECIPES[options.tier]}.yaml"), "--resume", "never", *extra]
     if options.tier == "smollm2":
         argv += ["--data_dir", options.data_dir] if options.data_dir else []
     with settings_checked():
         parse_recipe(argv)
-    if options.tier == "tiny":
-        prepare_tiny(count)
+    if options.tier == "sums":
+        prepare_sums(count)
         source, folder = "outputs/tiny-data/test.jsonl", None
     else:
         prepare_smollm2()
@@ -132,7 +132,3 @@ def main(argv: list[str] | None = None) -> None:
     print(f"  untrained, window {args.window:<4}          {before:.3f}")
     print(f"  PTE after {args.max_steps} steps, window {args.window:<4} {after:.3f}")
     print(f"reward curve: {curve}\nadapter:      {args.output_dir}")
-
-
-if __name__ == "__main__":
-    run(main)

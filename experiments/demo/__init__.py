@@ -1,0 +1,1 @@
+"""The demo of `make demo`, and the longer ones on problems that a reward grades."""
