@@ -4,7 +4,10 @@
 """
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -93,6 +96,22 @@ def test_tests_that_are_named_exist(page):
         else:
             whole = "" if rest else r"\("
             assert re.search(rf"^def {name}{whole}", tests, re.MULTILINE), name
+
+
+def test_targets_that_are_named_exist(tmp_path):
+    """What make prints for them; nothing is run."""
+    prose = "\n".join(page.read_text() for page in LIVING)
+    found = set(re.findall(r"(?:`|^ *|&& )(?:[A-Z]+=\S+ )*make ([a-z][\w-]*)", prose, re.MULTILINE))
+    assert {"demo", "test", "reproduce-table1", "study", "bench-gpu"} <= found
+    for path in [
+        *ROOT.glob("requirements*"),
+        *(ROOT / name for name in ("Makefile", "pyproject.toml", "experiments")),
+    ]:
+        (tmp_path / path.name).symlink_to(path)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", "-n", *sorted(found), "SCALE=tiny", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @cache
