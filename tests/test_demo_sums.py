@@ -1,4 +1,4 @@
-"""`make demo`, cut short: the whole way through, with a model that has had no time to learn."""
+"""`make demo-sums`, cut short: the whole way through, with a model that has had no time to learn."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 def test_the_demo_shows_what_it_promises(tmp_path):
     run(tmp_path, "-m", "experiments.tiny.pretrain", "--steps", "20", "--test-problems", "8")
-    output = run(tmp_path, "-m", "experiments.demo", "--tier", "tiny", "--test_problems", "8", *SHORT)
+    output = run(tmp_path, "-m", "experiments.demo", "--tier", "sums", "--test_problems", "8", *SHORT)
     assert "is there already; nothing to do" in output  # the pretrained model is kept
     for line in ("untrained, full cache", "untrained, window 16", "PTE after 2 steps, window 16", "completion "):
         assert line in output
