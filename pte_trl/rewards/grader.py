@@ -2,8 +2,8 @@ r"""The outcome reward: 1 if the final answer of a completion equals the gold an
 
 The final answer is the content of the last closed `\boxed{...}`; of a completion without one, what is found near its
 end. Earlier boxes and lists of candidates never pay. An answer is read whole or not at all (`answers.py`) and compared
-by math-verify (`judging.py`) in processes that can be killed (`grading.py`), because a completion can make sympy run
-forever.
+by math-verify (`judging.py`) in processes that can be killed (`worker_pool.py`),
+because a completion can make sympy run forever.
 """
 
 import logging
