@@ -12,9 +12,10 @@ import torch
 import transformers.trainer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from pte_trl.compat.engines import checkpoint_records
 from pte_trl.rewards.worker_pool import Job, WorkerPool
-from pte_trl.runtime import checkpoints
-from pte_trl.runtime.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
+from pte_trl.runtime import resume
+from pte_trl.runtime.checkpoints import LISTING, fault_of, seal, tensors_only
 from pte_trl.settings.environment import check_environment
 from pte_trl.training.arguments import parse_recipe
 from tests.test_recipes import recipe
@@ -39,7 +40,7 @@ def test_no_load_runs_it(tmp_path, legacy, weights_only):
 
 def test_deepspeeds_own_loader_runs_nothing_and_reads_its_records(tmp_path):
     engine = TorchCheckpointEngine()
-    records = {kind.__name__: make(kind) for kind in records_of_deepspeed()}
+    records = {kind.__name__: make(kind) for kind in checkpoint_records()}
     engine.save({"tensor": torch.ones(2), **records}, str(tmp_path / "good.pt"))
     engine.save({"tensor": torch.ones(2), "poison": Poison(tmp_path / "marker")}, str(tmp_path / "bad.pt"))
     with tensors_only():
@@ -75,9 +76,9 @@ def test_a_file_that_was_changed_is_found_by_its_hash(tmp_path):
     assert fault_of(path) is None  # as large as before
     assert fault_of(path, contents=True) == "optimizer.pt has been changed since it was written"
     said = []
-    assert checkpoints.newest(tmp_path, 1, said.append) is None and "has been changed" in said[0]
+    assert resume.newest(tmp_path, 1, said.append) is None and "has been changed" in said[0]
     with pytest.raises(ValueError, match=r"checkpoint-2'?: optimizer\.pt has been changed since it was written"):
-        checkpoints.starting_point(args_of(tmp_path, str(path)), {})
+        resume.starting_point(args_of(tmp_path, str(path)), {})
 
 
 def test_torchs_sharded_index_is_neither_written_nor_read(tmp_path):
@@ -90,7 +91,7 @@ def test_torchs_sharded_index_is_neither_written_nor_read(tmp_path):
     path = checkpoint(tmp_path, 4)
     shutil.copytree(tmp_path / "checkpoint-2/optimizer_0", path / "optimizer_0")
     with pytest.raises(ValueError, match=r"\.metadata: could run any code when it is read"):
-        checkpoints.starting_point(args_of(tmp_path, str(path)), {})
+        resume.starting_point(args_of(tmp_path, str(path)), {})
 
 
 @pytest.mark.parametrize("listing", ["5", "[]", "{}", '{"files": 5}', '{"files": {"optimizer.pt": null}}', "\xff"])

@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.schedule import Schedule
+from pte_trl.compat.transformers import without_checkpointing
 
 HELD = ("keys", "values", "memory", "queries")  # tensors of a cache layer that gradients flow through
 
@@ -115,7 +115,7 @@ class SegmentRun:
     @torch.no_grad()
     def forward(self) -> tuple[Tensor, Tensor]:
         cache, logps, entropies = self._empty(), [], []
-        with plain_layers(self.model):
+        with without_checkpointing(self.model):
             for span in self.spans:
                 self.entered.append(
                     [{"memory": x.memory, "queries": x.queries, "owner": x.owner} for x in cache.layers]
@@ -129,7 +129,7 @@ class SegmentRun:
     def backward(self, given: tuple[Tensor | None, Tensor | None], parameters: list[Tensor]) -> list[Tensor]:
         """Gradients of the parameters for those of log-probs and entropies, (batch, completion) each."""
         totals, leaving = [torch.zeros_like(p) for p in parameters], None
-        with plain_layers(self.model) as checkpointed, torch.enable_grad():
+        with without_checkpointing(self.model) as checkpointed, torch.enable_grad():
             for index in reversed(range(len(self.spans))):
                 span = self.spans[index]
                 cache, taken = self._enter(index)
@@ -220,19 +220,6 @@ class SegmentRun:
 
 def _held(cache: BoundedCache) -> Iterator[Tensor]:
     return (getattr(layer, name) for layer in cache.layers for name in HELD)
-
-
-@contextmanager
-def plain_layers(model: nn.Module):
-    """transformers' gradient checkpointing off, since it drops the cache; yields the layers that had it."""
-    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in on:
-        module.gradient_checkpointing = False
-    try:
-        yield [module for module in on if isinstance(module, GradientCheckpointingLayer)]
-    finally:
-        for module in on:
-            module.gradient_checkpointing = True
 
 
 @contextmanager

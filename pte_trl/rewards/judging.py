@@ -10,12 +10,11 @@ import re
 from functools import lru_cache
 
 import sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
-from latex2sympy2_extended.sets import FiniteSet
 from math_verify import verify
 from sympy import Basic, Eq, Float, Interval, MatrixBase, S, Symbol, Tuple
 from sympy.core.relational import Relational
 
+from pte_trl.compat.grading import ConversionConfig, FiniteSet, Latex2Sympy, members_in_order, to_mpmath
 from pte_trl.rewards.answers import Element, Reading, Unreadable, is_meaningless, read
 from pte_trl.rewards.prose import find_answer
 
@@ -28,11 +27,10 @@ _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time of day beside another, not the
 _POINTS = ((0.7361, 0.1273), (1.8713, -0.2971))  # the first variable's value, and the step to the next
 
 
-class _Parser(_Latex2Sympy):
+class _Parser(Latex2Sympy):
     """The grammar's converter, held to the whole text.
 
-    Private in latex2sympy2_extended, which offers no parser with a check of the end and no way to switch off its
-    reading of `2(3)` as the mixed number 5; tests/test_answers.py says what must hold.
+    `2(3)` is a product here, not the mixed number 5; tests/test_answers.py says what must hold.
     """
 
     def parse(self, latex_str: str):
@@ -106,7 +104,7 @@ def _values(element: Element, real: bool) -> list:
         parsed = [parsed[0] if element.approximate else parsed[-1]]
     (value,) = parsed
     two = isinstance(value, FiniteSet) and re.search(r"\\(?:pm|mp)(?![A-Za-z])", element.members[-1])
-    return list(value._unsorted_args) if two and not element.members[-1].lstrip().startswith(r"\{") else [value]
+    return members_in_order(value) if two and not element.members[-1].lstrip().startswith(r"\{") else [value]
 
 
 def _has_variables(parsed: list) -> bool:
@@ -131,8 +129,6 @@ def _number(expression):
 
 
 def _complex(value):
-    from mpmath import mpc
-
     if not value.is_number:
         return None
     real, imaginary = value.as_real_imag()
@@ -140,7 +136,7 @@ def _complex(value):
         return None
     if not (real.is_finite and imaginary.is_finite):
         return None
-    return mpc(Float(real)._mpf_, Float(imaginary)._mpf_)
+    return to_mpmath(Float(real), Float(imaginary))
 
 
 def _near(gold, answer) -> bool:

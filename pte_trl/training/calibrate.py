@@ -5,6 +5,7 @@ from accelerate.utils import broadcast_object_list
 from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.model import pte_layers
 from pte_trl.cache.schedule import Schedule, resolve_window
+from pte_trl.compat.trl import distributed_backend, tokenize_prompts
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.rollout import rollout
 
@@ -22,13 +23,13 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
     whiten = layers[0].config[layers[0]._adapter()].whiten
     texts = min(2 * texts if whiten else texts, len(trainer.train_dataset))
     found = [None]
-    with trainer._dist.gather_params(list(model.parameters())):
+    with distributed_backend(trainer).gather_params(list(model.parameters())):
         if trainer.accelerator.is_main_process:
-            ids, _, _ = trainer._tokenize_prompts([trainer.train_dataset[i]["prompt"] for i in range(texts)])
+            ids = tokenize_prompts(trainer, [trainer.train_dataset[i]["prompt"] for i in range(texts)])
             evict = Schedule(resolve_window(args.window, args.budget, max(map(len, ids))), args.evict_ratio).evict
             if whiten:
                 ids = with_thoughts(trainer, ids)
-            inputs = left_pad(ids, trainer._tokenizer.pad_token_id, model.device)
+            inputs = left_pad(ids, trainer.processing_class.pad_token_id, model.device)
             found = [measure(model, *inputs, evict, reach=trainer.max_completion_length if whiten else 0)]
     (found,) = broadcast_object_list(found)
     fit(model, found)
@@ -53,7 +54,7 @@ def with_thoughts(trainer, prompt_ids: list[list[int]], tokens: int = 128) -> li
         max_new_tokens=tokens,
         temperature=trainer.temperature,
         eos_token_ids=trainer.eos_token_ids,
-        pad_token_id=trainer._tokenizer.pad_token_id,
+        pad_token_id=trainer.processing_class.pad_token_id,
         seeds=list(range(len(prompt_ids))),
     )
     return [prompt + thought for prompt, thought in zip(prompt_ids, written.completion_ids, strict=True)]

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from torch import nn
-from transformers import AutoConfig
-from transformers.utils import CONFIG_NAME
+from transformers import CONFIG_NAME, AutoConfig
 
 from pte_trl.adapter.check import active_config, check_adapter
 from pte_trl.adapter.fit import check_geometry, check_supported
 from pte_trl.adapter.settings import one_of
 from pte_trl.cache.masks import MASKED_ATTENTION
+from pte_trl.compat.peft import CONFIG_NAME as ADAPTER_FILE
+from pte_trl.compat.transformers import attention_of
 
 LOADED = "PeftModel.from_pretrained(model, FOLDER, is_trainable=True)"
 
@@ -83,7 +83,7 @@ def _check_bounded(settings, model: str | nn.Module, adapter: PeftConfig) -> Non
     """What a decode with evictions and its replay can do, of the model's configuration."""
     if isinstance(model, nn.Module):
         config = getattr(model, "config", None)
-        attention = getattr(config, "_attn_implementation", None)
+        attention = attention_of(config)
     else:
         options = settings.model_init_kwargs or {}
         known = {key: options[key] for key in ("revision", "trust_remote_code", "token") if key in options}

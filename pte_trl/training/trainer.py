@@ -12,11 +12,11 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.trainer.utils import is_async_callable
 
 from pte_trl.adapter.fit import FAMILIES
 from pte_trl.adapter.model import adapters_disabled, pte_layers
 from pte_trl.cache.schedule import Schedule, resolve_window
+from pte_trl.compat.trl import distributed_backend, is_async_callable, metrics_of
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rewards.grader import has_boxed
@@ -59,7 +59,8 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         for layer in pte_layers(self.model):
             layer.watch_updates = True
         self._check_dropout()
-        zero, fsdp = self._dist.zero_stage, self._dist.fsdp_version
+        backend = distributed_backend(self)
+        zero, fsdp = backend.zero_stage, backend.fsdp_version
         check_engine(self.args, f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None)
         prepare_engine(self)
 
@@ -255,10 +256,6 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
 
     # ---- what is logged ------------------------------------------------------------------------------------
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     def _record(self, name: str, value: float | Tensor) -> None:
         """One number of this process -> the mean over processes, averaged by TRL over a logging step.
 
@@ -266,7 +263,7 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         """
         value = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device))
         if not value.isnan().all():
-            self._metrics[self._mode][name].append(value.nanmean().item())
+            metrics_of(self)[name].append(value.nanmean().item())
 
     def _record_max(self, name: str, value: float | Tensor) -> None:
         """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number.
@@ -274,7 +271,7 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
         NaN is no number here, either.
         """
         found = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device)).flatten()
-        metrics, numbers = self._metrics[self._mode], found[~found.isnan()].tolist()
+        metrics, numbers = metrics_of(self), found[~found.isnan()].tolist()
         if numbers:
             metrics[name] = [max(numbers + metrics[name])]
 
@@ -305,7 +302,7 @@ class PteGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
 
     def _warn_without_signal(self) -> None:
         """Says aloud that a rollout batch teaches nothing, instead of a silent zero gradient."""
-        metrics = self._metrics[self._mode]
+        metrics = metrics_of(self)
         if metrics["frac_reward_zero_std"][-1] == 1.0:
             logger.warning(
                 "step %d: every group has zero reward spread (mean reward %.3f), so this batch has no gradient; "

@@ -15,6 +15,7 @@ from trl import DistillationTrainer
 
 from pte_trl.adapter.model import pte_layers
 from pte_trl.cache.schedule import resolve_window
+from pte_trl.compat.trl import metrics_of
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.runtime.checkpoints import AtomicCheckpoints
 from pte_trl.runtime.sharding import prepare_engine
@@ -54,7 +55,7 @@ class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
         on_policy = self.args.on_policy
         window = self._window if on_policy else self.max_completion_length
         result = trainer_rollout(self, prompt_ids, window, base=not on_policy)
-        self._metrics[self._mode]["rollout/tokens_per_second"].append(result.tokens_per_second)
+        metrics_of(self)["rollout/tokens_per_second"].append(result.tokens_per_second)
         return result.completion_ids
 
     def _generate_and_score_completions(self, inputs):
@@ -99,7 +100,7 @@ class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
 
     def compute_loss(self, model, *args, **kwargs):
         loss = super().compute_loss(model, *args, **kwargs)
-        metrics = self._metrics[self._mode]
+        metrics = metrics_of(self)
         for name, pair in self._sums.items():  # outside of the wrapper, where processes may wait for each other
             total, count = self.accelerator.gather(pair.unsqueeze(0)).sum(0).tolist()
             metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
@@ -109,7 +110,3 @@ class PteDistillationTrainer(AtomicCheckpoints, DistillationTrainer):
             ratio = torch.stack([r.to(self.accelerator.device) for r in ratios]).mean()
             metrics["pte/update_over_state"].append(self.accelerator.gather(ratio).nanmean().item())
         return loss
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
