@@ -21,13 +21,15 @@ from transformers.utils import ModelOutput
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.compat.transformers import (
+    BEAM_SEARCH,
+    SAMPLE,
     attention_of,
     is_flash_attention_requested,
     layer_types,
     wrap_decoding_loops,
 )
 
-LOOPS = ("_sample", "_beam_search")  # those a bounded cache can serve
+LOOPS = (SAMPLE, BEAM_SEARCH)  # those a bounded cache can serve
 GUESSING = ("assistant_model", "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "is_assistant")
 
 
@@ -191,7 +193,7 @@ def bounded(name: str, loop: Callable) -> Callable:
             first.history, first.known = before
         elif inputs.get("inputs_embeds") is not None:
             first.known = 0
-        elif name == "_sample" and sequences.shape[1] == cache.get_seq_length() + 1:
+        elif name == SAMPLE and sequences.shape[1] == cache.get_seq_length() + 1:
             first.known = cache.get_seq_length()
             first.history = hashed(sequences[:, :-1], mask).to(first.keys.device)
         return out

@@ -30,6 +30,7 @@ GRPO = "trl:GRPOTrainer"
 DISTILLATION = "trl:DistillationTrainer"
 TUNER = "peft.tuners.tuners_utils:BaseTuner"
 LAYER = "peft.tuners.tuners_utils:BaseTunerLayer"
+PARSER = "latex2sympy2_extended.latex2sympy2:_Latex2Sympy"
 
 GENERATE = ("prompt_ids", "images", "multimodal_fields", "num_generations")
 
@@ -39,7 +40,7 @@ OVERRIDES: dict[str, dict[str, Override]] = {
             GRPO,
             GENERATE,
             "the rollout under the bounded cache; returns token ids and log-probs of the completions, as lists",
-            ("test_trainer.py::test_the_replay_scores_what_was_sampled", "test_compat.py::test_a_rollout_of_trl"),
+            ("test_trainer.py::test_the_replay_scores_what_was_sampled", "test_compat_trl.py::test_a_rollout_of_trl"),
         ),
         "_generate_and_score_completions": Override(
             GRPO,
@@ -59,7 +60,7 @@ OVERRIDES: dict[str, dict[str, Override]] = {
                 "compute_aux_loss",
             ),
             "the replay instead of one forward with the full cache; returns log-probs, entropies or None, and None",
-            ("test_trainer.py::test_the_replay_scores_what_was_sampled", "test_compat.py::test_scores_of_trl"),
+            ("test_trainer.py::test_the_replay_scores_what_was_sampled", "test_compat_trl.py::test_scores_of_trl"),
         ),
         "_compute_loss": Override(
             GRPO,
@@ -183,6 +184,20 @@ OVERRIDES: dict[str, dict[str, Override]] = {
             (),
             "refuses `adapter_names`, which PEFT would drop without a word; a context around every forward",
             ("test_peft_apis.py::test_what_cannot_work_is_refused",),
+        ),
+    },
+    "pte_trl.rewards.judging:_Parser": {  # the whole base class is private
+        "parse": Override(
+            PARSER,
+            ("latex_str",),
+            "reads to the end of the text or refuses it; returns an expression of sympy",
+            ("test_answers.py::test_the_parser_reads_to_the_end_or_not_at_all",),
+        ),
+        "convert_postfix_list": Override(
+            PARSER,
+            ("arr", "i"),
+            "what stands side by side is multiplied, and `2(3)` is no mixed number; returns an expression",
+            ("test_answers.py::test_the_parser_multiplies_what_stands_side_by_side",),
         ),
     },
     "pte_trl.adapter.layer:PteLayer": {

@@ -10,18 +10,22 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.integrations.sdpa_attention import repeat_kv  # every kv head once for each of its query heads
 from transformers.modeling_utils import set_zero3_state  # inside it ZeRO-3 leaves a model on the meta device alone
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # checkpoints are folders PREFIX-STEP
-from transformers.utils import (  # files of a model's weights, in one part or by an index of parts
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,  # file that says which part of a model's weights is in which file
+    SAFE_WEIGHTS_NAME,  # file of a model's weights
+    WEIGHTS_INDEX_NAME,  # the same for weights in PyTorch's own format
+    WEIGHTS_NAME,  # and of those weights
 )
 from transformers.utils.generic import is_flash_attention_requested  # which takes no mask of four dimensions
 
+SAMPLE, BEAM_SEARCH = "_sample", "_beam_search"  # the decoding loops that feed one token at a time
+
 __all__ = [
+    "BEAM_SEARCH",
     "PREFIX_CHECKPOINT_DIR",
     "SAFE_WEIGHTS_INDEX_NAME",
     "SAFE_WEIGHTS_NAME",
+    "SAMPLE",
     "WEIGHTS_INDEX_NAME",
     "WEIGHTS_NAME",
     "attention_of",
