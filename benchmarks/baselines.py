@@ -12,8 +12,6 @@ import json
 
 import torch
 from peft import get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks.common import RECORDS, print_table
 from benchmarks.measure import Peak
@@ -22,6 +20,7 @@ from benchmarks.models import random_model
 from benchmarks.training import arms
 from pte_trl import PteConfig
 from pte_trl.cache.policy import CachePolicy
+from pte_trl.compat.torch import TorchDispatchMode, flop_formula
 from pte_trl.rollouts.rollout import rollout
 
 BASELINES = RECORDS / "baselines.json"
@@ -38,7 +37,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_formula(func)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pte_trl.compat.torch import TorchDispatchMode, schema_of, storage_id, tree_leaves, tree_map_only
 
 # "cpu" counts the work of this process, all its threads together: other programs disturb it less than the wall's.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -65,15 +65,15 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # A view of what was there before, of a weight for example, is nothing new.
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        known = {storage_id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and storage_id(tensor) not in known:
+                self._count(storage_id(tensor), tensor.untyped_storage())
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _count(self, key: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
         if key not in self.alive:
             self.alive.add(key)
             self.now += size
@@ -98,7 +98,7 @@ class Uncomputed(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, schema = kwargs or {}, func._schema
+        kwargs, schema = kwargs or {}, schema_of(func)
         target = kwargs.get("out", args[0] if args else None)
         if schema.name in STRUCTURAL or all(
             x.numel() < 2 for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
@@ -158,5 +158,5 @@ def tensor_bytes() -> int:
     for thing in gc.get_objects():
         # By its type: asking some objects for their class runs their code.
         if issubclass(type(thing), torch.Tensor):
-            sizes[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
+            sizes[storage_id(thing)] = thing.untyped_storage().nbytes()
     return sum(sizes.values())

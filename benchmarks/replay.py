@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import ratio, take_turns
 from benchmarks.models import random_model, shared_copy, with_adapter
 from pte_trl.cache.schedule import Schedule
+from pte_trl.compat.trl import add_fused_lm_head
 from pte_trl.replay.plan import replay_inputs
 
 FEW, ATTENTION = ["q_proj", "o_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]

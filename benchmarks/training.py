@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.models import random_model, shared_copy, with_adapter
 from pte_trl.cache.schedule import Schedule
+from pte_trl.compat.trl import add_fused_lm_head
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 

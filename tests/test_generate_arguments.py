@@ -194,7 +194,7 @@ def test_every_argument_and_field_is_classed():
 
 
 def test_every_loop_of_generate_is_wrapped():
-    """`pte_trl.cache.generate.install` relies on these private names."""
+    """`pte_trl.compat.transformers.wrap_decoding_loops` relies on these private names."""
     for name in {loop for loop in GENERATION_MODES_MAPPING.values() if "/" not in loop} | {"generate_batch"}:
         wrapped = getattr(GenerationMixin, name)
         assert wrapped.__module__ == wrapped.__wrapped__.__module__, "functools.wraps keeps what generate looks at"

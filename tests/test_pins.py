@@ -11,7 +11,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from transformers.cache_utils import Cache, CacheLayerMixin
 from trl import GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
@@ -128,33 +127,6 @@ def test_ranges_and_pins_name_the_same_packages():
 def test_our_environment_has_every_extra_but_vllm():
     (line,) = EXTRAS["all"]
     assert Requirement(line).extras == set(EXTRAS) - {"all", "vllm"}
-
-
-def parameters(function) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
-def test_the_methods_of_trl_that_we_replace():
-    assert parameters(GRPOTrainer._generate_single_turn)[:5] == [
-        "self",
-        "prompt_ids",
-        "images",
-        "multimodal_fields",
-        "num_generations",
-    ]
-    assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:8] == [
-        "self",
-        "model",
-        "input_ids",
-        "attention_mask",
-        "logits_to_keep",
-        "batch_size",
-        "compute_entropy",
-        "compute_aux_loss",
-    ]
-    assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
-    assert parameters(GRPOTrainer._generate_and_score_completions) == ["self", "inputs"]
-    assert parameters(add_fused_lm_head)[:2] == ["model", "temperature"]
 
 
 def test_the_names_inside_trl_that_we_read():

@@ -12,6 +12,7 @@ import pte_trl
 NAMES = {
     "AccuracyReward",
     "BoundedCache",
+    "CachePolicy",
     "PteConfig",
     "PteDistillConfig",
     "PteDistillationTrainer",

@@ -12,8 +12,9 @@ import torch
 import transformers.trainer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from pte_trl.compat.engines import checkpoint_records
 from pte_trl.rewards.worker_pool import Comparison, WorkerPool
-from pte_trl.runtime.checkpoints import LISTING, fault_of, records_of_deepspeed, seal, tensors_only
+from pte_trl.runtime.checkpoints import LISTING, fault_of, seal, tensors_only
 from pte_trl.runtime.resume import newest, starting_point
 from pte_trl.settings.environment import check_environment
 from pte_trl.training.arguments import parse_recipe
@@ -39,7 +40,7 @@ def test_no_load_runs_it(tmp_path, legacy, weights_only):
 
 def test_deepspeeds_own_loader_runs_nothing_and_reads_its_records(tmp_path):
     engine = TorchCheckpointEngine()
-    records = {kind.__name__: make(kind) for kind in records_of_deepspeed()}
+    records = {kind.__name__: make(kind) for kind in checkpoint_records()}
     engine.save({"tensor": torch.ones(2), **records}, str(tmp_path / "good.pt"))
     engine.save({"tensor": torch.ones(2), "poison": Poison(tmp_path / "marker")}, str(tmp_path / "bad.pt"))
     with tensors_only():

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from experiments.tiny.model import build_tokenizer
+from pte_trl.compat.transformers import template_variables as variables
 from pte_trl.data.prompts import build_prompts
 from pte_trl.models.tokens import PLAIN, PROBES, check_template, load_tokenizer
-from pte_trl.models.tokens import _get_template_variables as variables
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

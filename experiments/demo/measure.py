@@ -17,8 +17,8 @@ from experiments.demo.figure import draw_figure
 from experiments.demo.plan import FIGURE, NAMES, RESULTS, WINDOW
 from experiments.study.evaluate import TEST_SEED
 from experiments.study.recall import CHANCE, WORDS, countdown, draw
-from pte_trl import BoundedCache, feed
 from pte_trl.adapter.check import load_adapter
+from pte_trl.cache import BoundedCache, feed
 from pte_trl.cache.schedule import Schedule
 from pte_trl.runtime.manifest import environment, write_json
 

@@ -9,8 +9,8 @@ taken from one replay, which is what a decode gives (tests/test_exactness.py).
 """
 
 import torch
-from trl.trainer.utils import pad
 
+from pte_trl.compat.trl import pad
 from pte_trl.data.problems import load_problems
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.prompts import left_pad
@@ -25,7 +25,7 @@ class GivenThoughtTrainer(PteGRPOTrainer):
     """`PteGRPOTrainer` for rows with a thought: a completion is the thought, one sampled token, and the end."""
 
     def _generate_and_score_completions(self, inputs):
-        self._thoughts = self._tokenizer([row["thought"] for row in inputs])["input_ids"]
+        self._thoughts = self.processing_class([row["thought"] for row in inputs])["input_ids"]
         output = super()._generate_and_score_completions(inputs)
         # TRL's mask of tokens that the policy did not write: here all but the last but one.
         ends = output["completion_mask"].sum(1, keepdim=True)
@@ -40,9 +40,9 @@ class GivenThoughtTrainer(PteGRPOTrainer):
     @torch.no_grad()
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         model, device, end = self.accelerator.unwrap_model(self.model), self.accelerator.device, self.eos_token_ids[0]
-        prompts, prompt_mask = left_pad(prompt_ids, self._tokenizer.pad_token_id, device)
+        prompts, prompt_mask = left_pad(prompt_ids, self.processing_class.pad_token_id, device)
         thoughts = [torch.tensor([*thought, end], device=device) for thought in self._thoughts]
-        ids = torch.cat([prompts, pad(thoughts, self._tokenizer.pad_token_id, "right")], dim=1)
+        ids = torch.cat([prompts, pad(thoughts, self.processing_class.pad_token_id, "right")], dim=1)
         mask = torch.cat([prompt_mask, pad([torch.ones_like(t) for t in thoughts], 0, "right")], dim=1)
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
         if self.bounded:
@@ -68,10 +68,10 @@ class RightAnswer:
     __name__ = "right_answer"
 
     def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def __call__(self, completion_ids, answer, **kwargs) -> list[float]:
-        written = (self._tokenizer.decode(ids[-2]).strip() for ids in completion_ids)
+        written = (self.tokenizer.decode(ids[-2]).strip() for ids in completion_ids)
         return [float(word == gold) for word, gold in zip(written, answer, strict=True)]
 
 

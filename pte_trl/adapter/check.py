@@ -11,15 +11,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pte_trl.adapter.fit import check_geometry, check_supported
 from pte_trl.adapter.peft_type import PTE
+from pte_trl.compat.peft import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pte_trl.models.weights import without_memory
 
 # A recipe's keys -> what PteConfig and LoraConfig call them, where it is something else.

@@ -92,19 +92,19 @@ class Encoder(nn.Module):
 
         PEFT takes care of an adapter's parameters only, and a whitener rounded once stays rounded.
         """
-        whole = {name: whitener for name in WHITENERS if (whitener := self._buffers.get(name)) is not None}
+        whole = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, before in whole.items():
-            after = self._buffers[name]
+            after = self.get_buffer(name)
             if after.dtype.itemsize < before.dtype.itemsize:
-                self._buffers[name] = before.to(after.device)
+                setattr(self, name, before.to(after.device))
         return self
 
     def whiteners_as_parameters(self) -> None:
         """Frozen parameters instead of buffers, for an engine that cannot load buffers."""
-        for name in WHITENERS:
-            if self._buffers.get(name) is not None:  # without whitening the buffer stays, as None
-                self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))
+        for name, whitener in list(self.named_buffers(recurse=False)):  # none without whitening
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(whitener, requires_grad=False))
 
     @torch.no_grad()
     def set_whiteners_(self, keys: Tensor, values: Tensor) -> None:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from pte_trl.compat.peft import SAFETENSORS_WEIGHTS_NAME
 
 
 def adapter_folder(name: str) -> Path:

@@ -2,13 +2,14 @@
 
 import copy
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import WHITENERS
 from pte_trl.adapter.layer import PteAttention, PteLinear
 from pte_trl.adapter.settings import ATTENTION_LINEARS, MLP_LINEARS
+from pte_trl.compat.peft import check_target_module_exists
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.

@@ -1,6 +1,5 @@
 """The adapted layers: linears that add x A S B, and the attention module that knows which S every token uses."""
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +88,6 @@ class PteLinear(nn.Module, PteLayer):
         self.pte_down = nn.ModuleDict()
         self.pte_up = nn.ModuleDict()
         self.dropout, self.scale, self.read = nn.ModuleDict(), {}, {}
-        self._disable_adapters = False
         self.merged_adapters = []
 
     def frozen_weight(self) -> Tensor:
@@ -129,6 +127,17 @@ def frozen(linear: nn.Module) -> nn.Linear:
     return linear.base_layer if isinstance(linear, PteLinear) else linear
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding as all supported families apply it, bit for bit (tests/test_compat.py compares them).
+
+    Args:
+        x: (batch, length, heads, head_dim).
+        cos, sin: (batch, length, head_dim).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(2) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(2)
+
+
 class PteAttention(nn.Module, PteLayer):
     """Finds the state that every token must use, then runs the layer's own attention unchanged.
 
@@ -147,7 +156,6 @@ class PteAttention(nn.Module, PteLayer):
         self.config = {}
         self.update_ratio: Tensor | None = None
         self.watch_updates = False
-        self._disable_adapters = False
         self.merged_adapters = []
         self._emptied_by = None
 
@@ -273,9 +281,7 @@ class PteAttention(nn.Module, PteLayer):
         keys = attention.k_proj(hidden).unflatten(-1, (-1, attention.head_dim))
         if hasattr(attention, "k_norm"):
             keys = attention.k_norm(keys)
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        _, keys = rotate(keys, keys, *position_embeddings, unsqueeze_dim=2)
-        return keys.flatten(2), attention.v_proj(hidden)
+        return rotate(keys, *position_embeddings).flatten(2), attention.v_proj(hidden)
 
     def _replay_states(self, name: str, hidden: Tensor, rotary: tuple[Tensor, Tensor], plan: ReplayPlan) -> None:
         encoder, config = self.pte_encoder[name], self.config[name]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,6 +23,7 @@ from pte_trl.adapter.fit import (
 )
 from pte_trl.adapter.layer import PteAttention, PteLinear, StateInUse
 from pte_trl.adapter.settings import ATTENTION_LINEARS
+from pte_trl.compat.peft import check_target_module_exists
 
 
 class PteModel(BaseTuner):

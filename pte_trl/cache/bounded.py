@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import Cache, CacheLayerMixin
 
 from pte_trl.cache.schedule import Schedule
 

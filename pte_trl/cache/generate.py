@@ -16,15 +16,20 @@ from functools import wraps
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
-from transformers.generation.utils import GENERATION_MODES_MAPPING
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
-from transformers.utils.generic import is_flash_attention_requested
 
 from pte_trl.cache.bounded import BoundedCache
+from pte_trl.compat.transformers import (
+    BEAM_SEARCH,
+    SAMPLE,
+    attention_of,
+    is_flash_attention_requested,
+    layer_types,
+    wrap_decoding_loops,
+)
 
-LOOPS = ("_sample", "_beam_search")  # those a bounded cache can serve
+LOOPS = (SAMPLE, BEAM_SEARCH)  # those a bounded cache can serve
 GUESSING = ("assistant_model", "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "is_assistant")
 
 
@@ -148,8 +153,7 @@ def refuse_model(model: PreTrainedModel, mask: Tensor | None) -> None:
     Raises:
         ValueError: layers with a window of their own; padding under flash attention.
     """
-    kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    other = sorted(set(kinds) - {"full_attention"})
+    other = sorted(set(layer_types(model.config)) - {"full_attention"})
     if other:
         raise ValueError(
             f"past_key_values: a bounded cache takes layers of full attention, this {model.config.model_type} has "
@@ -158,7 +162,7 @@ def refuse_model(model: PreTrainedModel, mask: Tensor | None) -> None:
     # It takes the last columns of the mask for what is kept; those of the prompt's padding are the first.
     if is_flash_attention_requested(model.config) and mask is not None and not mask.all():
         raise ValueError(
-            f"attn_implementation={model.config._attn_implementation!r}: it would see the padding of a prompt after "
+            f"attn_implementation={attention_of(model.config)!r}: it would see the padding of a prompt after "
             "an eviction; allowed for padded batches are 'blockwise', 'sdpa' and 'eager'"
         )
 
@@ -189,7 +193,7 @@ def bounded(name: str, loop: Callable) -> Callable:
             first.history, first.known = before
         elif inputs.get("inputs_embeds") is not None:
             first.known = 0
-        elif name == "_sample" and sequences.shape[1] == cache.get_seq_length() + 1:
+        elif name == SAMPLE and sequences.shape[1] == cache.get_seq_length() + 1:
             first.known = cache.get_seq_length()
             first.history = hashed(sequences[:, :-1], mask).to(first.keys.device)
         return out
@@ -300,14 +304,4 @@ def hashed(input_ids: Tensor, mask: Tensor | None) -> Tensor:
     return torch.tensor([list(row) for row in rows], dtype=torch.uint8)
 
 
-def install() -> None:
-    """Wraps the loops, once.
-
-    Their names are private to transformers, but `generate` calls nothing public between the arguments it has made
-    sense of and the first forward. tests/test_generate_arguments.py says what must hold.
-    """
-    for name in sorted({loop for loop in GENERATION_MODES_MAPPING.values() if "/" not in loop} | {"generate_batch"}):
-        setattr(GenerationMixin, name, bounded(name, getattr(GenerationMixin, name)))
-
-
-install()
+wrap_decoding_loops(bounded)

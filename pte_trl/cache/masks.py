@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from pte_trl.compat.transformers import attention_of
+
 MASKED_ATTENTION = ("blockwise", "sdpa", "eager")  # attention implementations that take an arbitrary mask
 
 
@@ -13,7 +15,7 @@ def config_of(model: nn.Module):
 
 def mask_for(model: nn.Module, mask: Tensor) -> Tensor:
     """A mask of four dimensions, True where a query sees a key, as the model's attention implementation takes it."""
-    if config_of(model)._attn_implementation != "eager":
+    if attention_of(config_of(model)) != "eager":
         return mask
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

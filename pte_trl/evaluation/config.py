@@ -13,13 +13,32 @@ from pte_trl.settings.limits import COUNT, check_values
 from pte_trl.settings.parsing import read_recipe
 
 FROM_RECIPE = (
-    *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code"),
-    *("system_prompt", "chat_template_kwargs", "data_dir", "answer_after"),
+    "model_name_or_path",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+    "system_prompt",
+    "chat_template_kwargs",
+    "data_dir",
+    "answer_after",
 )
 # What decides the text of a sample, and what of it is graded. A folder has one set of them, and so has every record.
 RECORDED = (
-    *("model_name_or_path", "adapter", "dtype", "attn_implementation", "system_prompt", "chat_template_kwargs"),
-    *("budget", "window", "evict_ratio", "eviction", "max_new_tokens", "temperature", "top_p", "seed", "backend"),
+    "model_name_or_path",
+    "adapter",
+    "dtype",
+    "attn_implementation",
+    "system_prompt",
+    "chat_template_kwargs",
+    "budget",
+    "window",
+    "evict_ratio",
+    "eviction",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "backend",
     "answer_after",
 )
 

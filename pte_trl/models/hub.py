@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import huggingface_hub
-from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+
+from pte_trl.compat.hub import datasets_cache, set_offline
 
 LIMIT = 6.0  # seconds for one answer of the hub, all told: name lookup, connection, answer
 
@@ -93,8 +93,7 @@ def is_cached(hub: HubName) -> bool:
         return False
     # datasets keeps what it has made of a repository under this name, and loads it by a fall-back of its own.
     name = hub.repo_id.replace("/", "___").lower()
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    return any(path.name.lower().replace("_", "") == name.replace("_", "") for path in cache.glob("*"))
+    return any(path.name.lower().replace("_", "") == name.replace("_", "") for path in datasets_cache().glob("*"))
 
 
 def reachable(*hubs: HubName) -> None:
@@ -127,7 +126,7 @@ def go_offline(why: str) -> None:
     """From now on the libraries read the cache without asking the hub, as with HF_HUB_OFFLINE=1; said aloud."""
     print(f"the Hugging Face hub cannot be reached ({why}); all is in the local cache, which is used", flush=True)
     os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # both are read at each call
+    set_offline()
 
 
 def ask(hub: HubName) -> None:

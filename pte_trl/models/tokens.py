@@ -15,7 +15,8 @@ from accelerate import PartialState
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _get_template_variables  # knows transformers' own tags
+
+from pte_trl.compat.transformers import template_variables
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -228,7 +229,7 @@ def check_template(
             raise ValueError("the chat template drops the problem that follows a system message")
     check_beginning(tokenizer, [user], options, aloud)
     if aloud:
-        idle = sorted(set(options) - set(_get_template_variables(tokenizer.get_chat_template())))
+        idle = sorted(set(options) - template_variables(tokenizer.get_chat_template()))
         if idle:
             say(f"chat_template_kwargs: the chat template does not look at {', '.join(idle)}")
 

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.modeling_utils import set_zero3_state
-from transformers.utils import (
-    CONFIG_NAME,
+from transformers import CONFIG_MAPPING, CONFIG_NAME, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from pte_trl.compat.transformers import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
+    set_zero3_state,
+    tied_weights,
 )
 
 MAX_HEADER = 100_000_000  # bytes, as in safetensors itself
@@ -178,7 +179,7 @@ def check_shapes(config: PreTrainedConfig, found: dict[str, list[int]], setting:
     for name, shape in found.items():
         if name in wanted and shape != wanted[name]:
             raise ValueError(f"{setting}: {name} has shape {shape}, {CONFIG_NAME} says {wanted[name]}")
-    tied = dict(model.all_tied_weights_keys)
+    tied = tied_weights(model)
     tied |= {source: target for target, source in tied.items()}
     missing = [name for name in wanted if name not in found and tied.get(name) not in found]
     if missing and not set(found) - set(wanted):

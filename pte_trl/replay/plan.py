@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pte_trl.cache.masks import MASKED_ATTENTION, config_of, mask_for
 from pte_trl.cache.schedule import Schedule
+from pte_trl.compat.transformers import attention_of
 
 BLOCK = 128  # queries that attend together in `pte_trl.replay.attention`
 
@@ -139,10 +140,10 @@ def replay_inputs(
     Raises:
         ValueError: the model's attention takes no arbitrary mask.
     """
-    config = config_of(model)
-    if config._attn_implementation not in MASKED_ATTENTION:
+    attention = attention_of(config_of(model))
+    if attention not in MASKED_ATTENTION:
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r}: a replay needs an arbitrary attention mask; "
+            f"attn_implementation={attention!r}: a replay needs an arbitrary attention mask; "
             f"allowed are {', '.join(map(repr, MASKED_ATTENTION))}"
         )
     if isinstance(schedules, Schedule):
@@ -150,7 +151,6 @@ def replay_inputs(
     plan = ReplayPlan.build(schedules, prompt, attention_mask)
     # The blocks have masks of their own, so padding is all that is left to say; transformers passes on a mask of four
     # dimensions as it is.
-    blockwise = config._attn_implementation == "blockwise"
-    mask = plan.real[:, None, None] if blockwise else mask_for(model, plan.mask())
+    mask = plan.real[:, None, None] if attention == "blockwise" else mask_for(model, plan.mask())
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False, "replay": plan}

@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.schedule import Schedule
+from pte_trl.compat.transformers import without_checkpointing
 
 HELD = ("keys", "values", "memory", "queries")  # tensors of a cache layer that gradients flow through
 
@@ -114,7 +114,7 @@ class SegmentRun:
     @torch.no_grad()
     def forward(self) -> tuple[Tensor, Tensor]:
         cache, logps, entropies = self._empty(), [], []
-        with plain_layers(self.model):
+        with without_checkpointing(self.model):
             for span in self.spans:
                 self.entered.append(
                     [{"memory": x.memory, "queries": x.queries, "owner": x.owner} for x in cache.layers]
@@ -131,7 +131,7 @@ class SegmentRun:
         # Gradients for the cache that this segment leaves to the next, by layer and name. The last one leaves it to
         # nobody, so there are none yet.
         outgoing: dict[tuple[int, str], Tensor | None] = {}
-        with plain_layers(self.model) as checkpointed, torch.enable_grad():
+        with without_checkpointing(self.model) as checkpointed, torch.enable_grad():
             for index in reversed(range(len(self.spans))):
                 span = self.spans[index]
                 cache, taken = self._enter(index)  # cut off: gradients stop at `taken`
@@ -225,19 +225,6 @@ class SegmentRun:
 def _held(cache: BoundedCache) -> dict[tuple[int, str], Tensor | None]:
     """The tensors that gradients flow through, by layer and name."""
     return {(at, name): getattr(layer, name) for at, layer in enumerate(cache.layers) for name in HELD}
-
-
-@contextmanager
-def plain_layers(model: nn.Module):
-    """transformers' gradient checkpointing off, since it drops the cache; yields the layers that had it."""
-    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in on:
-        module.gradient_checkpointing = False
-    try:
-        yield [module for module in on if isinstance(module, GradientCheckpointingLayer)]
-    finally:
-        for module in on:
-            module.gradient_checkpointing = True
 
 
 @contextmanager

@@ -8,12 +8,11 @@ a solution. So two expressions must also agree in their values.
 from functools import lru_cache
 
 import sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
-from latex2sympy2_extended.sets import FiniteSet
 from math_verify import verify
 from sympy import Basic, Eq, Float, Interval, MatrixBase, S, Tuple
 from sympy.core.relational import Relational
 
+from pte_trl.compat.grading import ConversionConfig, FiniteSet, Latex2Sympy, to_mpmath
 from pte_trl.rewards.answers import Unreadable
 
 # Values may differ by what verify's rounding of decimals to six places allows; numbers below SMALL, which it would
@@ -23,11 +22,10 @@ ROUNDING, SMALL, SMALL_TOLERANCE = 2e-6, 1e-3, 1e-3
 _POINTS = ((0.7361, 0.1273), (1.8713, -0.2971))  # the first variable's value, and the step to the next
 
 
-class _Parser(_Latex2Sympy):
+class _Parser(Latex2Sympy):
     """The grammar's converter, held to the whole text.
 
-    Private in latex2sympy2_extended, which offers no parser with a check of the end and no way to switch off its
-    reading of `2(3)` as the mixed number 5; tests/test_answers.py says what must hold.
+    `2(3)` is a product here, not the mixed number 5; tests/test_answers.py says what must hold.
     """
 
     def parse(self, latex_str: str):
@@ -89,8 +87,6 @@ def number(expression):
 
 
 def _complex(value):
-    from mpmath import mpc
-
     if not value.is_number:
         return None
     real, imaginary = value.as_real_imag()
@@ -98,7 +94,7 @@ def _complex(value):
         return None
     if not (real.is_finite and imaginary.is_finite):
         return None
-    return mpc(Float(real)._mpf_, Float(imaginary)._mpf_)
+    return to_mpmath(Float(real), Float(imaginary))
 
 
 def _near(gold, answer) -> bool:

@@ -8,10 +8,10 @@ import re
 from functools import lru_cache
 
 import sympy
-from latex2sympy2_extended.sets import FiniteSet
 from sympy import Eq, S, Symbol, Tuple
 from sympy.core.relational import Relational
 
+from pte_trl.compat.grading import FiniteSet, members_in_order
 from pte_trl.rewards.answers import Element, Reading, Unreadable, is_meaningless, read
 from pte_trl.rewards.equality import number, parse_whole, same, same_values
 from pte_trl.rewards.prose import find_answer
@@ -38,7 +38,7 @@ def _values(element: Element, real: bool) -> list:
         parsed = [parsed[0] if element.approximate else parsed[-1]]
     (value,) = parsed
     two = isinstance(value, FiniteSet) and re.search(r"\\(?:pm|mp)(?![A-Za-z])", element.members[-1])
-    return list(value._unsorted_args) if two and not element.members[-1].lstrip().startswith(r"\{") else [value]
+    return members_in_order(value) if two and not element.members[-1].lstrip().startswith(r"\{") else [value]
 
 
 def _has_variables(parsed: list) -> bool:

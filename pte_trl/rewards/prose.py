@@ -4,8 +4,8 @@ import re
 from functools import lru_cache
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig
-from math_verify.parser import get_extraction_regexes
 
+from pte_trl.compat.grading import get_extraction_regexes
 from pte_trl.rewards.answers import Unreadable, denies, read
 from pte_trl.rewards.units import NO_UNIT
 

@@ -7,7 +7,8 @@ the whole batch, while an eviction drops tokens and, in PTE, changes the adapter
 from accelerate import Accelerator
 from peft import PeftConfig
 from transformers import GenerationConfig
-from trl.import_utils import is_vllm_available
+
+from pte_trl.compat.trl import is_vllm_available
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 WHY = (

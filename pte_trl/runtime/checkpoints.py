@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from pte_trl.compat.engines import checkpoint_records, launched_zero_stage
+from pte_trl.compat.torch import cpu_with_index
+from pte_trl.compat.transformers import PREFIX_CHECKPOINT_DIR
 from pte_trl.runtime.faults import Fault, is_lost_rank
 from pte_trl.runtime.identity import sha256_of
 from pte_trl.runtime.manifest import write_json
@@ -27,9 +29,6 @@ from pte_trl.runtime.trained import check_trained
 LISTING, PARTIAL = "complete.json", "partial"
 # Where torch's sharded checkpoints keep what belongs where, as a pickle that torch reads without any check.
 PICKLED = ".metadata"
-
-# accelerate puts each of several CPU processes on "cpu:0", a place to which torch.load cannot bring an optimizer.
-torch.serialization.register_package(100, lambda _: None, lambda data, place: data if place == "cpu:0" else None)
 
 
 # ---- where a checkpoint may stand ------------------------------------------------------------------------------
@@ -50,7 +49,7 @@ def check_save_steps(args) -> None:
         ValueError: naming the key, its value and what is allowed.
     """
     steps = batch_steps(args)
-    if args.save_strategy != SaveStrategy.STEPS or steps == 1:
+    if args.save_strategy != "steps" or steps == 1:
         return
     if args.save_steps < 1 or args.save_steps % steps:
         raise ValueError(
@@ -104,7 +103,7 @@ class AtomicCheckpoints(Trainer):
 
     def _prepare_for_training(self, *args, **kwargs):
         try:
-            with tensors_only():  # transformers loads so by itself, DeepSpeed does not
+            with tensors_only(), cpu_with_index():  # transformers loads so by itself, DeepSpeed does not
                 return super()._prepare_for_training(*args, **kwargs)
         except pickle.UnpicklingError as error:
             raise Fault(
@@ -133,17 +132,6 @@ class AtomicCheckpoints(Trainer):
         )
 
 
-def records_of_deepspeed() -> list:
-    """The classes in ZeRO's checkpoints beside tensors: they hold values, and making one runs nothing else."""
-    try:
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-    except ImportError:
-        return []
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-
-
 def find_name(error: Exception) -> str:
     """What an unpickling was refused for, out of torch's page of advice."""
     found = re.search(r"Unsupported (global|class|operand)[^.]*?([\w.]+\.\w+)|GLOBAL ([\w.]+)", str(error))
@@ -160,7 +148,7 @@ def tensors_only():
     before = os.environ.get(switch)
     os.environ[switch] = "1"
     try:
-        with torch.serialization.safe_globals(records_of_deepspeed()):
+        with torch.serialization.safe_globals(checkpoint_records()):
             yield
     finally:
         if before is None:
@@ -283,8 +271,8 @@ def complete(output_dir: Path) -> list[Path]:
 
 def engine(args) -> str:
     """What keeps the optimizer's state, as far as a checkpoint cares."""
-    if getattr(args, "deepspeed_plugin", None) is not None:
-        return f"ZeRO-{args.deepspeed_plugin.zero_stage}"
+    if (stage := launched_zero_stage(args)) is not None:
+        return f"ZeRO-{stage}"
     return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "one copy on every rank"
 
 

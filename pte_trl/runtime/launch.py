@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 import yaml
-from accelerate.commands.config.config_args import default_config_file
-from accelerate.commands.launch import launch_command_parser
+
+from pte_trl.compat.engines import default_launch_config, launch_parser
+from pte_trl.compat.transformers import fsdp_version_of, zero_stage_of
 
 HINT = (
     "without a GPU, --use_cpu true goes to the script and not to accelerate, and its config must be ddp, zero or fsdp"
@@ -70,10 +71,10 @@ def zero_stage(asked, config: dict) -> int:
 
 def parse_launch(line: list[str]) -> Launch:
     """What a command line of `accelerate launch`, and the config file it uses, ask for."""
-    asked = launch_command_parser().parse_args(line)
+    asked = launch_parser().parse_args(line)
     file = asked.config_file
-    if file is None and not asked.cpu and Path(default_config_file).is_file():
-        file = default_config_file
+    if file is None and not asked.cpu and default_launch_config().is_file():
+        file = default_launch_config()
     config = yaml.safe_load(Path(file).read_text()) if file else {}
     kind = str(config.get("distributed_type", "NO"))
     for flag, name in (("use_deepspeed", "DEEPSPEED"), ("use_fsdp", "FSDP"), ("multi_gpu", "MULTI_GPU")):
@@ -118,10 +119,10 @@ def named_launch(args=None) -> Launch:
     line = launch_line()
     launch = environment_launch() if line is None else parse_launch(line)
     if getattr(args, "deepspeed", None):
-        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        stage = zero_stage_of(args)
         launch = Launch(f"ZeRO-{stage}", launch.processes, launch.nodes, launch.precision, "the recipe's deepspeed")
     elif getattr(args, "fsdp", None):
-        version = args.fsdp_plugin_args["fsdp_version"]
+        version = fsdp_version_of(args)
         launch = Launch(f"FSDP{version}", launch.processes, launch.nodes, launch.precision, "the recipe's fsdp")
     return launch
 

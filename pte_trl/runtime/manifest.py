@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pte_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "math-verify")
 
 
@@ -26,12 +25,22 @@ def hardware(device: str | torch.device) -> str:
     return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """The project's commit, marked when the working tree differs from it; "unknown" outside a checkout."""
+def commit(file: Path = Path(__file__)) -> str:
+    """The project's commit, marked when the working tree differs from it; "unknown" outside a checkout.
+
+    Args:
+        file: one of the project's. An installed package may lie inside another repository, which does not track it.
+    """
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True).stdout.strip()
+        try:
+            done = subprocess.run(["git", "-C", str(file.parent), *args], capture_output=True, text=True)
+        except OSError:  # there is no git here
+            return ""
+        return done.stdout.strip()
 
+    if not git("ls-files", file.name):
+        return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" (changed)" if changed else "")
 

@@ -8,13 +8,15 @@ when its last completion does, so no rank can wait for another in it: it runs wi
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from pte_trl.adapter.layer import PteAttention
 from pte_trl.adapter.model import pte_layers
+from pte_trl.compat.engines import gather_as_one, keep_output_dtype
+from pte_trl.compat.torch import reshards_after_forward
+from pte_trl.compat.trl import distributed_backend
 
 
 def check_engine(args, engine: str | None) -> None:
@@ -48,26 +50,23 @@ def check_engine(args, engine: str | None) -> None:
 
 def prepare_engine(trainer) -> None:
     """Tells the engine that is about to be made what it has to know; nothing to do for DDP and ZeRO-1/2."""
-    if trainer._dist.is_zero3:
+    backend = distributed_backend(trainer)
+    if backend.is_zero3:
         gather_by_layer(trainer.model)
-    if trainer._dist.is_fsdp:
+    if backend.is_fsdp:
         # accelerate hands every entry of the state dict to the ranks as a sharded tensor, which a buffer is not.
         for layer in pte_layers(trainer.model):
             for encoder in layer.pte_encoder.values():
                 encoder.whiteners_as_parameters()
-    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy if trainer._dist.is_fsdp else None
-    if policy is not None:
-        # It would round what the model returns to bfloat16, and log-probs by up to 0.016 with it.
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+        # FSDP2 would round what the model returns to bfloat16, and log-probs by up to 0.016 with it.
+        keep_output_dtype(trainer.accelerator)
 
 
 def gather_by_layer(model: nn.Module) -> None:
     """Makes every decoder layer with PTE one unit of ZeRO-3, gathered when it is entered, released when it is left."""
-    from deepspeed.utils import set_z3_leaf_module
-
     layers = [m for m in model.modules() if isinstance(getattr(m, "self_attn", None), PteAttention)]
     for layer in layers:
-        set_z3_leaf_module(layer, True)
+        gather_as_one(layer)
     if layers:
         # DeepSpeed reduces a unit's gradients when the gradient of its input is there. Without one, it would reduce
         # those of the first layer before they are computed.
@@ -81,7 +80,7 @@ def whole_weights(model: nn.Module):
     ZeRO-3 has the same from TRL (`unwrap_model_for_generation`).
     """
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    released = [m for m in units if _released_after_forward(m)]
+    released = [m for m in units if reshards_after_forward(m)]
     for unit in released:
         unit.set_reshard_after_forward(False, recurse=False)
     for unit in units:
@@ -97,12 +96,8 @@ def whole_weights(model: nn.Module):
 
 def rollout_engine_must_go(trainer) -> bool:
     """Whether training wants the rollout engine's memory, or the weights will lie elsewhere in the next rollout."""
-    return trainer._dist.is_zero3 or trainer._dist.is_fsdp or trainer.args.rollout_batch_size == "auto"
-
-
-def _released_after_forward(unit: FSDPModule) -> bool:
-    # PyTorch has a setter only.
-    return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)
+    backend = distributed_backend(trainer)
+    return backend.is_zero3 or backend.is_fsdp or trainer.args.rollout_batch_size == "auto"
 
 
 def call_inside(wrapper: nn.Module, module: nn.Module, function: Callable, **inputs):

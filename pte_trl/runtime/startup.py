@@ -17,6 +17,8 @@ from transformers import TrainerCallback
 from pte_trl.adapter.fit import FAMILIES
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
+from pte_trl.compat.engines import running_zero_stage, zero3_numel
+from pte_trl.compat.transformers import attention_of
 from pte_trl.estimate.terms import Job, estimate
 from pte_trl.runtime.faults import Fault
 from pte_trl.runtime.launch import named_launch
@@ -32,13 +34,8 @@ def running_engine(model: nn.Module) -> str:
         return "FSDP1"
     if isinstance(model, nn.DataParallel):
         return "DataParallel"
-    if type(model).__name__ == "DeepSpeedEngine":
-        optimizer = type(model.optimizer).__name__
-        if optimizer == "DeepSpeedZeroOptimizer_Stage3":
-            return "ZeRO-3"
-        if optimizer == "DeepSpeedZeroOptimizer":
-            return "ZeRO-2" if model.optimizer.partition_gradients else "ZeRO-1"
-        return "ZeRO-0"
+    if (stage := running_zero_stage(model)) is not None:
+        return f"ZeRO-{stage}"
     return "FSDP2" if any(isinstance(p, DTensor) for p in model.parameters()) else "single"
 
 
@@ -46,9 +43,7 @@ def local_and_whole(parameter: nn.Parameter) -> tuple[int, int]:
     """Elements of a parameter on this GPU, and in all."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().numel(), parameter.numel()
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: `numel` is 0 while it is sharded, and small ones never are
-        return parameter.numel() or parameter.ds_tensor.numel(), parameter.ds_numel
-    return parameter.numel(), parameter.numel()
+    return zero3_numel(parameter) or (parameter.numel(), parameter.numel())
 
 
 def dtypes(parameters: list[nn.Parameter]) -> str:
@@ -84,7 +79,7 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
         segment_length=args.segment_length,
         offload=args.offload_cache,
         state_rank=next((c.rank for c in getattr(model, "peft_config", {}).values() if hasattr(c, "rank")), 32),
-        blockwise=model.config._attn_implementation == "blockwise",
+        blockwise=attention_of(model.config) == "blockwise",
         device=trainer.accelerator.device.type,
     )
 

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable
 
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from pte_trl.compat.transformers import tracker_callbacks
 from pte_trl.settings.extras import check_extra
 
 
@@ -45,20 +45,21 @@ def check_trackers(names: list[str]) -> None:
     Raises:
         ValueError: naming it and what is allowed.
     """
+    known = tracker_callbacks()
     for name in names:
         if name == "trackio":
             check_extra("trackio", "report_to='trackio'")
         try:
             if name != "none":
-                INTEGRATION_TO_CALLBACK[name]()
+                known[name]()
         except KeyError:
-            raise ValueError(f"report_to={name!r}: allowed are none, {', '.join(INTEGRATION_TO_CALLBACK)}") from None
+            raise ValueError(f"report_to={name!r}: allowed are none, {', '.join(known)}") from None
         except Exception as error:
             raise ValueError(f"report_to={name!r}: {error}") from error
 
 
 def tolerate_trackers(trainer) -> None:
     """An unreachable tracker must not end a run."""
-    names = {callback: name for name, callback in INTEGRATION_TO_CALLBACK.items()}
+    names = {callback: name for name, callback in tracker_callbacks().items()}
     callbacks = trainer.callback_handler.callbacks
     callbacks[:] = [TolerantTracker(each, names[type(each)]) if type(each) in names else each for each in callbacks]

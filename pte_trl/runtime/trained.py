@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from pte_trl.compat.engines import zero3_part
 from pte_trl.runtime.faults import Fault
 
 EMBEDDINGS = re.compile(r"embed_tokens|lm_head")
@@ -43,7 +44,8 @@ def local(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, under FSDP and ZeRO-3 too."""
     if hasattr(parameter, "to_local"):
         return parameter.to_local()
-    return getattr(parameter, "ds_tensor", parameter)
+    part = zero3_part(parameter)
+    return parameter if part is None else part
 
 
 def first_not_finite(model: nn.Module) -> str | None:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from accelerate.utils import reduce
 from transformers import TrainerCallback
 
+from pte_trl.compat.torch import default_store
+
 GOODBYE = 1 << 40  # more than anyone counts to
 
 # A scheduler signals the launcher and all ranks, and the launcher then signals its ranks again; so does a terminal at
@@ -82,7 +84,7 @@ class RankWatch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1:
             # A connection of its own: the main thread's may be waiting inside NCCL.
-            store = dist.PrefixStore("rank_watch", dist.distributed_c10d._get_default_store().clone())
+            store = dist.PrefixStore("rank_watch", default_store().clone())
             self._stop.clear()
             watch = (store, args.process_index, args.world_size)
             self._thread = threading.Thread(target=self._watch, args=watch, daemon=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from trl import TrlParser
 
+from pte_trl.compat.trl import flags_of
 from pte_trl.settings.environment import check_environment
 from pte_trl.settings.limits import fault_of
 
@@ -57,9 +58,10 @@ def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
         check_types(recipe, classes)
         recipe = without_replaced(recipe, argv)
         parser.set_defaults_with_config(**recipe)
+    known = flags_of(parser)
     for flag in (arg.partition("=")[0] for arg in argv if arg.startswith("--") and " " not in arg):
         # Not left to argparse, which reads all the values first and refuses one of them.
-        if flag not in parser._option_string_actions:
+        if flag not in known:
             raise ValueError(f"{flag}: no such flag; --help lists those there are")
     parsed = parser.parse_args_into_dataclasses(args=argv)
     for settings in parsed:

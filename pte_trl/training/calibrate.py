@@ -7,6 +7,7 @@ from accelerate.utils import broadcast_object_list
 from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.model import active_layers, pte_layers
 from pte_trl.cache.policy import FULL_CACHE
+from pte_trl.compat.trl import distributed_backend, tokenize_prompts
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.rollout import rollout
 from pte_trl.runtime.together import on_main
@@ -22,7 +23,7 @@ def is_fresh(trainer) -> bool:
         return False
     part = f".pte_up.{layers[0]._adapter()}."
     ups = [parameter for name, parameter in trainer.model.named_parameters() if part in name]
-    with trainer._dist.gather_params(ups):
+    with distributed_backend(trainer).gather_params(ups):
         return on_main(lambda: not any(parameter.any() for parameter in ups))
 
 
@@ -39,13 +40,13 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
     whiten = layers[0].config[layers[0]._adapter()].whiten
     rows = list(islice(trainer.train_dataset, 2 * texts if whiten else texts))
     found = [None]
-    with trainer._dist.gather_params(list(model.parameters())):
+    with distributed_backend(trainer).gather_params(list(model.parameters())):
         if trainer.accelerator.is_main_process:
-            ids, _, _ = trainer._tokenize_prompts([row["prompt"] for row in rows])
+            ids = tokenize_prompts(trainer, [row["prompt"] for row in rows])
             evict = args.cache_policy.schedule(max(map(len, ids))).evict
             if whiten:
                 ids = with_thoughts(trainer, ids)
-            inputs = left_pad(ids, trainer._tokenizer.pad_token_id, model.device)
+            inputs = left_pad(ids, trainer.processing_class.pad_token_id, model.device)
             found = [measure(model, *inputs, evict, reach=trainer.max_completion_length if whiten else 0)]
     (found,) = broadcast_object_list(found)
     fit(model, found)
@@ -64,7 +65,7 @@ def longest_prompt(trainer, batch: int = 1000) -> int:
     """Tokens of the longest prompt of the training set, as the trainer tokenizes them."""
     prompts, longest = trainer.train_dataset.select_columns("prompt"), 0
     for start in range(0, len(prompts), batch):
-        ids, _, _ = trainer._tokenize_prompts(list(prompts[start : start + batch]["prompt"]))
+        ids = tokenize_prompts(trainer, list(prompts[start : start + batch]["prompt"]))
         longest = max(longest, *map(len, ids))
     return longest
 
@@ -79,7 +80,7 @@ def with_thoughts(trainer, prompt_ids: list[list[int]], tokens: int = 128) -> li
         max_new_tokens=tokens,
         temperature=trainer.temperature,
         eos_token_ids=trainer.eos_token_ids,
-        pad_token_id=trainer._tokenizer.pad_token_id,
+        pad_token_id=trainer.processing_class.pad_token_id,
         seeds=list(range(len(prompt_ids))),
     )
     return [prompt + thought for prompt, thought in zip(prompt_ids, written.completion_ids, strict=True)]

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from transformers.integrations import is_trackio_available
+from transformers import is_trackio_available
 from trl import GRPOConfig
-from trl.import_utils import is_vllm_available
 
 from pte_trl.cache.arguments import CacheArguments
+from pte_trl.compat.trl import is_vllm_available
 from pte_trl.runtime.checkpoints import check_save_steps
 from pte_trl.runtime.trackers import check_trackers
 from pte_trl.settings.extras import check_extra

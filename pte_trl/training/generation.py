@@ -2,9 +2,8 @@
 
 from contextlib import nullcontext
 
-from trl.models import unwrap_model_for_generation
-
 from pte_trl.cache.policy import CachePolicy
+from pte_trl.compat.trl import unwrap_model_for_generation
 from pte_trl.rollouts.rollout import Rollout, rollout
 from pte_trl.runtime.sharding import rollout_engine_must_go, whole_weights
 
@@ -35,7 +34,7 @@ def trainer_rollout(trainer, prompt_ids: list[list[int]], policy: CachePolicy, b
             max_new_tokens=trainer.max_completion_length,
             temperature=trainer.temperature,
             eos_token_ids=trainer.eos_token_ids,
-            pad_token_id=trainer._tokenizer.pad_token_id,
+            pad_token_id=trainer.processing_class.pad_token_id,
             batch_size=args.rollout_batch_size,
             engine_cache=trainer.engine_cache,
         )

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_FILE
 from torch import nn
-from transformers import AutoConfig
-from transformers.utils import CONFIG_NAME
+from transformers import CONFIG_NAME, AutoConfig
 
 from pte_trl.adapter import PteConfig
 from pte_trl.adapter.check import active_config, check_adapter, expected_shapes
 from pte_trl.adapter.fit import FAMILIES, check_geometry, check_supported
 from pte_trl.adapter.settings import one_of
 from pte_trl.cache.masks import MASKED_ATTENTION
+from pte_trl.compat.peft import CONFIG_NAME as ADAPTER_FILE
+from pte_trl.compat.transformers import attention_of
 from pte_trl.data.needs import repository
 from pte_trl.models.hub import reachable
 from pte_trl.models.weights import check_model_folder, read_config
@@ -51,7 +51,7 @@ def check_given(settings, model: Any, peft_config: Any):
         check_adapter(method, found, source=source)
         if method != "lora":
             config = getattr(model, "config", None)
-            _check_bounded(config, getattr(config, "_attn_implementation", None), found)
+            _check_bounded(config, attention_of(config), found)
         return None
     _check_folder(model)
     check_adapter(method, peft_config, source="peft_config")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pte_trl.adapter.fit import FAMILIES
 from pte_trl.adapter.model import pte_layers
+from pte_trl.compat.trl import metrics_of
 from pte_trl.runtime.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 
 logger = get_logger(__name__)
@@ -16,10 +17,6 @@ logger = get_logger(__name__)
 class TrainerMetrics:
     """Methods of a TRL trainer that put numbers among its metrics; TRL averages them over a logging step."""
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     def _record(self, name: str, value: float | Tensor) -> None:
         """One number of this process -> the mean over processes.
 
@@ -27,7 +24,7 @@ class TrainerMetrics:
         """
         value = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device))
         if not value.isnan().all():
-            self._metrics[self._mode][name].append(value.nanmean().item())
+            metrics_of(self)[name].append(value.nanmean().item())
 
     def _record_max(self, name: str, value: float | Tensor) -> None:
         """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number.
@@ -35,7 +32,7 @@ class TrainerMetrics:
         NaN is no number here, either.
         """
         found = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device)).flatten()
-        metrics, numbers = self._metrics[self._mode], found[~found.isnan()].tolist()
+        metrics, numbers = metrics_of(self), found[~found.isnan()].tolist()
         if numbers:
             metrics[name] = [max(numbers + metrics[name])]
 
@@ -82,7 +79,7 @@ class GrpoMetrics(TrainerMetrics):
 
     def _warn_without_signal(self) -> None:
         """Warns of a rollout batch that teaches nothing, instead of a silent zero gradient."""
-        metrics = self._metrics[self._mode]
+        metrics = metrics_of(self)
         if metrics["frac_reward_zero_std"][-1] == 1.0:
             logger.warning(
                 "step %d: every group has zero reward spread (mean reward %.3f), so this batch has no gradient; "

@@ -14,6 +14,7 @@ from torch import nn
 
 from pte_trl.adapter.fit import FAMILIES
 from pte_trl.adapter.model import pte_layers
+from pte_trl.compat.trl import distributed_backend
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.runtime.checkpoints import AtomicCheckpoints, batch_steps, fault_of
 from pte_trl.runtime.launch import check_launch
@@ -64,7 +65,8 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         self.engine_cache, self.max_prompt_tokens = EngineCache(), None
         for layer in pte_layers(self.model):
             layer.watch_updates = True
-        zero, fsdp = self._dist.zero_stage, self._dist.fsdp_version
+        backend = distributed_backend(self)
+        zero, fsdp = backend.zero_stage, backend.fsdp_version
         check_engine(self.args, f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None)
         prepare_engine(self)
         # Ctrl-C interrupts a Python session as ever; the recipes' scripts save a checkpoint at it, too.

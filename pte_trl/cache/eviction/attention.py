@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pte_trl.cache.bounded import BoundedCache
+from pte_trl.compat.transformers import attention_of
 
 NAME = "selective"
 
@@ -63,9 +64,9 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
         ValueError: the model does not let its attention be switched.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
+    before = attention_of(base.config)
     base.set_attn_implementation(name)
-    if base.config._attn_implementation != name:
+    if attention_of(base.config) != name:
         raise ValueError(
             f"{type(base).__name__}: its attention cannot be switched from {before!r} to {name!r}, which an eviction "
             'strategy needs; allowed for this model is eviction="sliding_window"'

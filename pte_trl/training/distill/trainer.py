@@ -14,6 +14,7 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from pte_trl.cache.policy import FULL_CACHE
+from pte_trl.compat.trl import metrics_of
 from pte_trl.training.distill.config import PteDistillConfig
 from pte_trl.training.distill.divergence import divergence
 from pte_trl.training.distill.policies import evictions_seen, hidden_states
@@ -105,7 +106,7 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
 
     def compute_loss(self, model, *args, **kwargs):
         loss = super().compute_loss(model, *args, **kwargs)
-        metrics = self._metrics[self._mode]
+        metrics = metrics_of(self)
         for name, pair in self._sums.items():  # outside of the wrapper, where processes may wait for each other
             total, count = self.accelerator.gather(pair.unsqueeze(0)).sum(0).tolist()
             metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means

@@ -1,0 +1,78 @@
+"""Private names of PyTorch."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode  # sees every operation: counts bytes and operations
+from torch.utils._pytree import tree_leaves, tree_map_only  # the tensors among an operation's arguments
+
+__all__ = [
+    "TorchDispatchMode",
+    "cpu_with_index",
+    "default_store",
+    "flop_formula",
+    "reshards_after_forward",
+    "schema_of",
+    "storage_id",
+    "tree_leaves",
+    "tree_map_only",
+]
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def default_store() -> dist.Store:
+    """The store through which the ranks have met, for a watch that must not use their collectives."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def reshards_after_forward(unit: FSDPModule) -> bool:
+    """Whether FSDP2 lets go of the unit's gathered weights after a forward; PyTorch has a setter only."""
+    return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)
+
+
+def _no_tag(_) -> None:
+    return None
+
+
+def _keep_on_cpu(data, place: str):
+    return data if place == "cpu:0" else None
+
+
+@contextmanager
+def cpu_with_index() -> Iterator[None]:
+    """`torch.load(..., map_location="cpu:0")` works inside: accelerate calls the device of a CPU process so.
+
+    `register_package` is public and has no opposite, so the list behind it is put back.
+    """
+    registry = torch.serialization._package_registry
+    before = list(registry)
+    torch.serialization.register_package(100, _no_tag, _keep_on_cpu)
+    try:
+        yield
+    finally:
+        registry[:] = before
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """The same number for all tensors that share memory, also for those of no size or on the meta device."""
+    return tensor.untyped_storage()._cdata
+
+
+def schema_of(operation) -> torch.FunctionSchema:
+    """Name, arguments and results of an operation that a `TorchDispatchMode` sees, and which of them share memory."""
+    return operation._schema
+
+
+def flop_formula(operation) -> Callable | None:
+    """PyTorch's formula for an operation's floating-point operations; None where it counts none."""
+    from torch.utils.flop_counter import flop_registry
+
+    return flop_registry.get(operation._overloadpacket)
