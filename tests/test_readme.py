@@ -7,14 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from datasets import load_dataset
-from pte_trl_cli import COMMANDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pte_trl_cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -162,7 +163,7 @@ def test_command_line(workplace):
     doctor, train, inspect, estimate = commands("pte-trl ")
     assert "pte_trl" in python(workplace, here(doctor))
     assert "train" in train
-    python(workplace, f"{here(inspect)} --max_new_tokens 40")
+    python(workplace, f"{here(inspect)} --window 8 --max_new_tokens 40")  # two steps teach only short answers
     assert (workplace / "outputs/tiny-pte/inspect/inspect.json").exists()
     assert "Qwen2.5-7B" in python(workplace, here(estimate))
 
