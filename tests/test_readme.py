@@ -164,7 +164,7 @@ def test_command_line(workplace):
     doctor, train, inspect, estimate = commands("pte-trl ")
     assert "pte_trl" in python(workplace, here(doctor))
     assert "train" in train
-    python(workplace, f"{here(inspect)} --max_new_tokens 40")
+    python(workplace, f"{here(inspect)} --window 8 --max_new_tokens 40")  # two steps teach only short answers
     assert (workplace / "outputs/tiny-pte/inspect/inspect.json").exists()
     assert "Qwen2.5-7B" in python(workplace, here(estimate))
 
