@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from pte_trl.adapter.fit import check_supported
 from pte_trl.estimate.terms import SHAPES, Job, count, estimate
-from pte_trl.runtime.startup import window_of
+from pte_trl.runtime.startup import longest_schedule
 from pte_trl.settings.parsing import parse, read_recipe
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
@@ -95,7 +95,7 @@ def job_of(path: str, device: str, ranks: int = 1) -> Job:
         method=args.method,
         prompt=script.max_prompt_tokens,
         completion=args.max_completion_length,
-        window=window_of(args, script.max_prompt_tokens),
+        schedule=longest_schedule(args.cache_policy, script.max_prompt_tokens),
         micro_batch=args.per_device_train_batch_size,
         rollout_batch=0 if args.use_vllm else min(at_once, per_rollout),
         num_generations=args.num_generations,
@@ -105,7 +105,6 @@ def job_of(path: str, device: str, ranks: int = 1) -> Job:
         replay=args.replay,
         segment_length=args.segment_length,
         offload=args.offload_cache,
-        evict_ratio=args.evict_ratio,
         state_rank=script.rank,
         blockwise=script.attn_implementation == "blockwise",
         device=device,

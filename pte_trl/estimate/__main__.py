@@ -45,16 +45,17 @@ CHANGES = {
 }
 
 
-def paper_job(shape: str | Path, method: str, **changes) -> Job:
+def paper_job(shape: str | Path, method: str, window: int | None = None, **changes) -> Job:
     """The recipe of one of the paper's models, with changes.
 
     Args:
         shape: a folder of `SHAPES`, or any folder with a config.json.
+        window: W; None for 512, or for the full cache of lora.
     """
     config = AutoConfig.from_pretrained(SHAPES / shape)  # an absolute path stays as it is
     adapter = PteConfig() if method == "pte" else LoraConfig(r=32, target_modules=["q_proj", "o_proj"])
-    schedule = {"schedule": None if method == "lora" else Schedule(512)}
-    return Job(config, count(config), count(config, adapter), method, **PAPER | schedule | changes)
+    schedule = None if method == "lora" and window is None else Schedule(window or 512)
+    return Job(config, count(config), count(config, adapter), method, schedule=schedule, **PAPER | changes)
 
 
 def table(jobs: dict[str, Job]) -> str:
@@ -127,9 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             print(tables())
             return
         shape = Path(model).resolve() if (Path(model) / "config.json").is_file() else model
-        if "window" in given:
-            given["schedule"] = Schedule(given.pop("window"))
-        print("\n".join(table({f"{model}, {method}": paper_job(shape, method, **given)})))
+        print(table({f"{model}, {method}": paper_job(shape, method, **given)}))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
