@@ -68,7 +68,7 @@ def python() -> str:
         python.server = server
         os.environ |= {ADDRESS: address, f"{ADDRESS}_OWNER": str(os.getpid())}
         client = Path(folder, "python")
-        client.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {__file__} "$@"\n')
+        client.write_text(f'#!/bin/sh\n{ADDRESS}={address} exec {sys.executable} -S -E {__file__} "$@"\n')
         client.chmod(0o755)
         python.client = str(client)
     return python.client

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import sample_window, seed_of
 from pte_trl.evaluation.script import main
 from pte_trl.runtime.ownership import own
-from tests.forked import python
 from tests.models import randomise_up
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +179,7 @@ def test_an_adapter_trained_anew_is_another_setting(setting, finished, tmp_path)
 
 
 def launch(setting, out, *prefix: str, **changes) -> subprocess.Popen:
-    command = [python(), *prefix, str(ROOT / "recipes/evaluate.py"), *argv(setting, out, **changes)]
+    command = [sys.executable, *prefix, str(ROOT / "recipes/evaluate.py"), *argv(setting, out, **changes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
