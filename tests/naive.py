@@ -70,7 +70,7 @@ class Naive:
             values = values @ torch.block_diag(*w[f"{enc}.value_whitener"])
         return queries @ (keys @ w[f"{enc}.key_map.weight"].T).T @ (values @ w[f"{enc}.value_map.weight"].T)
 
-    def first_memory(self, layer):
+    def first_accumulator(self, layer):
         tokens = self.weights.get(f"model.layers.{layer}.self_attn.pte_encoder.global_tokens")
         if tokens is None:
             return None
@@ -84,10 +84,10 @@ class Naive:
         """The oldest `count` thoughts of a layer leave; what they say goes into its memory."""
         thoughts = self.thoughts[layer]
         gone, self.thoughts[layer] = thoughts[:count], thoughts[count:]
-        if self.memory[layer] is not None and self.encode_evicted:
+        if self.accumulator[layer] is not None and self.encode_evicted:
             update = self.encode(layer, torch.stack([k for k, _ in gone]), torch.stack([v for _, v in gone]))
-            total = self.memory[layer] + update
-            self.memory[layer] = total if self.state_update == "sum" else self.norm(total)
+            total = self.accumulator[layer] + update
+            self.accumulator[layer] = total if self.state_update == "sum" else self.norm(total)
 
     def attend(self, layer, x, position, state, is_prompt):
         name, config = f"model.layers.{layer}.self_attn", self.config
@@ -109,7 +109,7 @@ class Naive:
     def feed(self, token, position, is_prompt):
         x = self.weights["model.embed_tokens.weight"][token]
         for layer in range(self.config.num_hidden_layers):
-            name, state = f"model.layers.{layer}", self.memory[layer]
+            name, state = f"model.layers.{layer}", self.accumulator[layer]
             if state is not None and self.state_update == "sum":
                 state = self.norm(state)
             x = x + self.attend(layer, self.rms_norm(f"{name}.input_layernorm", x), position, state, is_prompt)
@@ -124,7 +124,7 @@ class Naive:
         """(completion, vocab) log-probs; `prompt` and `completion` are lists of token ids."""
         layers = range(self.config.num_hidden_layers)
         self.prompts, self.thoughts = [[] for _ in layers], [[] for _ in layers]
-        self.memory = [self.first_memory(layer) for layer in layers]
+        self.accumulator = [self.first_accumulator(layer) for layer in layers]
         for position, token in enumerate(prompt):
             logits = self.feed(token, position, is_prompt=True)
         out = [logits]

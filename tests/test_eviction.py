@@ -164,7 +164,7 @@ def test_every_evicted_entry_is_encoded_once(strategy, update):
         assert set(seen[index]) == {(r, h, t) for r in range(3) for h in range(HEADS) for t in range(COMPLETION)}
         expected = recomputed_memory(model, index, gone[index])
         assert len(gone[index]) == layer.evicted > 2
-        assert gap(layer.memory, expected) <= 1e-12
+        assert gap(layer.accumulator, expected) <= 1e-12
         for (row, head, thought), entry in held[index].items():  # entries that stay are the ones that were fed
             assert torch.equal(entry, seen[index][row, head, thought])
 
@@ -212,9 +212,9 @@ def test_sliding_window_is_the_bounded_cache(model):
     assert ours.evictions == plain.evictions > 10
     for a, b in zip(ours.layers, plain.layers, strict=True):
         assert a.alive.all() and gap(a.keys, b.keys) <= 1e-12 and gap(a.values, b.values) <= 1e-12
-        assert (a.memory is None) == (b.memory is None)
-        if a.memory is not None:
-            assert gap(a.memory, b.memory) <= 1e-12
+        assert (a.accumulator is None) == (b.accumulator is None)
+        if a.accumulator is not None:
+            assert gap(a.accumulator, b.accumulator) <= 1e-12
     assert [ours.evictions_after(n) for n in range(COMPLETION + 1)] == [
         plain.evictions_after(n) for n in range(COMPLETION + 1)
     ]

@@ -31,7 +31,7 @@ def decoded_memories(model) -> list[list[torch.Tensor]]:
         evicted = cache.evictions
         model(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True)
         if cache.evictions > evicted:
-            seen.append([layer.memory[0].clone() for layer in cache.layers])
+            seen.append([layer.accumulator[0].clone() for layer in cache.layers])
     return [list(column) for column in zip(*seen, strict=True)]
 
 
@@ -42,9 +42,9 @@ def test_the_states_are_those_of_a_decode(update):
     memories = decoded_memories(model)
     assert found["evictions"] == len(memories[0]) == 9
     for layer, kept, described in zip(pte_layers(model), memories, found["layers"], strict=True):
-        assert described["memory_norm"][1:] == pytest.approx([m.norm().item() for m in kept], rel=1e-9)
+        assert described["accumulator_norm"][1:] == pytest.approx([m.norm().item() for m in kept], rel=1e-9)
         encoder = layer.pte_encoder["default"]
-        states = [encoder.read(m).flatten() for m in kept]
+        states = [encoder.state(m).flatten() for m in kept]
         cosines = [torch.cosine_similarity(a, b, dim=0).item() for a, b in pairwise(states)]
         assert described["cosine_to_last"][1:] == pytest.approx(cosines, abs=1e-9)
         for shares in described["token_share"]:

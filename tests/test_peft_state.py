@@ -116,7 +116,7 @@ def test_memory_of_a_decode_ends_with_its_cache():
     model, cache = with_pte(base()), BoundedCache(WINDOW)
     for at in range(8):
         model(input_ids=BATCH[0][:, at : at + 1], past_key_values=cache, use_cache=True)
-    held = [weakref.ref(tensor) for layer in cache.layers for tensor in (layer.keys, layer.memory)]
+    held = [weakref.ref(tensor) for layer in cache.layers for tensor in (layer.keys, layer.accumulator)]
     del cache
     gc.collect()
     assert [ref() for ref in held] == [None] * len(held)

@@ -71,9 +71,11 @@ def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: 
             encoder.set_whiteners_(*whiteners)
         take = min(evict, input_ids.shape[1])
         last = (x[:, :, -take:].transpose(1, 2).flatten(2) for x in (keys, values))
-        queries, memory = layer._start(name)
+        queries, accumulator = layer._start(name)
         update = encoder.update(queries, *encoder.latents(*last)) * (evict / take)
-        found.append(Found(update.norm(dim=(-2, -1)).mean().item() / memory.numel() ** 0.5, whiteners, dimensions))
+        found.append(
+            Found(update.norm(dim=(-2, -1)).mean().item() / accumulator.numel() ** 0.5, whiteners, dimensions)
+        )
     return found
 
 

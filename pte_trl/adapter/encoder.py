@@ -6,8 +6,8 @@
     S   = Norm(S_0 + sum of S')    "sum", the reading of the paper's figure 2
 
 There is no softmax: it is linear attention from the global queries to the evicted tokens. What an eviction leaves
-behind is the *memory*, (batch, n_g, r); `read` turns a memory into the state S that the adapted layers use. For
-the recursive rule the memory is S itself, for the sum it is the sum before the norm.
+behind is the *accumulator*, (batch, n_g, r); `state` turns it into S, which the adapted layers
+use. For the recursive rule the accumulator is S itself; for the sum it is the sum before the norm.
 """
 
 from collections.abc import Callable
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
             return queries @ (key_latents.transpose(-2, -1) @ value_latents)
 
     def forward(self, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Global queries W_Q^a q_g and the memory before any eviction, both (n_g, r).
+        """Global queries W_Q^a q_g and the accumulator before any eviction, both (n_g, r).
 
         A module call and the only place that reads the global tokens, so that an engine that shards weights has
         gathered them.
@@ -172,11 +172,11 @@ class Encoder(nn.Module):
             return queries, 0 * update
         return queries, root_mean_square(update, self.normalisation)
 
-    def advance(self, memory: Tensor, update: Tensor) -> Tensor:
-        """The memory after an eviction that contributes S' = `update`, both (…, n_g, r)."""
-        memory = memory + update
-        return memory if self.state_update == "sum" else root_mean_square(memory, self.normalisation)
+    def advance(self, accumulator: Tensor, update: Tensor) -> Tensor:
+        """The accumulator after an eviction that contributes S' = `update`, both (…, n_g, r)."""
+        accumulator = accumulator + update
+        return accumulator if self.state_update == "sum" else root_mean_square(accumulator, self.normalisation)
 
-    def read(self, memory: Tensor) -> Tensor:
-        """S of a memory, (…, n_g, r) -> the same shape."""
-        return root_mean_square(memory, self.normalisation) if self.state_update == "sum" else memory
+    def state(self, accumulator: Tensor) -> Tensor:
+        """S of an accumulator, (…, n_g, r) -> the same shape."""
+        return root_mean_square(accumulator, self.normalisation) if self.state_update == "sum" else accumulator

@@ -214,8 +214,8 @@ class PteAttention(nn.Module, PteLayer):
         elif isinstance(past_key_values, BoundedCache):
             self._decode_state(name, past_key_values.layer(self.base_layer.layer_idx), hidden.shape[1])
         else:
-            _, memory = self._start(name)
-            self.in_use.set(self.pte_encoder[name].read(memory))
+            _, accumulator = self._start(name)
+            self.in_use.set(self.pte_encoder[name].state(accumulator))
 
     def _adapter(self) -> str | None:
         if self.disable_adapters:
@@ -231,7 +231,7 @@ class PteAttention(nn.Module, PteLayer):
         return isinstance(module, PteLinear) and name in module.pte_down
 
     def _start(self, name: str) -> tuple[Tensor, Tensor]:
-        """Global queries (n_g, r) and the memory before any eviction, through the layer's own frozen projections."""
+        """Global queries (n_g, r) and the accumulator before any eviction, by the layer's own frozen projections."""
         attention = self.base_layer
 
         def project(tokens: Tensor, linear: str, norm: str | None = None) -> Tensor:
@@ -244,13 +244,13 @@ class PteAttention(nn.Module, PteLayer):
         names = (("q_proj", "q_norm"), ("k_proj", "k_norm"), ("v_proj", None))
         return self.pte_encoder[name](lambda tokens: tuple(project(tokens, *each) for each in names))
 
-    def encode(self, name: str, keys: Tensor, values: Tensor, queries: Tensor, memory: Tensor) -> Tensor:
-        """The memory after one eviction.
+    def encode(self, name: str, keys: Tensor, values: Tensor, queries: Tensor, accumulator: Tensor) -> Tensor:
+        """The accumulator after one eviction.
 
         Args:
             name: the adapter; one whose config has `encode_evicted`.
             keys, values: (batch, kv heads, m, head_dim) of the tokens that leave, as the cache holds them.
-            queries, memory: (n_g, r) from the start, and (n_g, r) or (batch, n_g, r) before the eviction.
+            queries, accumulator: (n_g, r) from the start, and (n_g, r) or (batch, n_g, r) before the eviction.
 
         Returns:
             (batch, n_g, r).
@@ -259,21 +259,21 @@ class PteAttention(nn.Module, PteLayer):
         keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
         update = encoder.update(queries, *encoder.latents(keys, values))
         if torch.is_grad_enabled():
-            self._watch(update, memory)
-        return encoder.advance(memory, update)
+            self._watch(update, accumulator)
+        return encoder.advance(accumulator, update)
 
     def _decode_state(self, name: str, layer: BoundedLayer, length: int) -> None:
-        if layer.memory is None:
-            layer.queries, layer.memory = self._start(name)
+        if layer.accumulator is None:
+            layer.queries, layer.accumulator = self._start(name)
             layer.owner = name
         elif layer.owner != name:
             raise ValueError(f"this cache holds the state of adapter {layer.owner!r}, but {name!r} is active now")
 
         def encode(keys: Tensor, values: Tensor) -> None:
-            layer.memory = self.encode(name, keys, values, layer.queries, layer.memory)
+            layer.accumulator = self.encode(name, keys, values, layer.queries, layer.accumulator)
 
         layer.make_room(length, encode if self.config[name].encode_evicted else None)
-        self.in_use.set(self.pte_encoder[name].read(layer.memory))
+        self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
 
     def _keys_values(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values as the cache would hold them, (batch, length, d_kv), under the state in use."""
@@ -285,48 +285,48 @@ class PteAttention(nn.Module, PteLayer):
 
     def _replay_states(self, name: str, hidden: Tensor, rotary: tuple[Tensor, Tensor], plan: ReplayPlan) -> None:
         encoder, config = self.pte_encoder[name], self.config[name]
-        queries, memory = self._start(name)
-        self.in_use.set(encoder.read(memory))
+        queries, accumulator = self._start(name)
+        self.in_use.set(encoder.state(accumulator))
         if plan.count == 0 or not config.encode_evicted:
             return
         latents = encoder.latents(*self._keys_values(hidden, rotary))
         if self._adapts(name, "k_proj") or self._adapts(name, "v_proj"):
-            memories = self._walk(encoder, hidden, rotary, plan, queries, memory, latents)
+            accumulators = self._walk(encoder, hidden, rotary, plan, queries, accumulator, latents)
         else:
             updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
-            self._watch(updates, memory)
-            memories = self._accumulate(encoder, memory, updates)
-        self.in_use.set(encoder.read(memory), encoder.read(memories), plan)
+            self._watch(updates, accumulator)
+            accumulators = self._accumulate(encoder, accumulator, updates)
+        self.in_use.set(encoder.state(accumulator), encoder.state(accumulators), plan)
 
     @staticmethod
-    def _accumulate(encoder: Encoder, memory: Tensor, updates: Tensor) -> Tensor:
-        """(batch, J, n_g, r) memories after every eviction, from all S' at once."""
+    def _accumulate(encoder: Encoder, accumulator: Tensor, updates: Tensor) -> Tensor:
+        """(batch, J, n_g, r) accumulators after every eviction, from all S' at once."""
         if encoder.state_update == "sum":
-            return memory + updates.cumsum(1)
-        memories = []
+            return accumulator + updates.cumsum(1)
+        accumulators = []
         for update in updates.unbind(1):
-            memory = encoder.advance(memory, update)
-            memories.append(memory)
-        return torch.stack(memories, dim=1)
+            accumulator = encoder.advance(accumulator, update)
+            accumulators.append(accumulator)
+        return torch.stack(accumulators, dim=1)
 
-    def _walk(self, encoder, hidden, rotary, plan: ReplayPlan, queries, memory, latents) -> Tensor:
+    def _walk(self, encoder, hidden, rotary, plan: ReplayPlan, queries, accumulator, latents) -> Tensor:
         """The same when keys and values depend on S themselves: eviction by eviction, as they were decoded."""
         cos, sin = (x.expand(hidden.shape[0], -1, -1) for x in rotary)
-        memories, updates = [], []
+        accumulators, updates = [], []
         for k in range(plan.count):
             updates.append(encoder.update(queries, *(plan.pick(x, plan.evicted[:, k]) for x in latents)))
-            memory = encoder.advance(memory, updates[-1])
-            memories.append(memory)
-            self.in_use.set(encoder.read(memory))
+            accumulator = encoder.advance(accumulator, updates[-1])
+            accumulators.append(accumulator)
+            self.in_use.set(encoder.state(accumulator))
             users = plan.users[:, k]
             new = self._keys_values(plan.pick(hidden, users), (plan.pick(cos, users), plan.pick(sin, users)))
             latents = [plan.put(old, users, rows) for old, rows in zip(latents, encoder.latents(*new), strict=True)]
-        self._watch(torch.stack(updates, dim=1), memories[0])
-        return torch.stack(memories, dim=1)
+        self._watch(torch.stack(updates, dim=1), accumulators[0])
+        return torch.stack(accumulators, dim=1)
 
-    def _watch(self, updates: Tensor, memory: Tensor) -> None:
+    def _watch(self, updates: Tensor, accumulator: Tensor) -> None:
         """Keeps |S'| / |S| of this forward for the trainer's log (Frobenius norms; S after its norm)."""
         if self.watch_updates:
             with torch.no_grad():
-                state_norm = memory.shape[-2:].numel() ** 0.5
+                state_norm = accumulator.shape[-2:].numel() ** 0.5
                 self.update_ratio = updates.norm(dim=(-2, -1)).mean() / state_norm

@@ -1,7 +1,7 @@
 """The decode view: a transformers `Cache` that keeps the prompt, a window of thought tokens, and the state S.
 
-What decoding changes lives here and nowhere else: keys, values, the encoder's memory, the counts. Modules stay pure.
-The first forward fills the prompt, or the first few if the cache is told how long the prompt is; every later one
+What decoding changes lives here and nowhere else: keys, values, the encoder's accumulator, the counts. Modules stay
+pure. The first forward fills the prompt, or the first few if the cache is told how long the prompt is; every later one
 feeds thought tokens, one by one or in chunks that no eviction interrupts (`BoundedCache.pieces`). Keys are kept as
 they come, after rotary, at their absolute positions.
 """
@@ -24,10 +24,10 @@ class BoundedLayer(CacheLayerMixin):
     Attributes:
         prompt, fed, evicted: prompt tokens, thought tokens and evictions so far.
         expected: prompt tokens there will be; None if the first forward brings them all.
-        memory: what the encoder keeps of evicted tokens, (n_g, r) before the first eviction, then (batch, n_g, r);
-            None without a PTE adapter.
+        accumulator: what the encoder keeps of evicted tokens: (n_g, r) before the first eviction, then
+            (batch, n_g, r); None without a PTE adapter.
         queries: W_Q^a q_g, (n_g, r), computed once at the prompt.
-        owner: name of the adapter whose memory this is.
+        owner: name of the adapter whose accumulator this is.
         history: (batch, 32), of the first layer only: a hash of the first `known` tokens of every row, by which
             `generate` knows a sequence again (`pte_trl.cache.generate`).
     """
@@ -44,7 +44,7 @@ class BoundedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = None
         self.buffers = None  # what `keys` and `values` are views of, once tokens are fed without gradients
-        self.memory = self.queries = self.owner = self.expected = self.history = None
+        self.accumulator = self.queries = self.owner = self.expected = self.history = None
         self.prompt = self.fed = self.evicted = self.known = 0
         self.is_initialized = False
 
@@ -118,7 +118,7 @@ class BoundedLayer(CacheLayerMixin):
         buffers of which `keys` is no view, after `offload` or unpickling, would bring back what has left.
         """
         if not torch.is_inference_mode_enabled():
-            for name in ("keys", "values", "memory", "queries"):
+            for name in ("keys", "values", "accumulator", "queries"):
                 held = getattr(self, name)
                 if held is not None and held.is_inference():
                     setattr(self, name, held.clone())
@@ -162,8 +162,8 @@ class BoundedLayer(CacheLayerMixin):
     def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values, self.buffers = rows(self.keys), rows(self.values), None
-            if self.memory is not None and self.memory.dim() == 3:
-                self.memory = rows(self.memory)
+            if self.accumulator is not None and self.accumulator.dim() == 3:
+                self.accumulator = rows(self.accumulator)
             if self.history is not None:
                 self.history = rows(self.history)
 
@@ -265,6 +265,8 @@ class BoundedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cache holds for its whole batch, the encoder's memory included."""
-        held = (x for layer in self.layers for x in (*(layer.buffers or (layer.keys, layer.values)), layer.memory))
+        """Bytes that the cache holds for its whole batch, the encoder's accumulator included."""
+        held = (
+            x for layer in self.layers for x in (*(layer.buffers or (layer.keys, layer.values)), layer.accumulator)
+        )
         return sum(x.numel() * x.element_size() for x in held if x is not None)

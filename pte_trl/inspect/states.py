@@ -46,25 +46,25 @@ class Watch:
 
 
 def contributions(layer: PteAttention, latents: tuple[Tensor, Tensor], plan: ReplayPlan) -> tuple[Tensor, Tensor]:
-    """S' of every token of every eviction, (J, E, n_g, r), and the memories S_0 .. S_J, (J + 1, n_g, r)."""
+    """S' of every token of every eviction, (J, E, n_g, r), and the accumulators S_0 .. S_J, (J + 1, n_g, r)."""
     name = layer._adapter()
     encoder = layer.pte_encoder[name]
     queries, start = layer._start(name)
     keys, values = (plan.pick(x, plan.evicted)[0] for x in latents)  # (J, E, r)
     by_token = encoder.update(queries, keys.unsqueeze(2), values.unsqueeze(2))
-    memories = layer._accumulate(encoder, start, by_token.sum(1).unsqueeze(0))[0]
-    return by_token, torch.cat([start.unsqueeze(0), memories])
+    accumulators = layer._accumulate(encoder, start, by_token.sum(1).unsqueeze(0))[0]
+    return by_token, torch.cat([start.unsqueeze(0), accumulators])
 
 
-def describe(by_token: Tensor, memories: Tensor, encoder) -> dict:
+def describe(by_token: Tensor, accumulators: Tensor, encoder) -> dict:
     """Of one layer: norms of S and S', cosines of successive S, each token's share of |S'|, and that over |S|."""
-    states, updates = encoder.read(memories), by_token.sum(1)
+    states, updates = encoder.state(accumulators), by_token.sum(1)
     norm = updates.norm(dim=(-2, -1))
     along = (by_token * updates.unsqueeze(1)).sum((-2, -1)) / norm.unsqueeze(1).clamp(min=1e-30)
-    flat, before = states.flatten(1), memories[:-1].flatten(1).norm(dim=1).clamp(min=1e-30)
+    flat, before = states.flatten(1), accumulators[:-1].flatten(1).norm(dim=1).clamp(min=1e-30)
     return {
         "state_norm": flat.norm(dim=1).tolist(),
-        "memory_norm": memories.flatten(1).norm(dim=1).tolist(),
+        "accumulator_norm": accumulators.flatten(1).norm(dim=1).tolist(),
         "update_over_state": (norm / before).tolist(),
         "cosine_to_last": torch.cosine_similarity(flat[1:], flat[:-1], dim=1).tolist(),
         "cosine_to_start": torch.cosine_similarity(flat[1:], flat[:1], dim=1).tolist(),
@@ -101,8 +101,8 @@ def inspect(model: PeftModel, prompt_ids: list[int], completion_ids: list[int], 
         model(input_ids=ids, **inputs, logits_to_keep=1)
     found = []
     for layer, latents in zip(layers, watch.latents, strict=True):
-        by_token, memories = contributions(layer, latents, plan)
-        found.append(describe(by_token, memories, layer.pte_encoder[layer._adapter()]))
+        by_token, accumulators = contributions(layer, latents, plan)
+        found.append(describe(by_token, accumulators, layer.pte_encoder[layer._adapter()]))
     measured = kl_per_token(model, prompt_ids, completion_ids, schedule, pad)
     kl, agrees, since = (measured[name] for name in ("kl", "agrees", "since"))
     return {

@@ -3,8 +3,8 @@
 The prompt is the first segment; then come the runs of thought tokens that no eviction interrupts. Going forward, no
 graph is kept: only the keys and values of every token, and what the encoder holds at every segment's start. Going
 backward, the segments are run again, last first. What a segment leaves to the next is its outgoing cache (keys,
-values, memory, queries), which is exactly what the next one took in, so the gradient that comes out of one segment's
-incoming cache goes into the outgoing cache of the one before. Gradients of the weights add up on the way.
+values, accumulator, queries), which is exactly what the next one took in, so the gradient that comes out of one
+segment's incoming cache goes into the outgoing cache of the one before. Gradients of the weights add up on the way.
 
 Memory: the activations of one segment, and keys and values of the whole text (on the CPU with `offload`). Where the
 model has gradient checkpointing, they are every layer's input and one layer's inside.
@@ -23,7 +23,7 @@ from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.transformers import without_checkpointing
 
-HELD = ("keys", "values", "memory", "queries")  # tensors of a cache layer that gradients flow through
+HELD = ("keys", "values", "accumulator", "queries")  # tensors of a cache layer that gradients flow through
 
 
 def segment_logps(
@@ -117,7 +117,7 @@ class SegmentRun:
         with without_checkpointing(self.model):
             for span in self.spans:
                 self.entered.append(
-                    [{"memory": x.memory, "queries": x.queries, "owner": x.owner} for x in cache.layers]
+                    [{"accumulator": x.accumulator, "queries": x.queries, "owner": x.owner} for x in cache.layers]
                 )
                 some_logps, some_entropies = self._run(span, cache)
                 logps.append(some_logps)
@@ -214,7 +214,9 @@ class SegmentRun:
                 torch.cat([x[:, :, : self.prompt], x[:, :, self.prompt + oldest : self.prompt + fed]], 2)
                 for x in (keys, values)
             )
-            held = dict(zip(HELD, (*(x.to(device) for x in kept), encoder["memory"], encoder["queries"]), strict=True))
+            held = dict(
+                zip(HELD, (*(x.to(device) for x in kept), encoder["accumulator"], encoder["queries"]), strict=True)
+            )
             for name, tensor in held.items():
                 if tensor is not None:
                     taken[at, name] = tensor.detach().requires_grad_()

@@ -38,11 +38,11 @@ def ring_size(window: int, max_new_tokens: int) -> int:
 
 
 class RingLayer(BoundedLayer):
-    """One layer. `buffers` are keys and values, (rows, kv heads, places, head_dim); `memories` (rows, n_g, r)."""
+    """One layer. `buffers` are keys and values, (rows, kv heads, places, head_dim); `accumulators` (rows, n_g, r)."""
 
     def reset(self) -> None:
         super().reset()
-        self.memories = self.first_memory = None
+        self.accumulators = self.first_accumulator = None
 
     def make_room(self, length: int, encode: Callable | None = None) -> None:
         """Does nothing: the engine evicts between steps (`RingCache.evict`), since rows are due at different times."""
@@ -60,21 +60,23 @@ class RingLayer(BoundedLayer):
                 for states in (source.keys, source.values)
             )
             self.lazy_initialization(*self.buffers)
-            if source.memory is not None:
-                self.memories = source.memory.new_zeros(rows, *source.memory.shape)
+            if source.accumulator is not None:
+                self.accumulators = source.accumulator.new_zeros(rows, *source.accumulator.shape)
                 self.queries = torch.empty_like(source.queries)
-        self.owner, self.first_memory = source.owner, source.memory
-        if source.memory is not None:
+        self.owner, self.first_accumulator = source.owner, source.accumulator
+        if source.accumulator is not None:
             self.queries.copy_(source.queries)  # in place: the graph of an eviction reads it there
 
     def tensors(self) -> list[Tensor]:
         """What it holds for every row."""
-        return [*self.buffers, *([] if self.memories is None else [self.memories])]
+        return [*self.buffers, *([] if self.accumulators is None else [self.accumulators])]
 
     def aim(self, rows: Tensor, place: Tensor, limit: int) -> None:
         """The next token of `rows`, which are the first ones, goes to `place`; attention sees `limit` places."""
         self.rows, self.place, self.limit = rows, place, limit
-        self.memory = None if self.memories is None else self.memories[: len(rows)]  # what the PTE layer reads
+        self.accumulator = (
+            None if self.accumulators is None else self.accumulators[: len(rows)]
+        )  # what the PTE layer reads
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
@@ -84,7 +86,7 @@ class RingLayer(BoundedLayer):
 
 
 class RingCache(BoundedCache):
-    """Keys, values, memories and the mask of the engine's rows.
+    """Keys, values, accumulators and the mask of the engine's rows.
 
     Args:
         schedule: when which thought token leaves.
@@ -138,8 +140,8 @@ class RingCache(BoundedCache):
         """Forgets what the rows held. Keys and values stay where they are, hidden by the mask."""
         self.seen[rows] = False
         for layer in self.layers:
-            if layer.memories is not None:
-                layer.memories[rows] = layer.first_memory
+            if layer.accumulators is not None:
+                layer.accumulators[rows] = layer.first_accumulator
 
     def gather(self, rows: Tensor) -> None:
         """Makes `rows` the first ones, in this order."""
@@ -154,7 +156,7 @@ class RingCache(BoundedCache):
         Args:
             rows: (m,); a row may stand there several times.
             oldest: (m,), the oldest thought token that each of them still has.
-            encoders: of every layer that encodes, (keys, values, queries, memory) -> memory.
+            encoders: of every layer that encodes, (keys, values, queries, accumulator) -> accumulator.
         """
         # Indexed by numbers, never by booleans: the sizes are then known without a read from the device.
         thoughts = oldest.unsqueeze(1) + torch.arange(self.schedule.evict, device=oldest.device)
@@ -162,10 +164,10 @@ class RingCache(BoundedCache):
         for index, encode in encoders.items():
             layer = self.layers[index]
             keys, values = (buffer[rows.unsqueeze(1), :, places].transpose(1, 2) for buffer in layer.buffers)
-            layer.memories[rows] = encode(keys, values, layer.queries, layer.memories[rows])
+            layer.accumulators[rows] = encode(keys, values, layer.queries, layer.accumulators[rows])
         self.seen[rows.unsqueeze(1), places] = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and memories of all rows."""
+        """Bytes of keys, values and accumulators of all rows."""
         return sum(x.nbytes for layer in self.layers for x in layer.tensors())
