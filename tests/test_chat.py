@@ -258,7 +258,9 @@ def test_an_error_of_a_plain_forward_names_the_way_out(model):
     cache = BoundedCache(WINDOW)
     with torch.no_grad():
         model(input_ids=FIRST, past_key_values=cache)
-        with pytest.raises(ValueError, match=r"feed them with pte_trl\.cache\.feed; for another sequence, call cache\.reset"):
+        with pytest.raises(
+            ValueError, match=r"feed them with pte_trl\.cache\.feed; for another sequence, call cache\.reset"
+        ):
             model(input_ids=user(1, 0), past_key_values=cache)
 
 

@@ -146,10 +146,13 @@ def known_to(cls: type) -> set[str]:
 
 
 def defined_by(cls: type) -> set[str]:
-    """Names with an underscore in a class of ours, of its body and of `self`."""
-    tree = ast.parse(inspect.getsource(cls).lstrip() if cls.__qualname__ == cls.__name__ else "")
-    on_self = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_set_on_self(node)}
-    return {name for name in {*vars(cls), *on_self} - OF_METACLASSES if is_private(name)}
+    """Names with an underscore in a class of ours and in its plain mixins, of their bodies and of `self`."""
+    names = set()
+    for part in (cls, *(base for base in cls.__mro__[1:] if is_ours(base) and not bases(base))):
+        tree = ast.parse(inspect.getsource(part).lstrip() if part.__qualname__ == part.__name__ else "")
+        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_set_on_self(node)}
+        names |= set(vars(part))
+    return {name for name in names - OF_METACLASSES if is_private(name)}
 
 
 def is_set_on_self(node: ast.Attribute) -> bool:

@@ -186,7 +186,7 @@ OVERRIDES: dict[str, dict[str, Override]] = {
             ("test_peft_apis.py::test_what_cannot_work_is_refused",),
         ),
     },
-    "pte_trl.rewards.judging:_Parser": {  # the whole base class is private
+    "pte_trl.rewards.equality:_Parser": {  # the whole base class is private
         "parse": Override(
             PARSER,
             ("latex_str",),

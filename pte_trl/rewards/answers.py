@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from pte_trl.rewards.latex import FUNCTIONS, TAKEN, Rewriter, Unreadable
-from pte_trl.rewards.units import LABELS, MAGNITUDES, NO_UNIT, is_unit, unit_name
+from pte_trl.rewards.units import ABBREVIATED, LABELS, MAGNITUDES, NO_UNIT, is_unit, unit_name
 
 # In characters: a longer final answer is no answer.
 MAX_ANSWER = 1000
@@ -299,6 +299,8 @@ def _without_unit(text: str) -> tuple[str, str, bool]:
     if tail.strip() == "°" and not _plain_degrees(value):
         return text, unit, False
     words = _WORD.sub(r" \2 ", tail).replace("°", " degree ")
+    if words.split()[:1] and words.split()[0] in ABBREVIATED:
+        raise Unreadable("a magnitude that is abbreviated")
     lowered = [word.strip(".").lower() for word in words.split()]
     if lowered and lowered[0] in MAGNITUDES:
         value = rf"({value}) \cdot 10^{{{MAGNITUDES[lowered[0]]}}}"

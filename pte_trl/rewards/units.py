@@ -61,6 +61,7 @@ _SAME = {
 _NAMES = {word: name for name, words in _SAME.items() for word in (name, *words.split())}
 _PLAIN = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3"}
 MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+ABBREVIATED = ("k", "M", "B", "mn", "bn", "tn")  # of magnitudes; 5k is not 5. K and T are left to kelvin and tesla
 MAGNITUDES |= {f"{word}s": power for word, power in MAGNITUDES.items()}
 
 # Words that say more about a value than its unit: with one of them behind a number, the number is not the answer.

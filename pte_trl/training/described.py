@@ -26,7 +26,7 @@ def trainer_settings(trainer) -> dict:
 
     Of a model that was made in memory there is no hash, nor of streamed data.
     """
-    name = getattr(trainer.model.config, "_name_or_path", "")
+    name = getattr(trainer.model.config, "name_or_path", "")
     adapter = active_config(trainer.model)
     settings = stated(trainer.args) | {"model_name_or_path": name}
     if adapter is not None:

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import is_async_callable
 
+from pte_trl.compat.trl import is_async_callable
 from pte_trl.runtime.faults import Fault
 from pte_trl.runtime.finite import FiniteReward, check_finite, samples_without_gradient, tail
 
