@@ -148,7 +148,7 @@ def known_to(cls: type) -> set[str]:
 def defined_by(cls: type) -> set[str]:
     """Names with an underscore in a class of ours and in its plain mixins, of their bodies and of `self`."""
     names = set()
-    for part in (cls, *(base for base in cls.__mro__[1:] if is_ours(base) and not bases(base))):
+    for part in (cls, *(base for base in cls.__bases__ if is_ours(base) and not bases(base))):
         tree = ast.parse(inspect.getsource(part).lstrip() if part.__qualname__ == part.__name__ else "")
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_set_on_self(node)}
         names |= set(vars(part))
