@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 ADDRESS = "PTE_TEST_FORKS"  # the variable that names the server's socket
+EXECUTABLE = "PTE_TEST_FORKS_PYTHON"  # and the one that names the client
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What most commands import; not the scripts themselves, which run as __main__.
 PRELOADED = (
@@ -68,7 +69,9 @@ def python() -> str:
         python.server = server
         os.environ |= {ADDRESS: address, f"{ADDRESS}_OWNER": str(os.getpid())}
         client = Path(folder, "python")
-        client.write_text(f'#!/bin/sh\n{ADDRESS}={address} exec {sys.executable} -S -E {__file__} "$@"\n')
+        # Other options, as those of the grading workers, are Python's own to understand.
+        call = f'{ADDRESS}={address} {EXECUTABLE}={client} exec {sys.executable} -S -E {__file__} "$@"'
+        client.write_text(f'#!/bin/sh\ncase "$1" in -m|-u|*.py) {call};; *) exec {sys.executable} "$@";; esac\n')
         client.chmod(0o755)
         python.client = str(client)
     return python.client
@@ -166,12 +169,10 @@ def run(files: list[int], argv: list[str], folder: str, environment: dict[str, s
     argv = argv[1:] if argv[0] == "-u" else argv  # as torchrun asks for: the streams above are unbuffered enough
     module = argv[0] == "-m"
     sys.argv = argv[1:] if module else argv
+    sys.executable = environment[EXECUTABLE]  # so that what it starts is forked, too
     sys.path[:0] = [folder if module else str(Path(argv[0]).resolve().parent), *paths]
     if module:
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-    elif argv[0] == "-c":
-        sys.argv = ["-c", *argv[2:]]
-        exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         runpy.run_path(argv[0], run_name="__main__")
 

@@ -3,8 +3,9 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "16", "--max_completion_length", "48"]
@@ -12,7 +13,7 @@ SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "16", "--max_compl
 
 def run(folder: Path, *arguments: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *arguments]
+    command = [python(), *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

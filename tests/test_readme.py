@@ -29,8 +29,6 @@ STAND_INS = {
     "math500 aime24": "outputs/tiny-data/tiny_amc23.jsonl",
 }
 
-# What pip makes of the entry point; this checkout's, wherever the installed one leads.
-CONSOLE_SCRIPT = "from pte_trl_cli import main; main()"
 
 # How every command begins, and what runs it: a test of this file, or the file of another test.
 RUN_BY = {
@@ -68,7 +66,7 @@ def here(command: str) -> str:
     for theirs, ours in STAND_INS.items():
         command = command.replace(theirs, ours)
     command = re.sub(r"^(accelerate launch|python) (?=recipes/)", "", command)
-    command = re.sub(r"^pte-trl ", f"-c '{CONSOLE_SCRIPT}' ", re.sub(r"^python ", "", command))
+    command = re.sub(r"^pte-trl ", f"{ROOT}/tests/console.py ", re.sub(r"^python ", "", command))
     return re.sub(r"\brecipes/", f"{ROOT}/recipes/", command)
 
 
