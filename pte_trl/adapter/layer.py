@@ -43,11 +43,13 @@ class StateInUse:
         side = (lambda s: s) if read == "row" else (lambda s: s.transpose(-2, -1))
         if self.first is None:
             raise RuntimeError("a PTE linear was called outside of its decoder layer's forward, where S is known")
+        # Decode, replay and segments must round alike, whatever autocast would choose for these small products.
         with without_autocast(x.device):
             x = x.to(self.first.dtype)
             y = x @ side(self.first)
             if self.later is None:
                 return y
+            # A replay computes all tokens under S_0 and overwrites those that were decoded after an eviction.
             return self.plan.put(y, self.plan.users, self.plan.pick(x, self.plan.users) @ side(self.later))
 
 
@@ -232,6 +234,7 @@ class PteAttention(nn.Module, PteLayer):
 
     def _start(self, name: str) -> tuple[Tensor, Tensor]:
         """Global queries (n_g, r) and the accumulator before any eviction, by the layer's own frozen projections."""
+        # Frozen: through an adapted projection S would depend on itself.
         attention = self.base_layer
 
         def project(tokens: Tensor, linear: str, norm: str | None = None) -> Tensor:
@@ -263,7 +266,7 @@ class PteAttention(nn.Module, PteLayer):
         return encoder.advance(accumulator, update)
 
     def _decode_state(self, name: str, layer: BoundedLayer, length: int) -> None:
-        if layer.accumulator is None:
+        if layer.accumulator is None:  # the prompt; what follows from the weights alone is computed once a sequence
             layer.queries, layer.accumulator = self._start(name)
             layer.owner = name
         elif layer.owner != name:
@@ -272,6 +275,7 @@ class PteAttention(nn.Module, PteLayer):
         def encode(keys: Tensor, values: Tensor) -> None:
             layer.accumulator = self.encode(name, keys, values, layer.queries, layer.accumulator)
 
+        # The eviction comes before these tokens are fed, so they are the first to be decoded under the new S.
         layer.make_room(length, encode if self.config[name].encode_evicted else None)
         self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
 
@@ -289,7 +293,9 @@ class PteAttention(nn.Module, PteLayer):
         self.in_use.set(encoder.state(accumulator))
         if plan.count == 0 or not config.encode_evicted:
             return
+        # Latents of every token, though only evicted ones are used: one large product instead of J small ones.
         latents = encoder.latents(*self._keys_values(hidden, rotary))
+        # Where keys or values are adapted, those of later tokens depend on S, which depends on those of earlier ones.
         if self._adapts(name, "k_proj") or self._adapts(name, "v_proj"):
             accumulators = self._walk(encoder, hidden, rotary, plan, queries, accumulator, latents)
         else:
@@ -318,6 +324,7 @@ class PteAttention(nn.Module, PteLayer):
             accumulator = encoder.advance(accumulator, updates[-1])
             accumulators.append(accumulator)
             self.in_use.set(encoder.state(accumulator))
+            # The tokens that were decoded under this S get their keys and values anew, before an eviction takes them.
             users = plan.users[:, k]
             new = self._keys_values(plan.pick(hidden, users), (plan.pick(cos, users), plan.pick(sin, users)))
             latents = [plan.put(old, users, rows) for old, rows in zip(latents, encoder.latents(*new), strict=True)]
@@ -328,5 +335,6 @@ class PteAttention(nn.Module, PteLayer):
         """Keeps |S'| / |S| of this forward for the trainer's log (Frobenius norms; S after its norm)."""
         if self.watch_updates:
             with torch.no_grad():
+                # By the norm of eq. 4 every entry of S has a mean square of 1.
                 state_norm = accumulator.shape[-2:].numel() ** 0.5
                 self.update_ratio = updates.norm(dim=(-2, -1)).mean() / state_norm
