@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pte_trl.runtime import faults
+from pte_trl.runtime import watch
 from pte_trl.runtime.entry import MeetWatch, framed
 from pte_trl.runtime.faults import Fault
 from pte_trl.runtime.ownership import Owner, own
@@ -63,16 +63,16 @@ def test_the_launchers_copy_of_a_signal_is_the_same_one(tmp_path, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_one_later_ends_the_run_at_once(tmp_path, number, monkeypatch):
-    assert 0 < faults.SAME_SIGNAL[signal.SIGINT] < faults.SAME_SIGNAL[signal.SIGTERM] <= 10
-    monkeypatch.setitem(faults.SAME_SIGNAL, number, 0.2)
+    assert 0 < watch.SAME_SIGNAL[signal.SIGINT] < watch.SAME_SIGNAL[signal.SIGTERM] <= 10
+    monkeypatch.setitem(watch.SAME_SIGNAL, number, 0.2)
     code, text, _ = in_child(tmp_path, train, [(0, number), (0, number), (0.4, number)])
     assert code == -number and "asked for" not in text and "Traceback" not in text
 
 
 def test_the_handlers_before_come_back():
-    before = [signal.getsignal(number) for number in faults.SAME_SIGNAL]
+    before = [signal.getsignal(number) for number in watch.SAME_SIGNAL]
     train([])
-    assert [signal.getsignal(number) for number in faults.SAME_SIGNAL] == before
+    assert [signal.getsignal(number) for number in watch.SAME_SIGNAL] == before
 
 
 def meet(rank: int, port: int) -> None:
