@@ -76,7 +76,7 @@ def test_a_step_of_segments_needs_the_least_memory(bench):
     assert longest["pte, segments"]["step memory over lora"] < 0.8 < longest["pte, one pass"]["step memory over lora"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 def test_a_step_that_is_not_computed_holds_the_same_bytes(bench, dtype, tmp_path):
     small = f"--lengths 24 --prompt 8 --window 16 --turns 1 --dtype {dtype}"
     whole = bench("step", small)
@@ -104,6 +104,7 @@ def test_what_the_segments_hold_does_not_grow(bench):
     assert rows[128, "lora, full cache"]["peak growth"] > 1.3
 
 
+@pytest.mark.thorough
 def test_a_late_step_is_compared_with_an_early_one(bench):
     early, late = bench("long", SMALL["long"])
     assert early["over early"] == 1 and 0.2 < late["over early"] < 5

@@ -112,6 +112,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         main(["metrics"])
 
 
+@pytest.mark.thorough
 def test_a_training_by_the_console_script(place, tmp_path, script):
     flags = f"--config {ROOT}/recipes/tiny.yaml --dataset_name {place}/train.jsonl"
     flags += f" --model_name_or_path {place}/outputs/tiny-base --output_dir out"

@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,7 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_the_demo_shows_what_it_promises(tmp_path):
     run(tmp_path, "-m", "experiments.tiny.pretrain", "--steps", "20", "--test-problems", "8")
     output = run(tmp_path, "-m", "experiments.demo", "--tier", "sums", "--test_problems", "8", *SHORT)

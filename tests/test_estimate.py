@@ -137,7 +137,7 @@ def test_activations_of_one_pass(method, dtype, checkpointing):
         assert one_pass(job) == pytest.approx(counted(step), rel=0.15), shape
 
 
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("dtype", CELLS, ids=str)
 def test_activations_of_segments(dtype, checkpointing):
     for shape in SHAPES_TRIED:
@@ -170,7 +170,14 @@ def test_a_training_step_with_its_head(method):
     assert head(job, job.prompt + job.completion - 1) > one_pass(job)
 
 
-@pytest.mark.parametrize(("method", "changes"), [("pte", {}), ("lora", {}), ("pte", {"replay": "segments"})])
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("pte", {}),
+        pytest.param("lora", {}, marks=pytest.mark.thorough),
+        pytest.param("pte", {"replay": "segments"}, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_step_inside_the_trainer(tmp_path, method, changes):
     """GRPO's own step, rollout included, as the guard at start-up describes it."""
     model = tiny("qwen2", torch.float32, hidden_size=128, intermediate_size=512, head_dim=32)

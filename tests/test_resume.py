@@ -237,7 +237,15 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize(("engine", "kill"), CASES, ids=[f"{engine} {kill.fault}" for engine, kill in CASES])
+# Every second one by default, the signals among them; a kill of each engine always.
+ALWAYS = [*CASES[::2], *(case for case in CASES if case[0] != "one" or case[1].signal != "SIGKILL")]
+
+
+@pytest.mark.parametrize(
+    ("engine", "kill"),
+    [pytest.param(*case, marks=[] if case in ALWAYS else pytest.mark.thorough) for case in CASES],
+    ids=[f"{engine} {kill.fault}" for engine, kill in CASES],
+)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(place, unkilled, engine, kill):
     """Metrics, prompts, sampled texts, advantages and final weights, bit by bit."""
     row = kill_and_resume(place, engine, kill, unkilled(engine))

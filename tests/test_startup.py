@@ -80,7 +80,7 @@ def stopped(done: subprocess.CompletedProcess, message: str) -> bool:
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this launch is what it says")
 
 
-@pytest.mark.parametrize("options", ["flags", "MULTI_CPU"])
+@pytest.mark.parametrize("options", ["flags", pytest.param("MULTI_CPU", marks=pytest.mark.thorough)])
 def test_two_processes_asked_for_and_one_started(setting, tmp_path, options):
     file = config_file(tmp_path, MULTI_CPU)
     options = ["--cpu", "--num_processes", "2"] if options == "flags" else ["--config_file", file]
