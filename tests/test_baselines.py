@@ -9,6 +9,9 @@ from benchmarks.baselines import BASELINES, measure
 UPDATE = "if the change is meant: python -m benchmarks.baselines --update"
 
 
+pytestmark = pytest.mark.thorough
+
+
 @pytest.fixture(scope="module")
 def found():
     return measure()

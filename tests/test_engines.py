@@ -152,7 +152,7 @@ def assert_same_run(reports: list[dict], folder: Path, expected: dict, expected_
     [
         ("ddp", ""),
         pytest.param("ddp", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),
-        ("zero1", SEGMENTS),
+        pytest.param("zero1", SEGMENTS, marks=pytest.mark.thorough),
         ("zero2", CHECKPOINTED),
         pytest.param("zero3", "", marks=pytest.mark.thorough),
         ("zero3", f"{WALK} {CHECKPOINTED}"),

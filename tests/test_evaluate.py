@@ -26,6 +26,7 @@ from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import sample_window, seed_of
 from pte_trl.evaluation.script import main
 from pte_trl.runtime.ownership import own
+from tests.forked import python
 from tests.models import randomise_up
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +180,13 @@ def test_an_adapter_trained_anew_is_another_setting(setting, finished, tmp_path)
 
 
 def launch(setting, out, *prefix: str, **changes) -> subprocess.Popen:
-    command = [sys.executable, *prefix, str(ROOT / "recipes/evaluate.py"), *argv(setting, out, **changes)]
+    # By a launcher, its ranks share what is imported; alone, it is a process of its own, which can be killed.
+    command = [
+        python() if prefix else sys.executable,
+        *prefix,
+        str(ROOT / "recipes/evaluate.py"),
+        *argv(setting, out, **changes),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

@@ -26,7 +26,11 @@ def strategy(request):
     return STRATEGIES[request.param]()
 
 
-@pytest.fixture(params=[(arm, family) for arm in ARMS for family in ("llama", "qwen2")], ids="-".join)
+CELLS = [(arm, family) for arm in ARMS for family in ("llama", "qwen2")]
+LESS = [pytest.param(cell, marks=pytest.mark.thorough) if cell == ("pte", "llama") else cell for cell in CELLS]
+
+
+@pytest.fixture(params=LESS, ids=["-".join(cell) for cell in CELLS])
 def model(request):
     arm, family = request.param
     return ARMS[arm](family)

@@ -83,7 +83,11 @@ def test_qwen3(targets):
     assert_same(gradients(model), gradients(model, decode_logps), 1e-8)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Of all seven linears with most settings changed; the others' gradients are compared with autograd's above.
+@pytest.mark.parametrize(
+    "variant",
+    [v if v in ("qo", "seven-sum-column") else pytest.param(v, marks=pytest.mark.thorough) for v in VARIANTS],
+)
 def test_central_differences(variant):
     """Two entries and one random direction of every tensor; norms in float64, or rounding would swamp the step."""
     model = with_pte(tiny(wide_norms=True), **VARIANTS[variant])

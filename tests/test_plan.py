@@ -108,12 +108,17 @@ def test_the_global_batch_is_the_papers_on_any_number_of_gpus(tmp_path):
     assert done.returncode != 0 and "GPUS=3: 512 completions cannot be shared" in done.stderr
 
 
+def without_make() -> dict[str, str]:
+    """The environment without what a make above the tests has set."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+
+
 def plan_of(target: str, scale: str, tmp_path: Path, *variables: str) -> subprocess.CompletedProcess:
     locks = [path.name for path in ROOT.glob("requirements*.lock")]
     for name in ("Makefile", "pte_trl", "experiments", "recipes", "pyproject.toml", *locks):
         if not (tmp_path / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    environment = without_make()
     command = ["make", "-n", target, f"SCALE={scale}", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", *variables]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
@@ -131,9 +136,9 @@ def test_a_run_is_a_rule_that_make_reads(tmp_path):
         (tmp_path / name).touch()
 
     def make(*arguments: str) -> list[str]:
-        return subprocess.run(
-            ["make", "-n", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
+        command = ["make", "-n", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=without_make(), capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
 
     command = "python -m experiments.study.collect 'a b' --windows 8 16 'it'\"'\"'s' out/result"
     assert make("all") == ["echo first", command]
