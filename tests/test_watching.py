@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas
@@ -15,7 +16,6 @@ from trl import GRPOTrainer
 from experiments.tiny.model import build
 from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl.training.config import PteGRPOConfig
-from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/metrics.md").read_text()
@@ -44,7 +44,7 @@ def tracked(tmp_path_factory):
         "per_device_train_batch_size": 16,
         "max_completion_length": 32,
     }
-    command = [python(), str(ROOT / "recipes/grpo_pte.py")]
+    command = [sys.executable, str(ROOT / "recipes/grpo_pte.py")]  # trackio looks at its variable when imported
     command += [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
     environment = os.environ | {"TRACKIO_DIR": str(folder / "trackio"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
