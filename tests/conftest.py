@@ -1,5 +1,7 @@
 """Settings of every test."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +12,12 @@ from tests.launches import workplace
 torch.set_num_threads(1)  # the models are tiny: threads cost more than they give
 settings.register_profile("pte", deadline=None, max_examples=100, derandomize=True)
 settings.load_profile("pte")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays to the end: the garbage collector need not walk it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -77,6 +77,7 @@ def arguments(output: str, processes: int = 1, **changes) -> list[str]:
     """Flags of a short run: six steps of 16 completions over all ranks, a checkpoint every two."""
     flags = {
         "per_device_train_batch_size": 16 // processes,
+        "grader_workers": 1,  # each takes a second to start
         "max_completion_length": 32,
         "max_steps": 6,
         "save_strategy": "steps",

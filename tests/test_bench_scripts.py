@@ -22,11 +22,11 @@ ROOT = common.ROOT
 # Arguments that make a run of seconds; the commands of `make bench-gpu` are the same scripts with larger ones.
 SMALL = {
     "rollout": "--batch 2 --prompt 8 --new-tokens 24 --window 8 --turns 1 --roofline",
-    "replay": "--lengths 48 64 --prompt 8 --window 16 --repeats 1",
-    "step": "--lengths 32 64 --prompt 8 --window 16 --turns 1",
-    "memory": "--lengths 64 128 --prompt 8 --window 16",
+    "replay": "--lengths 24 48 --prompt 8 --window 16 --repeats 1",
+    "step": "--lengths 64 --prompt 8 --window 16 --turns 1",
+    "memory": "--lengths 40 80 --prompt 8 --window 8",
     "long": "--prompt 8 --window 16 --early 60 --late 160 --cycles 4",
-    "capacity": "--new-tokens 512 --prompt 32 --window 32 --memory 1",
+    "capacity": "--new-tokens 256 --prompt 32 --window 32 --memory 0.5",
 }
 
 
@@ -72,7 +72,7 @@ def test_replay_divides_by_lora_on_the_same_modules(bench):
 
 def test_a_step_of_segments_needs_the_least_memory(bench):
     rows = bench("step", SMALL["step"])
-    longest = {row["arm"]: row for row in rows if row["completion"] == 64}
+    longest = {row["arm"]: row for row in rows}
     assert longest["pte, segments"]["step memory over lora"] < 0.8 < longest["pte, one pass"]["step memory over lora"]
 
 
@@ -99,9 +99,9 @@ def test_what_is_not_computed_keeps_its_shape_and_leaves_integers_alone():
 
 def test_what_the_segments_hold_does_not_grow(bench):
     rows = {(row["completion"], row["arm"]): row for row in bench("memory", SMALL["memory"])}
-    assert rows[128, "pte, segments"]["saved growth"] <= 1.05
-    assert rows[128, "pte, one pass"]["saved growth"] > 1.2
-    assert rows[128, "lora, full cache"]["peak growth"] > 1.3
+    assert rows[80, "pte, segments"]["saved growth"] <= 1.05
+    assert rows[80, "pte, one pass"]["saved growth"] > 1.2
+    assert rows[80, "lora, full cache"]["peak growth"] > 1.3
 
 
 @pytest.mark.thorough

@@ -10,6 +10,7 @@ from pte_trl.rollouts.batching import EngineCache, auto_batch_size, cache_bytes,
 from pte_trl.rollouts.engine import Engine
 from pte_trl.rollouts.ring import aligned
 from pte_trl.rollouts.rollout import rollout
+from tests.grids import grid
 from tests.models import ALL_SEVEN, tiny, with_lora, with_pte
 
 PROMPTS = [[5, 6, 7, 8, 9]] * 4 + [[10, 11]] * 3 + [[12, 13, 14]] * 2 + [[5, 6, 7, 8, 9]] * 2
@@ -38,9 +39,7 @@ def assert_same(found, expected, within=1e-6):
         assert ours == pytest.approx(theirs, abs=within)
 
 
-@pytest.mark.parametrize("look", [1, 4])
-@pytest.mark.parametrize("rows", [1, 3, 4, None])
-@pytest.mark.parametrize("model", MODELS)
+@grid(model=MODELS, rows=[1, 3, 4, None], look=[1, 4])
 def test_the_engine_is_the_reference_implementation(monkeypatch, model, rows, look):
     monkeypatch.setitem(engine.SYNC_EVERY, "cpu", look)
     model = MODELS[model](tiny("llama", torch.float64))

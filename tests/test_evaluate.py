@@ -60,6 +60,7 @@ def argv(setting, out, **changes) -> list[str]:
         "samples": SAMPLES,
         "temperature": 1.0,
         "batch_size": 4,
+        "grader_workers": 1,  # each takes a second to start
         "use_cpu": "true",
     } | changes
     return [str(part) for key, value in options.items() if value is not None for part in (f"--{key}", value)]

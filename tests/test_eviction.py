@@ -27,10 +27,11 @@ def strategy(request):
 
 
 CELLS = [(arm, family) for arm in ARMS for family in ("llama", "qwen2")]
-LESS = [pytest.param(cell, marks=pytest.mark.thorough) if cell == ("pte", "llama") else cell for cell in CELLS]
+LESS = [("bare", "llama"), ("lora", "qwen2"), ("pte", "qwen2")]
+SHOWN = [pytest.param(cell, marks=() if cell in LESS else pytest.mark.thorough) for cell in CELLS]
 
 
-@pytest.fixture(params=LESS, ids=["-".join(cell) for cell in CELLS])
+@pytest.fixture(params=SHOWN, ids=["-".join(cell) for cell in CELLS])
 def model(request):
     arm, family = request.param
     return ARMS[arm](family)

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 
+from tests.grids import grid
 from tests.models import (
     ALL_SEVEN,
     ATTENTION,
@@ -33,10 +34,6 @@ CHOICES = [
 ABLATIONS = [{"use_global_tokens": False}, {"encode_evicted": False}]
 
 
-def name(value):
-    return "-".join(map(str, value.values())) if isinstance(value, dict) else None
-
-
 @torch.no_grad()
 def check(model, bound, window=WINDOW, ratio=0.25, lengths=(7, 4, 6), completion=COMPLETION):
     ids, mask, prompt = left_padded_batch(list(lengths), completion)
@@ -54,44 +51,37 @@ def test_bare_and_lora(family, dtype):
     check(with_lora(tiny(family, dtype)), BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=name)
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@grid(family=["qwen2", "llama"], targets=TARGETS, choice=CHOICES)
 def test_pte_float64(family, targets, choice):
     check(with_pte(tiny(family), target_modules=TARGETS[targets], **choice), BOUNDS[torch.float64])
 
 
-@pytest.mark.parametrize("choice", CHOICES[::2], ids=name)
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@grid(family=["qwen2", "llama"], targets=TARGETS, choice=CHOICES[::2])
 def test_pte_float32(family, targets, choice):
     model = with_pte(tiny(family, torch.float32), target_modules=TARGETS[targets], **choice)
     check(model, BOUNDS[torch.float32])
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@grid(targets=TARGETS, family=["qwen3", "mistral"])
 def test_other_families(family, targets):
     check(with_pte(tiny(family), target_modules=TARGETS[targets]), BOUNDS[torch.float64])
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS, ids=str)
-@pytest.mark.parametrize("targets", TARGETS)
+@grid(targets=TARGETS, ablation=ABLATIONS)
 def test_ablations(targets, ablation):
     for update in ("recursive", "sum"):
         model = with_pte(tiny(), target_modules=TARGETS[targets], state_update=update, **ablation)
         check(model, BOUNDS[torch.float64])
 
 
-@pytest.mark.parametrize(("window", "ratio"), [(1, 0.25), (1, 1.0), (5, 1.0), (9, 0.5), (30, 0.1), (3, 0.25)])
-@pytest.mark.parametrize("targets", ["qo", "qkvo"])
-def test_windows_and_ratios(targets, window, ratio):
+@grid(targets=["qo", "qkvo"], cut=[(1, 0.25), (1, 1.0), (5, 1.0), (9, 0.5), (30, 0.1), (3, 0.25)])
+def test_windows_and_ratios(targets, cut):
+    window, ratio = cut
     model = with_pte(tiny(), target_modules=TARGETS[targets])
     check(model, BOUNDS[torch.float64], window=window, ratio=ratio, completion=40)
 
 
-@pytest.mark.parametrize("choice", [CHOICES[0], CHOICES[-1]], ids=name)
-@pytest.mark.parametrize("targets", TARGETS)
+@grid(targets=TARGETS, choice=[CHOICES[0], CHOICES[-1]])
 @torch.no_grad()
 def test_every_sample_has_its_own_window(targets, choice):
     """Scoring batches are shuffled: samples of different rollouts, hence of different W, meet in one replay."""
@@ -141,8 +131,7 @@ def test_eager_attention(targets):
     check(with_pte(model, target_modules=TARGETS[targets]), BOUNDS[torch.float32])
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=name)
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@grid(choice=CHOICES, family=["qwen2", "llama"])
 @torch.no_grad()
 def test_naive_implementation_agrees(family, choice):
     targets = list(TARGETS.values())[CHOICES.index(choice) % 3]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.grids import grid
 from tests.models import (
     ALL_SEVEN,
     ATTENTION,
@@ -54,8 +55,7 @@ def assert_same(found: dict, expected: dict, bound: float) -> None:
         assert (found[name] - gradient).norm() <= bound * gradient.norm(), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@grid(variant=VARIANTS, family=["qwen2", "llama"])
 def test_replay_equals_autograd_through_the_decode(family, variant):
     model = with_pte(tiny(family), **VARIANTS[variant])
     trained = [name for name, p in model.named_parameters() if p.requires_grad]

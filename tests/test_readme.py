@@ -20,7 +20,7 @@ from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SHORT = "--max_steps 2 --per_device_train_batch_size 16 --max_completion_length 48"
+SHORT = "--grader_workers 1 --max_steps 2 --per_device_train_batch_size 16 --max_completion_length 48"
 # The README's models need GPUs; the same lines run here with the tiny model, its recipe and its problems.
 STAND_INS = {
     "qwen3b.yaml": "tiny.yaml",
@@ -146,10 +146,10 @@ def test_distillation_lines(workplace):
 
 def test_evaluation_lines(workplace):
     (evaluate,) = commands("accelerate launch recipes/evaluate.py")
-    python(workplace, f"{here(evaluate)} --limit 2 --max_new_tokens 12 --use_cpu true")
+    python(workplace, f"{here(evaluate)} --limit 2 --samples 2 --grader_workers 1 --max_new_tokens 12 --use_cpu true")
     metrics, regrade = commands("python -m pte_trl.evaluation.")
-    assert "| outputs/eval/qwen3b-pte-1024/tiny_amc23 | 2 x 16 |" in python(workplace, here(metrics))
-    assert "0 of 32 verdicts changed" in python(workplace, here(regrade))
+    assert "| outputs/eval/qwen3b-pte-1024/tiny_amc23 | 2 x 2 |" in python(workplace, here(metrics))
+    assert "0 of 4 verdicts changed" in python(workplace, here(regrade))
 
 
 def test_question_line(workplace):

@@ -9,6 +9,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.segments import segment_logps
+from tests.grids import grid
 from tests.models import (
     TEMPERATURE,
     chosen,
@@ -46,8 +47,7 @@ def both(model, logps) -> tuple[torch.Tensor, dict]:
     return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@grid(variant=VARIANTS, family=["qwen2", "llama"])
 def test_segments_equal_the_replay_and_the_decode(family, variant):
     model = with_pte(tiny(family, wide_norms=True), **VARIANTS[variant])
     found, gradients = both(model, lambda: segments(model))
