@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A training, an evaluation or the paper's tables as a Slurm job. From the repository's root:
 #
-#   sbatch --nodes=2 --gpus-per-node=8 recipes/slurm.sh recipes/qwen7b.yaml --save_minutes 30
+#   sbatch --nodes=2 --gpus-per-node=8 recipes/slurm.sh recipes/qwen7b.yaml
 #   sbatch --gpus-per-node=8 recipes/slurm.sh recipes/evaluate.py --recipe recipes/qwen3b.yaml --adapter ADAPTER ...
 #   sbatch --gpus-per-node=8 recipes/slurm.sh make reproduce-table1 SCALE=paper
 #
@@ -37,7 +37,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CPUS > GPUS ? CPUS / GPUS : 1))}
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-65535}  # s; torch's launcher would kill saving ranks after 30
 
 case $FIRST in
-    make) COMMAND=(make "GPUS=$GPUS" "$@") ;;
+    # Of the shells only bash becomes the run that it starts, so that make's SIGTERM reaches the run.
+    make) COMMAND=(make "SHELL=$BASH" "GPUS=$GPUS" "$@") ;;
     *.py) COMMAND=("$FIRST" "$@") ;;
     *) COMMAND=(recipes/grpo_pte.py --config "$FIRST" "$@") ;;
 esac

@@ -156,14 +156,10 @@ def test_only_what_was_stopped_goes_back_into_the_queue_and_not_for_ever(tmp_pat
 
 TASK = r".venv/bin/python recipes/slurm_task.py --config_file accelerate_configs/{}.yaml --num_machines {} "
 TASK += "--num_processes {} --main_process_ip 127.0.0.1 --main_process_port 24711 "
+GRPO = "recipes/grpo_pte.py --config "
 STARTS = {  # nodes, GPUs, arguments, and the command that srun gets
-    "a recipe": (
-        2,
-        8,
-        "recipes/x.yaml --a 1",
-        TASK.format("multi_node_zero2", 2, 16) + "recipes/grpo_pte.py --config ",
-    ),
-    "one node": (1, 8, "recipes/x.yaml --a 1", TASK.format("ddp", 1, 8) + "recipes/grpo_pte.py --config "),
+    "a recipe": (2, 8, "recipes/x.yaml --a 1", TASK.format("multi_node_zero2", 2, 16) + GRPO),
+    "one node": (1, 8, "recipes/x.yaml --a 1", TASK.format("ddp", 1, 8) + GRPO),
     "a script": (2, 8, "recipes/distill_pte.py", TASK.format("multi_node_zero2", 2, 16)),
     "an evaluation": (2, 4, "recipes/evaluate.py --budget 9", TASK.format("ddp", 2, 8)),
     "one GPU": (1, 1, "recipes/evaluate.py --budget 9", ".venv/bin/python "),
@@ -176,7 +172,7 @@ def test_what_runs_on_every_node(tmp_path, name):
     nodes, gpus, arguments, before = STARTS[name]
     variables = {"STATUS": "0", "SLURM_NNODES": str(nodes), "SLURM_GPUS_ON_NODE": str(gpus)}
     code, text = finish(start(tmp_path, *arguments.split(), SLURM_CPUS_PER_TASK="32", **variables))
-    last = arguments.replace("make", f"make GPUS={gpus}")
+    last = arguments.replace("make", f"make SHELL={shutil.which('bash')} GPUS={gpus}")
     assert code == 0 and f"srun --kill-on-bad-exit=0 --wait=120 {before}{last}\n" in text
     for line in ("SRUN_CPUS_PER_TASK=32", f"OMP_NUM_THREADS={32 // gpus}", "PET_SHUTDOWN_TIMEOUT=65535"):
         assert f"\n{line}\n" in text
