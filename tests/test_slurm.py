@@ -13,7 +13,6 @@ import yaml
 
 from experiments.tiny.model import build
 from experiments.tiny.task import DIFFICULTIES, rows
-from recipes.slurm_task import was_stopped
 from tests.forked import python
 from tests.launches import course, gap
 
@@ -129,18 +128,6 @@ def test_two_nodes_that_are_stopped_together_go_on_as_one_run(tmp_path, free_por
     assert code == 0 and f"goes on from stopped/checkpoint-{step}" in text and "scontrol" not in text, text[-3000:]
     resumed, whole = (course(tmp_path / output, step) for output in ("stopped", "whole"))
     assert gap(resumed, whole) == [] and min(entry["grad_norm"] for entry in whole["metrics"]) > 0
-
-
-def test_torchs_errors_have_what_is_read_of_them():
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-
-    def of_ranks(*codes: int) -> ChildFailedError:
-        return ChildFailedError("x", {rank: ProcessFailure(rank, 1, code, "") for rank, code in enumerate(codes)})
-
-    assert was_stopped(SignalException("", signal.SIGTERM)) and not was_stopped(SignalException("", signal.SIGINT))
-    assert was_stopped(of_ranks(143, -15)) and not was_stopped(of_ranks(143, 1)) and not was_stopped(of_ranks(1))
-    assert not was_stopped(ValueError())
 
 
 # ---- what runs, and what goes back into the queue ----------------------------------------------------------------
