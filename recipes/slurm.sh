@@ -1,38 +1,73 @@
 #!/usr/bin/env bash
-# Training on one or several nodes under Slurm. From the repository's root:
+# A training, an evaluation or the paper's tables as a Slurm job. From the repository's root:
 #
 #   sbatch --nodes=2 --gpus-per-node=8 recipes/slurm.sh recipes/qwen7b.yaml
-#   sbatch --nodes=1 --gpus-per-node=8 recipes/slurm.sh recipes/qwen3b.yaml --method lora_c --output_dir outputs/lora_c
+#   sbatch --gpus-per-node=8 recipes/slurm.sh recipes/evaluate.py --recipe recipes/qwen3b.yaml --adapter ADAPTER ...
+#   sbatch --gpus-per-node=8 recipes/slurm.sh make reproduce-table1 SCALE=paper
 #
-# The recipe comes first, then flags of the training script. ACCELERATE_CONFIG names another config than DDP's for one
-# node and ZeRO-2's for several; VENV another environment than .venv. The repository and its outputs must lie where
-# every node can read them. Slurm sends SIGTERM five minutes before the time is up; --requeue puts a job back that lost
-# a node, and the same command goes on from its newest checkpoint.
+# A recipe, a script or `make` comes first, then its arguments. At the time limit the job saves, and goes back into the
+# queue; docs/slurm.md has the rest. ACCELERATE_CONFIG names another config than DDP's for one node and ZeRO-2's for
+# trainings on several, VENV another environment than .venv, REQUEUES another limit than 20.
 #SBATCH --job-name=pte_trl
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@300
+# Half an hour before the end: more than a step takes, and less than --time.
+#SBATCH --signal=TERM@1800
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=pte_trl-%j.log
 
+# For compute nodes without internet, after `hf download MODEL` on a node that has it:
+# export HF_HOME=/a/shared/folder HF_HUB_OFFLINE=1
+# Where the nodes do not reach each other through the first network interface (`ip -brief address` lists them):
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO
+
 set -euo pipefail
-RECIPE=${1:?usage: sbatch recipes/slurm.sh RECIPE.yaml [--flag value ...]}
+FIRST=${1:?usage: sbatch recipes/slurm.sh RECIPE.yaml or SCRIPT.py or make, then its arguments}
 shift
 NODES=${SLURM_NNODES:?not in a Slurm job: submit this script with sbatch}
 GPUS=${SLURM_GPUS_ON_NODE:?no GPUs: sbatch --gpus-per-node=N}
-if [ "$NODES" -gt 1 ]; then DEFAULT=multi_node_zero2; else DEFAULT=ddp; fi
-CONFIG=${ACCELERATE_CONFIG:-accelerate_configs/$DEFAULT.yaml}
+CPUS=${SLURM_CPUS_PER_TASK:-$GPUS}
+REQUEUES=${REQUEUES:-20}
 PYTHON=${VENV:-.venv}/bin/python
-MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-PORT=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node must not meet
+export SRUN_CPUS_PER_TASK=$CPUS  # since Slurm 22.05 srun does not take --cpus-per-task from sbatch
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CPUS > GPUS ? CPUS / GPUS : 1))}
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-65535}  # s; torch's launcher would kill saving ranks after 30
 
-echo "$(date -Is) job $SLURM_JOB_ID: $NODES x $GPUS GPUs, $CONFIG, main node $MAIN:$PORT, $RECIPE $*"
-# One launcher per node; SLURM_NODEID is known only there. When one ends in error, Slurm ends the others.
-# shellcheck disable=SC2016
-srun --kill-on-bad-exit=1 bash -c '
-    exec "$0" -m accelerate.commands.accelerate_cli launch --config_file "$1" \
-        --num_machines "$2" --num_processes "$3" --machine_rank "$SLURM_NODEID" \
-        --main_process_ip "$4" --main_process_port "$5" recipes/grpo_pte.py --config "${@:6}"
-' "$PYTHON" "$CONFIG" "$NODES" "$((NODES * GPUS))" "$MAIN" "$PORT" "$RECIPE" "$@"
+case $FIRST in
+    # Of the shells only bash becomes the run that it starts, so that make's SIGTERM reaches the run.
+    make) COMMAND=(make "SHELL=$BASH" "GPUS=$GPUS" "$@") ;;
+    *.py) COMMAND=("$FIRST" "$@") ;;
+    *) COMMAND=(recipes/grpo_pte.py --config "$FIRST" "$@") ;;
+esac
+if [ "$FIRST" = make ] && [ "$NODES" -gt 1 ]; then
+    echo "error: --nodes=$NODES: make starts its runs on one node; allowed is --nodes=1" >&2
+    exit 2
+elif [ "$FIRST" != make ] && [ "$((NODES * GPUS))" -eq 1 ] && [ -z "${ACCELERATE_CONFIG:-}" ]; then
+    COMMAND=("$PYTHON" "${COMMAND[@]}")
+elif [ "$FIRST" != make ]; then
+    DEFAULT=ddp
+    if [ "$NODES" -gt 1 ] && [ "$FIRST" != recipes/evaluate.py ]; then DEFAULT=multi_node_zero2; fi
+    MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # not head, whose SIGPIPE ends the script
+    PORT=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node must not meet
+    COMMAND=("$PYTHON" recipes/slurm_task.py
+        --config_file "${ACCELERATE_CONFIG:-accelerate_configs/$DEFAULT.yaml}"
+        --num_machines "$NODES" --num_processes "$((NODES * GPUS))"
+        --main_process_ip "$MAIN" --main_process_port "$PORT" "${COMMAND[@]}")
+fi
+
+RESTARTS=${SLURM_RESTART_COUNT:-0}
+echo "$(date -Is) job $SLURM_JOB_ID, start $((RESTARTS + 1)), $NODES x $GPUS GPUs: ${COMMAND[*]}"
+# One task per node. When one has ended, for whatever reason, the others have two minutes to end as well.
+CODE=0
+srun --kill-on-bad-exit=0 --wait=120 "${COMMAND[@]}" || CODE=$?
+
+if [ "$CODE" -eq 143 ] && [ "$RESTARTS" -lt "$REQUEUES" ]; then  # ended by SIGTERM, not by an error
+    echo "$(date -Is) job $SLURM_JOB_ID: stopped by SIGTERM, goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+elif [ "$CODE" -eq 143 ]; then
+    echo "$(date -Is) job $SLURM_JOB_ID: stopped by SIGTERM after REQUEUES=$REQUEUES; sbatch resumes it by the same line"
+fi
+exit "$CODE"

@@ -36,6 +36,7 @@ SHARED_RUNS = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
         "save_strategy": "steps",
         "save_steps": 1,
+        "save_minutes": 0.001,
         "save_total_limit": 1,
         "save_on_each_node": True,
         "enable_jit_checkpoint": True,

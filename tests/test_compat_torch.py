@@ -1,6 +1,7 @@
 """What the private names of PyTorch, the engines, the hub and the grader must do (`pte_trl/compat`)."""
 
 import dataclasses
+import signal
 from types import SimpleNamespace
 
 import datasets
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.fsdp import fully_shard
 
 from pte_trl.compat import engines, grading, hub
@@ -46,6 +49,16 @@ def test_the_store_of_the_ranks(process_group):
     store = dist.PrefixStore("here", compat_torch.default_store().clone())
     store.set("a", "1")
     assert store.add("count", 2) == 2 and store.get("a") == b"1"
+
+
+@about("torch.ended_by_sigterm")
+def test_a_launcher_that_was_stopped_is_no_failure():
+    def of_ranks(*codes: int) -> ChildFailedError:
+        return ChildFailedError("x", {rank: ProcessFailure(rank, 1, code, "") for rank, code in enumerate(codes)})
+
+    stopped = (SignalException("", signal.SIGTERM), of_ranks(143), of_ranks(-15, 143))
+    failed = (SignalException("", signal.SIGINT), of_ranks(1), of_ranks(143, 1), of_ranks(-9), ValueError())
+    assert all(map(compat_torch.ended_by_sigterm, stopped)) and not any(map(compat_torch.ended_by_sigterm, failed))
 
 
 @about("torch.reshards_after_forward")

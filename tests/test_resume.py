@@ -197,6 +197,11 @@ def test_save_steps_of_a_run_that_saves_nothing_may_be_anything(tmp_path):
     assert (args.save_strategy, args.save_steps, args.steps_per_generation) == ("no", 3, 4)
 
 
+def test_checkpoints_by_the_clock_are_for_resuming_too(tmp_path):
+    with pytest.raises(ValueError, match="save_only_model=true: such a checkpoint cannot be resumed"):
+        parse_recipe(recipe(tmp_path, save_only_model=True, save_minutes=30))
+
+
 def test_the_trainers_own_key_is_not_taken(tmp_path):
     with pytest.raises(ValueError, match="resume_from_checkpoint='auto': not used; resume is auto, never or a PATH"):
         parse_recipe(recipe(tmp_path, resume_from_checkpoint="auto"))

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -14,7 +16,7 @@ from torch import nn
 from experiments.tiny.model import build
 from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl.cache.schedule import Schedule
-from pte_trl.runtime.launch import check_launch, check_world, named_launch, parse_launch
+from pte_trl.runtime.launch import check_launch, check_world, launch_line, named_launch, parse_launch
 from pte_trl.runtime.startup import cache_lines, describe, job_of, running_engine
 from pte_trl.training.config import PteGRPOConfig
 from tests.test_trainer import trainer_for
@@ -166,6 +168,22 @@ def test_without_a_precision_the_recipe_decides(tmp_path, written, precision):
 def test_a_launch_without_config_names_nothing():
     launch = parse_launch(["--cpu", "script.py"])
     assert (launch.engine, launch.processes, launch.precision) == (None, None, None)
+
+
+LAUNCHERS = (
+    "-m accelerate.commands.launch",
+    "recipes/slurm_task.py",
+    "bin/accelerate-launch",
+    "bin/accelerate launch",
+)
+
+
+@pytest.mark.parametrize("command", LAUNCHERS)
+def test_the_launcher_is_found_among_the_parents(monkeypatch, command):
+    lines = ("make", f"python {command} --cpu x.py")
+    parents = [SimpleNamespace(cmdline=line.split) for line in lines]
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parents=lambda: parents))
+    assert launch_line() == ["--cpu", "x.py"]
 
 
 def test_launchers_other_than_accelerate_speak_by_their_variables(monkeypatch, tmp_path):

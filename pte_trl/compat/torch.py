@@ -1,5 +1,6 @@
 """Private names of PyTorch."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ __all__ = [
     "TorchDispatchMode",
     "cpu_with_index",
     "default_store",
+    "ended_by_sigterm",
     "flop_formula",
     "reshards_after_forward",
     "schema_of",
@@ -33,6 +35,17 @@ def default_store() -> dist.Store:
 def reshards_after_forward(unit: FSDPModule) -> bool:
     """Whether FSDP2 lets go of the unit's gathered weights after a forward; PyTorch has a setter only."""
     return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)
+
+
+def ended_by_sigterm(error: Exception) -> bool:
+    """Whether SIGTERM ended torch's launcher, or all ranks that it lost: they exit with 143, or die of the signal."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(error, ChildFailedError):
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return codes <= {128 + signal.SIGTERM, -signal.SIGTERM}
+    return isinstance(error, SignalException) and error.sigval == signal.SIGTERM
 
 
 def _no_tag(_) -> None:

@@ -51,7 +51,7 @@ def launch_line() -> list[str] | None:
             continue
         for at, word in enumerate(words):
             name = Path(word).name
-            if name in ("accelerate-launch", "accelerate.commands.launch"):
+            if name in ("accelerate-launch", "accelerate.commands.launch", "slurm_task.py"):
                 return words[at + 1 :]
             if name in ("accelerate", "accelerate.commands.accelerate_cli") and words[at + 1 : at + 2] == ["launch"]:
                 return words[at + 2 :]

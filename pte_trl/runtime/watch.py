@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C save a checkpoint; a rank that is lost ends the others."""
+"""SIGTERM, Ctrl-C and the clock save a checkpoint; a rank that is lost ends the others."""
 
 import contextlib
 import os
@@ -9,20 +9,25 @@ import time
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import reduce
+from accelerate.utils import broadcast, reduce
 from transformers import TrainerCallback
 
 from pte_trl.compat.torch import default_store
 
 GOODBYE = 1 << 40  # more than anyone counts to
 
-# A scheduler signals the launcher and all ranks, and the launcher then signals its ranks again; so does a terminal at
-# Ctrl-C. Within this time, in seconds, it is the same signal; later it is a second one, which ends the run at once.
-SAME_SIGNAL = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0}
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# At Ctrl-C a terminal signals the launcher and all ranks, and the launcher then signals its ranks again: within this
+# time, in seconds, it is the same Ctrl-C.
+SAME_INTERRUPT = 1.0
 
 
 class StopOnTerm(TrainerCallback):
     """SIGTERM or Ctrl-C to any rank: all save a checkpoint at the end of the generation batch and leave the training.
+
+    A second Ctrl-C ends the run at once. A second SIGTERM does not, however late: schedulers and launchers send it to
+    the same process more than once (Slurm to every process of a step, torch's launcher to its ranks again, Slurm once
+    more when the time is up), and each of them sends SIGKILL to a process that it will not wait for any longer.
 
     Args:
         steps: optimizer steps of a generation batch; a checkpoint inside one would lose what is left of it.
@@ -33,7 +38,7 @@ class StopOnTerm(TrainerCallback):
     """
 
     def __init__(self, steps: int, signals: list[int] | None = None):
-        self.signals = list(SAME_SIGNAL) if signals is None else signals
+        self.signals = list(SIGNALS) if signals is None else signals
         self.steps, self.asked, self.stopped = steps, 0, None
         self._since, self._before = 0.0, {}
 
@@ -45,27 +50,52 @@ class StopOnTerm(TrainerCallback):
         if not self.asked:
             self.asked, self._since = number, time.monotonic()
             # os.write, since the signal may have come in the middle of a print
-            name = signal.Signals(number).name
-            message = (
-                f"{name}: a checkpoint is saved at the end of this generation batch; a second one ends the run now"
-            )
-            os.write(2, f"{message}\n".encode())
-        elif time.monotonic() - self._since > SAME_SIGNAL[number]:
+            at_once = "SIGKILL" if number == signal.SIGTERM else "a second one"
+            message = f"a checkpoint is saved at the end of this generation batch; {at_once} ends the run now"
+            os.write(2, f"{signal.Signals(number).name}: {message}\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self._since > SAME_INTERRUPT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor([float(self.asked == number) for number in SAME_SIGNAL], device=args.device)
+        asked = torch.tensor([float(self.asked == number) for number in SIGNALS], device=args.device)
         if args.world_size > 1:
             asked = reduce(asked, "sum")
         if asked.any() and state.global_step % self.steps == 0 and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
-            self.stopped = [*SAME_SIGNAL][int(asked.argmax())]
+            self.stopped = SIGNALS[int(asked.argmax())]
 
     def on_train_end(self, *_, **kwargs):
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}
+
+
+class SaveByTime(TrainerCallback):
+    """Saves a checkpoint at the end of the first generation batch that ends `minutes` after the last checkpoint.
+
+    The clock of the main process decides for all ranks: ranks that disagree would wait for each other.
+
+    Args:
+        steps: as of `StopOnTerm`.
+    """
+
+    def __init__(self, minutes: float, steps: int):
+        self.minutes, self.steps, self._last = minutes, steps, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._last = time.monotonic()
+
+    on_save = on_train_begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps:
+            return
+        due = torch.tensor([float(time.monotonic() - self._last >= 60 * self.minutes)], device=args.device)
+        if args.world_size > 1:
+            due = broadcast(due)
+        if due.any():
+            control.should_save = True
 
 
 class RankWatch(TrainerCallback):

@@ -137,7 +137,7 @@ LIMITS: dict[str, Limit] = {
     "distilled_tokens": choice("all", "after_eviction"),
     "dtype": choice(*DTYPES),
     **dict.fromkeys(("dataset_limit", "limit", "max_prompt_tokens", "rank", "num_global_tokens"), COUNT),
-    **dict.fromkeys(("alpha", "init_ratio"), POSITIVE),
+    **dict.fromkeys(("alpha", "init_ratio", "save_minutes"), POSITIVE),
     "adapter_dropout": BELOW_ONE,
     "state_update": choice("recursive", "sum"),
     "read": choice("row", "column"),

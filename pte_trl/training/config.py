@@ -37,6 +37,9 @@ class BoundedTrainingConfig(CacheArguments):
     resume: str = field(
         default="auto", metadata={"help": "auto: from the newest complete checkpoint; never; or a checkpoint's PATH."}
     )
+    save_minutes: float | None = field(
+        default=None, metadata={"help": "A checkpoint after so many minutes without one, besides those of save_steps."}
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="auto", metadata={"help": "Trackers, or none; auto: trackio where it is installed."}
     )
@@ -131,7 +134,7 @@ def check_resume(args: BoundedTrainingConfig) -> None:
         raise ValueError(
             f"resume_from_checkpoint={args.resume_from_checkpoint!r}: not used; resume is auto, never or a PATH"
         )
-    if args.save_only_model and args.save_strategy != "no":
+    if args.save_only_model and (args.save_strategy != "no" or args.save_minutes):
         raise ValueError("save_only_model=true: such a checkpoint cannot be resumed; allowed is false")
     if args.ignore_data_skip:
         raise ValueError("ignore_data_skip=true: a resumed run would see the same prompts again; allowed is false")

@@ -26,7 +26,7 @@ from pte_trl.runtime.startup import StartupGuard
 from pte_trl.runtime.together import on_main
 from pte_trl.runtime.trackers import tolerate_trackers
 from pte_trl.runtime.trained import check_finished
-from pte_trl.runtime.watch import RankWatch, StopOnTerm
+from pte_trl.runtime.watch import RankWatch, SaveByTime, StopOnTerm
 from pte_trl.training.calibrate import calibrate_encoders, is_fresh, longest_prompt
 from pte_trl.training.described import trainer_settings
 from pte_trl.training.given import check_data, check_given
@@ -72,7 +72,9 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         # Ctrl-C interrupts a Python session as ever; the recipes' scripts save a checkpoint at it, too.
         self.stop = StopOnTerm(batch_steps(self.args), [signal.SIGTERM])
         self._guard = StartupGuard(self, None)
-        for callback in (self.stop, RankWatch(), self._guard):
+        minutes = self.args.save_minutes
+        timed = [SaveByTime(minutes, batch_steps(self.args))] if minutes else []
+        for callback in (self.stop, RankWatch(), self._guard, *timed):
             self.add_callback(callback)
         tolerate_trackers(self)
 

@@ -19,7 +19,7 @@ from pte_trl.runtime.ownership import own
 from pte_trl.runtime.resume import is_finished, starting_point
 from pte_trl.runtime.together import on_main
 from pte_trl.runtime.trained import check_enough
-from pte_trl.runtime.watch import SAME_SIGNAL
+from pte_trl.runtime.watch import SIGNALS
 from pte_trl.training.described import recipe_settings
 from pte_trl.training.loading import check_model, load_model
 
@@ -74,7 +74,7 @@ def train(script, args, trainer: type, read: Read, arguments: Arguments = lambda
             **arguments(start.tokenizer),
         )
     made.settings, made.max_prompt_tokens = start.settings, script.max_prompt_tokens
-    made.stop.signals = list(SAME_SIGNAL)
+    made.stop.signals = list(SIGNALS)
     made.train_from(start.checkpoint)
     made.save_run()
     return made
