@@ -13,12 +13,9 @@ from pte_trl.compat.peft import check_target_module_exists
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.
-OWN_PARTS = {
-    *CONTAINERS,
-    *WHITENERS,
-    *("global_tokens", "query_map", "key_map", "value_map", "weight", "bias"),
-    *("base_layer", "modules_to_save", "original_module"),
-}
+ENCODER_PARTS = ("global_tokens", "query_map", "key_map", "value_map", *WHITENERS)
+WRAPPER_PARTS = ("base_layer", "modules_to_save", "original_module")
+OWN_PARTS = {*CONTAINERS, *ENCODER_PARTS, *WRAPPER_PARTS, "weight", "bias"}
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary types whose frequencies depend on the length seen so far: decode and replay would rotate differently.

@@ -44,6 +44,7 @@ _SCRIPT_RUN = re.compile(f"[{''.join(c for c in _SCRIPTS if _SCRIPTS[c] == '^')}
 _VULGAR = re.compile(r"(\d*)\s*([¼-¾⅐-⅞↉])")
 
 _TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|\d+|[^\W\d_]+|\s+|.", re.DOTALL)
+# 4.5e33, which LaTeX reads as 4.5 * e * 33. Not x2e5, 2e5_{16}, 1.2e3.4.
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?)(\d+)(?!\w|\.\d)")
 _HARD_GROUP = r"(?:\{,\}|,\\!\s*|\\[,;: !]|~| )"
 _HARD_THOUSANDS = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_HARD_GROUP}\d{{3}})+(?!\d)")

@@ -1,16 +1,11 @@
 """Nothing is called trained that was not: no step without prompts, no adapter with a NaN, no half of an adapter."""
 
-import re
-
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from pte_trl.compat.engines import zero3_part
 from pte_trl.runtime.faults import Fault
-
-EMBEDDINGS = re.compile(r"embed_tokens|lm_head")
-
 
 # ---- before the weights load -----------------------------------------------------------------------------------
 

@@ -10,10 +10,18 @@ from pte_trl.training.config import PteGRPOConfig
 
 # Keys of a recipe that make its adapter; `adapter_config` hands them over.
 PTE_KEYS = (
-    *("rank", "num_global_tokens", "alpha", "target_modules", "state_update", "read", "normalisation"),
-    *("use_global_tokens", "encode_evicted", "init_ratio", "whiten"),
+    "rank",
+    "num_global_tokens",
+    "alpha",
+    "target_modules",
+    "state_update",
+    "read",
+    "normalisation",
+    "use_global_tokens",
+    "encode_evicted",
+    "init_ratio",
+    "whiten",
 )
-
 ADAPTER_KEYS = (*PTE_KEYS, "adapter_dropout")
 
 
