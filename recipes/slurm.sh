@@ -7,7 +7,7 @@
 # The recipe comes first, then flags of the training script. ACCELERATE_CONFIG names another config than DDP's for one
 # node and ZeRO-2's for several; VENV another environment than .venv. The repository and its outputs must lie where
 # every node can read them. Slurm sends SIGTERM five minutes before the time is up; --requeue puts a job back that lost
-# a node, and the same command goes on from its newest checkpoint.
+# a node, and the same command resumes from its newest checkpoint.
 #SBATCH --job-name=pte_trl
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32

@@ -319,7 +319,7 @@ def test_a_distillation_that_ended_early_goes_on(tmp_path, capsys):
     capsys.readouterr()
     launch("ended", 4)
     said = capsys.readouterr().out
-    assert "checkpoint-4 is skipped: " in said and "goes on from" in said and "checkpoint-2" in said
+    assert "checkpoint-4 is skipped: " in said and "resumes from" in said and "checkpoint-2" in said
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "ended"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert launch("ended", 4) is None and "finished" in capsys.readouterr().out

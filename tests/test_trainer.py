@@ -226,7 +226,7 @@ def test_an_adapter_to_start_from_is_not_its_own_reference(tmp_path):
     assert logged(second, "kl")[0] > 0
 
 
-def test_a_batch_without_spread_is_said_aloud(tmp_path, caplog):
+def test_a_batch_without_spread_is_logged(tmp_path, caplog):
     trainer = trainer_for(tmp_path, max_steps=1)
     trainer.reward_funcs = [lambda completion_ids, **kwargs: [0.0] * len(completion_ids)]
     with caplog.at_level("WARNING"):

@@ -146,7 +146,7 @@ def _check_saved(names: list[str], modules: dict[str, nn.Module], attentions: li
 
 
 def split_key(key: str) -> tuple[str, str | None, str]:
-    """A name in a state dict -> what stands before its container of adapters, the container, and what follows it.
+    """A name in a state dict -> what precedes its container of adapters, the container, and what follows it.
 
     `a.q_proj.pte_up.default.weight` -> (`a.q_proj.`, `pte_up`, `.default.weight`); of another one (`key`, None, "").
     """

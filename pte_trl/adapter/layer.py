@@ -61,13 +61,13 @@ class PteLayer(BaseTunerLayer):
         raise NotImplementedError
 
     def _place(self, adapter_name: str) -> None:
-        """A fresh adapter to where the base is, and in its dtype, from which PEFT widens it if it is asked to."""
+        """Moves a fresh adapter to the base's device and dtype; PEFT widens it from there if asked to."""
         weight = self.frozen_weight()
         for container in self.adapter_layer_names:
             module = getattr(self, container)[adapter_name]
             if not any(parameter.is_meta for parameter in module.parameters()):
                 module.to(weight.device, weight.dtype)
-        self.train(self.base_layer.training)  # of new modules PyTorch thinks that they are in training
+        self.train(self.base_layer.training)  # new modules are in training mode
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
         # PEFT asks once an adapter is loaded with `low_cpu_mem_usage`. With a dtype it would round it to the base's.
@@ -173,7 +173,7 @@ class PteAttention(nn.Module, PteLayer):
         return frozen(self.base_layer.q_proj).weight
 
     def empty_after(self, mlp: nn.Module) -> None:
-        """Empties the state in use behind every forward of `mlp`, the layer's last reader, also a failed one."""
+        """Empties the state in use after every forward of `mlp`, the layer's last reader, also after a failed one."""
         self._emptied_by = mlp.register_forward_hook(self.in_use.empty, always_call=True)
 
     def set_adapter(self, *args, **kwargs) -> None:
@@ -185,7 +185,7 @@ class PteAttention(nn.Module, PteLayer):
         self._freeze_whiteners()
 
     def _freeze_whiteners(self) -> None:
-        """PEFT makes every parameter of an adapter trainable, one by one; as buffers they are safe from that."""
+        """PEFT makes every parameter of an adapter trainable, and whiteners may be parameters (see `Encoder`)."""
         for encoder in self.pte_encoder.values():
             for name, parameter in encoder.named_parameters():
                 if name in WHITENERS and parameter.is_leaf:

@@ -85,7 +85,7 @@ class PteModel(BaseTuner):
             linear.update_layer(adapter_name, peft_config, inference)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        # PEFT's own copies `weight`, which an attention module does not have.
+        # PEFT's own method copies `weight`, which an attention module does not have.
         if isinstance(child, PteAttention):
             setattr(parent, child_name, new_module)
         else:
@@ -154,8 +154,8 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
 
 
 def evicted_encoders(model: nn.Module) -> dict[int, Callable[..., torch.Tensor]]:
-    """(keys, values, queries, memory) -> memory at an eviction, by the number of the layer; none where nothing is
-    encoded."""
+    """Layer index -> its step at an eviction, (keys, values, queries, accumulator) -> accumulator; only layers that
+    encode."""
     layers = [(layer, layer._adapter()) for layer in active_layers(model)]
     return {
         layer.base_layer.layer_idx: partial(layer.encode, name)

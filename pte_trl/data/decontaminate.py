@@ -1,4 +1,4 @@
-r"""Removes training problems that also stand in a benchmark.
+r"""Removes training problems that are also in a benchmark.
 
     problems = remove_overlap(problems, load_eval_problems())
 
@@ -152,4 +152,4 @@ def missing_on_hub() -> str:
             return f"the Hugging Face hub cannot be reached ({error.__cause__}), and the cache has no {names}"
         except (FileNotFoundError, PermissionError):
             closed.append(hub.repo_id)
-    return f"the Hugging Face hub does not give us {', '.join(closed)}" if closed else ""
+    return f"the Hugging Face hub does not give access to {', '.join(closed)}" if closed else ""

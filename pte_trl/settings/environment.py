@@ -1,7 +1,7 @@
 """Which variables a recipe may set by `env`, which TrlParser puts into the environment of the training.
 
-Others could load code (PYTHONPATH, LD_PRELOAD, NCCL_NET_PLUGIN, CC, PATH, ...), and no list of those is whole. So the
-names that are known to hold plain values are listed, and whatever else is needed is set where the command is typed.
+Others could load code (PYTHONPATH, LD_PRELOAD, NCCL_NET_PLUGIN, CC, PATH, ...), and no list of those is complete. So
+names that are known to hold plain values are listed; whatever else is needed is set where the command is typed.
 """
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
@@ -43,7 +43,7 @@ def check_environment(env) -> None:
     """Refuses variables that could make a program run something else than it would.
 
     Args:
-        env: what stands under `env` in a recipe.
+        env: the value of `env` in a recipe.
 
     Raises:
         ValueError: naming the variable and what is allowed.

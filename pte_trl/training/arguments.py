@@ -44,7 +44,7 @@ class RecipeArguments:
     answer_column: str | None = field(default=None, metadata={"help": "Column of the gold answer."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
-    max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are dropped, and counted aloud."})
+    max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are dropped and counted."})
     decontaminate: bool = field(default=True, metadata={"help": "Drop problems that overlap with the benchmarks."})
 
     rank: int = field(default=32, metadata={"help": "r, of PTE and of LoRA."})

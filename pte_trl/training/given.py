@@ -1,4 +1,4 @@
-"""What a trainer of this project is given, looked at before TRL loads or wraps the model: model, adapter, data."""
+"""Checks of what a trainer is given, before TRL loads or wraps the model: model, adapter, data."""
 
 from pathlib import Path
 from typing import Any

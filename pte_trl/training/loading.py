@@ -30,7 +30,7 @@ TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"
 
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
-    """Looks at the files of the model and of the adapter, and at what the launcher asks for; loads no weights.
+    """Checks the files of the model and of the adapter, and the engine that was launched; loads no weights.
 
     Raises:
         ValueError: an unsupported architecture, attention implementation or engine for a bounded method; a model
@@ -69,7 +69,7 @@ def check_fits(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
 
 
 def check_without_effect(args: PteGRPOConfig) -> None:
-    """Refuses what the trainers know and the scripts do not hand them; they find it out late, or ignore it.
+    """Refuses settings that the scripts do not pass on; a trainer would fail late, or ignore them.
 
     Raises:
         ValueError: naming what does that.
@@ -112,8 +112,8 @@ def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreT
 
 
 def load_named(name: str, settings) -> PreTrainedModel:
-    """The model that a trainer is given by name, as TRL loads it (`model_init_kwargs`; float32 if nothing is said) and
-    as a recipe does: all of its weights are there, attention is `blockwise` if nothing is said, and its own sampling
+    """The model that a trainer is given by name, as TRL loads it (`model_init_kwargs`; float32 by default) and
+    as a recipe does: all of its weights are there, attention is `blockwise` by default, and its own sampling
     settings are left out.
 
     Raises:

@@ -32,7 +32,7 @@ class Start:
     """What is known of a run before the weights load.
 
     Attributes:
-        settings: as they stand in the manifest.
+        settings: as the manifest records them.
         checkpoint: the one to resume from, None to begin at step 0.
     """
 

@@ -64,7 +64,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
     def _check_dropout(self) -> None:
         """Segment-wise scoring runs the model again inside backward, where nothing may be random.
 
-        In one pass a dropout of the user's stands, but training then is not on the log-probs that were sampled.
+        In one pass dropout is allowed, with a warning: log-probs in training then differ from the sampled ones.
         """
         random = [
             f"{name}{'' if isinstance(module, nn.Dropout) else '.attention_dropout'}"
