@@ -18,8 +18,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RECORDS = (ROOT / "CHANGELOG.md", ROOT / "docs/log.md")
 LIVING = [page for page in PAGES if page not in RECORDS and page.parent != ROOT / "docs/runs"]
 FOLDERS = "pte_trl|experiments|recipes|benchmarks|accelerate_configs|docs|tests"
-# Phrases of earlier versions of pages and code, each with a plain term instead: reference implementation, resumes from,
-# printed, facts that were evicted, lost, reported, atomic, divided, others.
+# Phrases of earlier versions, each with a plain term instead: reference implementation, resumes from, printed,
+# facts that were evicted, lost, reported, atomic, divided, others.
 DIALECT = (
     "twin",
     "goes on from",

@@ -212,7 +212,7 @@ def test_numbers_of_python():
         ("a.tsv", "problem\tanswer\np\t1\nq\n", "line 3: has 1 cells"),
         ("a.parquet", "problem,answer\np,1\n", "not a Parquet file"),
         ("a.parquet", "", "not a Parquet file"),
-        ("a.jsonl.gz", "no gzip", r"not a whole \.gz file"),
+        ("a.jsonl.gz", "no gzip", r"not a complete \.gz file"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_place(tmp_path, name, content, message):

@@ -103,8 +103,8 @@ class BoundedLayer(CacheLayerMixin):
         """Takes prompt tokens."""
         if self.expected is not None and self.prompt + keys.shape[2] > self.expected:
             raise ValueError(
-                f"{keys.shape[2]} tokens fed at once after {self.prompt} of the {self.expected} prompt tokens that were "
-                f"announced: the prompt ends between them; feed them with pte_trl.cache.feed"
+                f"{keys.shape[2]} tokens fed at once after {self.prompt} of the {self.expected} prompt tokens "
+                f"to come: the prompt ends between them; feed them with pte_trl.cache.feed"
             )
         if self.prompt:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
