@@ -14,7 +14,8 @@ from pte_trl.adapter.files import adapter_folder
 from pte_trl.data.problems import load_problems
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.evaluation.loading import check_evaluation_model
-from pte_trl.rewards.worker_pool import Comparison, WorkerPool
+from pte_trl.rewards.worker import Comparison
+from pte_trl.rewards.worker_pool import WorkerPool
 from pte_trl.runtime.checkpoints import checkpoints, complete
 from pte_trl.runtime.faults import is_lost_rank
 from pte_trl.runtime.finite import FiniteReward, check_finite

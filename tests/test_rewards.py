@@ -11,9 +11,9 @@ import pytest
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.records import read_records, write_records
 from pte_trl.evaluation.regrade import regrade
+from pte_trl.rewards.characters import join_digits
 from pte_trl.rewards.functions import AccuracyReward, FormatReward
 from pte_trl.rewards.grader import Grader, Verdict, check_golds, has_boxed, last_boxed
-from pte_trl.rewards.latex import join_digits
 from pte_trl.rewards.worker_pool import verdict_versions
 
 TOWER = r"\boxed{9^{9^{9^9}}}"

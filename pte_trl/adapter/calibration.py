@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from pte_trl.adapter.layer import PteAttention
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import active_layers
 
 RIDGE = 0.01  # of the mean eigenvalue: directions that the text at hand hardly shows are not blown up

@@ -5,9 +5,10 @@ import copy
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import WHITENERS
-from pte_trl.adapter.layer import PteAttention, PteLinear
+from pte_trl.adapter.layer import PteLinear
 from pte_trl.adapter.settings import ATTENTION_LINEARS, MLP_LINEARS
 from pte_trl.compat.peft import check_target_module_exists
 

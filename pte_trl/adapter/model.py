@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.fit import (
     adapted_linears,
@@ -21,7 +22,7 @@ from pte_trl.adapter.fit import (
     is_attention,
     without_adapter_name,
 )
-from pte_trl.adapter.layer import PteAttention, PteLinear, StateInUse
+from pte_trl.adapter.layer import PteLinear, StateInUse
 from pte_trl.adapter.settings import ATTENTION_LINEARS
 from pte_trl.compat.peft import check_target_module_exists
 

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from pte_trl.adapter.layer import PteAttention
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import active_layers
 from pte_trl.cache.schedule import Schedule
 from pte_trl.inspect.kl import kl_per_token

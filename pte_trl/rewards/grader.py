@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pte_trl.rewards.answers import MAX_ANSWER
-from pte_trl.rewards.worker_pool import Comparison, Reply, WorkerPool
+from pte_trl.rewards.worker import Comparison
+from pte_trl.rewards.worker_pool import Reply, WorkerPool
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from sympy import Eq, S, Symbol, Tuple
 from sympy.core.relational import Relational
 
 from pte_trl.compat.grading import FiniteSet, members_in_order
-from pte_trl.rewards.answers import Element, Reading, Unreadable, is_meaningless, read
+from pte_trl.rewards.answers import Element, Reading, is_meaningless, read
+from pte_trl.rewards.characters import Unreadable
 from pte_trl.rewards.equality import number, parse_whole, same, same_values
 from pte_trl.rewards.prose import find_answer
 

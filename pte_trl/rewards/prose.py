@@ -6,7 +6,8 @@ from functools import lru_cache
 from math_verify import ExprExtractionConfig, LatexExtractionConfig
 
 from pte_trl.compat.grading import get_extraction_regexes
-from pte_trl.rewards.answers import Unreadable, denies, read
+from pte_trl.rewards.answers import denies, read
+from pte_trl.rewards.characters import Unreadable
 from pte_trl.rewards.units import NO_UNIT
 
 _REASON = re.compile(r"[\s,;]+(?:because|since|so|which|hence|thus|therefore|by)\s")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from pte_trl.adapter.layer import PteAttention
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import pte_layers
 from pte_trl.compat.engines import gather_as_one, keep_output_dtype
 from pte_trl.compat.torch import reshards_after_forward
