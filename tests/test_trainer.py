@@ -131,7 +131,7 @@ def test_what_is_logged(tmp_path, monkeypatch):
     mean, worst, kl = (logged(trainer, f"mismatch/{name}") for name in ("mean", "max", "kl"))
     for m, w, k in zip(mean, worst, kl, strict=True):
         assert 0 < k < 1e-6 and w < 1e-4
-        # k is half the mean of d * d, which lies between those bounds for any d with the mean m of |d| and the largest w.
+        # k is half the mean of d * d, which is at least m * m and at most m * w.
         assert 0.9 * m * m <= 2 * k <= 1.1 * m * w
     token = 2 * 3 * 2 * 8 * 4  # keys and values of 3 layers with 2 heads of 8 numbers of 4 bytes
     state = 3 * 4 * 4 * 4  # S of 3 layers, 4 times 4 numbers of 4 bytes
