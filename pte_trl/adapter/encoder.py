@@ -81,7 +81,7 @@ class Encoder(nn.Module):
     def scale_update_(self, factor: float) -> None:
         """Multiplies S' (and S_0 before its norm) by `factor`, shared evenly by the key and the value map.
 
-        Of whitened maps P takes it: M keeps a scale at which the optimizer's steps are small beside it.
+        Of whitened maps P takes it: M keeps a scale at which the optimizer's steps are small relative to it.
         """
         maps = (self.key_map.weight, self.value_map.weight)
         for weight in maps if self.key_whitener is None else (self.key_whitener, self.value_whitener):

@@ -189,5 +189,5 @@ def check_adapter_name(model: nn.Module, name: str, others: list[str]) -> None:
         if each in parts:
             raise ValueError(
                 f"adapter name {each!r}: is also the name of a module or parameter, and PEFT could not tell its "
-                "tensors from another adapter's; alone it may be called so, beside others it needs another name"
+                "tensors from another adapter's; an only adapter may have this name, one of several may not"
             )

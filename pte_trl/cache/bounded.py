@@ -138,7 +138,7 @@ class BoundedLayer(CacheLayerMixin):
         self.keys, self.values = (buffer[:, :, :needed] for buffer in self.buffers)
 
     def _without(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Keys or values without the entries from `start` to `stop`; in the buffer, those behind move up."""
+        """Keys or values without the entries from `start` to `stop`; in the buffer, later ones move up."""
         if self.buffers is None or torch.is_grad_enabled():
             return torch.cat([x[:, :, :start], x[:, :, stop:]], dim=2)
         left = x.shape[2] - (stop - start)

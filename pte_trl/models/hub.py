@@ -21,7 +21,7 @@ from pte_trl.compat.hub import datasets_cache, set_offline
 
 LIMIT = 6.0  # seconds for one answer of the hub, in total: name lookup, connection, answer
 
-# The file that every repository of a kind has; in the cache it says that the repository was loaded before.
+# The file that every repository of a kind has; in the cache it shows that the repository was loaded before.
 _FIRST_FILE = {"model": "config.json", "adapter": "adapter_config.json", "dataset": "README.md"}
 
 

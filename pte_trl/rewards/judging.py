@@ -19,7 +19,7 @@ from pte_trl.rewards.prose import find_answer
 
 APPROXIMATE = 0.01  # by how much the sides of "≈" may differ, relative
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time of day beside another, not the ratio that the grammar reads
-# ---- what a reading stands for
+# ---- what a reading denotes
 
 
 class _Inconsistent(Exception):

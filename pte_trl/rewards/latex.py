@@ -308,7 +308,7 @@ class Rewriter:
             parts.append(" & " if token == "&" else self._one(token, depth + 1, False, parts))
         if self._environment_name(depth) != name:
             raise Unreadable("environments do not match")
-        # The rows are marked, so that a separator outside of a matrix is told from one inside.
+        # The rows are marked, to distinguish a separator outside of a matrix from one inside.
         rows = "".join(parts).strip().removesuffix("\\\\").strip().replace("\\\\", "⏎")
         return (
             rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"

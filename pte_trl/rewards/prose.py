@@ -12,7 +12,7 @@ from pte_trl.rewards.units import NO_UNIT
 
 _REASON = re.compile(r"[\s,;]+(?:because|since|so|which|hence|thus|therefore|by)\s")
 
-# What changes the value behind it: "less than 5", "minus 5", "half of 5", "10 - 5".
+# What changes the value after it: "less than 5", "minus 5", "half of 5", "10 - 5".
 _CHANGED = re.compile(
     r"""(?:\b(?:than|least|most|up\sto|under|over|below|above|minus|negative|plus|half|twice|double|triple|thrice|times
         |exceeds?|divided\sby|multiplied\sby|(?:to|until|through|till)

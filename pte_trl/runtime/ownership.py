@@ -1,7 +1,7 @@
 """An output folder, or an output file, has one owner at a time.
 
 Two runs in one folder would overwrite each other's checkpoints and records, and both would exit 0. The owner is
-written into `.owner` (beside a file: `NAME.owner`) and the file is locked. The kernel gives the lock up when the owner
+written into `.owner` (for a file: `NAME.owner`) and the file is locked. The kernel gives the lock up when the owner
 ends, however it ends. Where locks do not reach other machines the owner's heartbeat decides: it touches its file.
 """
 

@@ -1,4 +1,4 @@
-"""What a recipe says besides the trainer settings: model, data, adapter and reward."""
+"""The keys of a recipe besides the trainer's settings: model, data, adapter and reward."""
 
 from dataclasses import dataclass, field
 

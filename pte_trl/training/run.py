@@ -43,7 +43,7 @@ class Start:
 
 
 def train(script, args, trainer: type, read: Read, arguments: Arguments = lambda _: {}):
-    """Trains as a recipe says; a setting that is refused ends the process in one line.
+    """Trains by a recipe; a setting that is refused ends the process with one line.
 
     Args:
         script: `RecipeArguments`.

@@ -52,7 +52,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
         self._micro_batches = []
-        # The format rate counts boxes behind it only, as the rewards do.
+        # The format rate counts boxes after it only, as the rewards do.
         texts = (getattr(getattr(f, "grader", f), "answer_after", None) for f in self.reward_funcs)
         self.answer_after: str | None = next(filter(None, texts), None)
         self._check_rewards()
