@@ -3,7 +3,7 @@
     python -m pte_trl.inspect ADAPTER
     python -m pte_trl.inspect ADAPTER --model outputs/smollm2-135m --window 64 --prompt "..." --output outputs/inspect
 
-Writes inspect.json, states.png, tokens.png and distance.png, into ADAPTER/inspect if nothing else is said.
+Writes inspect.json, states.png, tokens.png and distance.png, into ADAPTER/inspect by default.
 S' of an eviction is a sum over its tokens of one outer product each, so a token's contribution is exact, and so is its
 share, its length along S' over |S'|: the shares of an eviction add up to 1, and one that works against it is
 negative. Times |S'| / |S| it is how far the token moved S.
