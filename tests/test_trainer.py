@@ -142,7 +142,7 @@ def test_what_is_logged(tmp_path, monkeypatch):
     speeds = logged(trainer, "rollout/tokens_per_second")
     assert all(speed > count / time for speed, count, time in zip(speeds, sampled, took, strict=True))
     # At the start B is zero, but S is updated all the same, by what the calibration has made of it.
-    assert 0.1 < logged(trainer, "pte/update_over_state")[0] < 1
+    assert 0.1 < logged(trainer, "pte/update_over_state")[0] < 0.5
 
 
 def test_only_the_adapter_moves_and_it_loads_again(tmp_path):
