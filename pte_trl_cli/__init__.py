@@ -3,7 +3,7 @@
     pte-trl train --config recipes/tiny.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml "$(which pte-trl)" train --config recipes/qwen3b.yaml
 
-This package stands beside `pte_trl` and not in it: importing anything of `pte_trl` imports torch, transformers and
+This package is not part of `pte_trl`: importing anything of `pte_trl` imports torch, transformers and
 PEFT, which takes seconds, and fails where one of them is missing. `--help` must not wait for that, and `doctor` must
 still be able to say what is missing.
 """

@@ -71,8 +71,8 @@ def container_memory(folder: Path = Path("/sys/fs/cgroup")) -> tuple[float, floa
 
 def threads() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    said = os.environ.get("OMP_NUM_THREADS")
-    return f"{usable} cores, torch uses {torch.get_num_threads()}{f' (OMP_NUM_THREADS={said})' if said else ''}"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return f"{usable} cores, torch uses {torch.get_num_threads()}{f' (OMP_NUM_THREADS={threads})' if threads else ''}"
 
 
 def hub() -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from tests.launches import ENGINES, course, gap, run, workplace
 
 
 class Kill(NamedTuple):
-    """A fault of `tests/faulty.py`, and the step after which the next launch must go on (0: from the start)."""
+    """A fault of `tests/faulty.py`, and the step after which the next launch must resume (0: from the start)."""
 
     moment: str
     step: int
@@ -67,7 +67,7 @@ def kill_and_resume(folder: Path, engine: str, kill: Kill, unkilled: str) -> dic
     for table in (folder / name / "completions").glob("*"):
         table.unlink()  # so that what is compared was sampled by the second launch
     resumed = run(folder, name, "", ENGINES[engine])
-    started = re.search(r"goes on from \S*checkpoint-(\d+)", resumed.text)
+    started = re.search(r"resumes from \S*checkpoint-(\d+)", resumed.text)
     step = int(started[1]) if started else 0
     whole = resumed.codes == [0] * len(resumed.codes)
     return {

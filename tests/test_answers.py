@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from latex2sympy2_extended import latex2sympy
 
-from pte_trl.rewards.answers import Unreadable, read
+from pte_trl.rewards.answers import read
+from pte_trl.rewards.characters import Unreadable
 from pte_trl.rewards.equality import parse_whole
 from pte_trl.rewards.grader import Grader, check_golds
 from pte_trl.rewards.judging import judge

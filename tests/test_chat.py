@@ -235,7 +235,7 @@ def test_what_cannot_go_on_is_refused(model):
     holes = mask.clone()
     holes[0, prompt + 2] = 0
     for go in (lambda: again(model, cache, ids, holes), lambda: feed(model, cache, ids[:, prompt:], holes)):
-        with pytest.raises(ValueError, match="zeros behind the prompt of 6 tokens: padding inside of a conversation"):
+        with pytest.raises(ValueError, match="zeros after the prompt of 6 tokens: padding inside of a conversation"):
             go()
     with pytest.raises(ValueError, match="attention_mask of 30 columns for 36 tokens, 6 in the cache and 30 new ones"):
         feed(model, cache, ids[:, prompt:], mask[:, prompt:])
@@ -271,7 +271,7 @@ def test_the_end_of_a_prompt_lies_between_two_forwards(model):
     cache.expect_prompt(8)
     with torch.no_grad():
         model(input_ids=FIRST, past_key_values=cache)
-        with pytest.raises(ValueError, match="6 tokens fed at once after 6 of a prompt that was said to have 8"):
+        with pytest.raises(ValueError, match="6 tokens fed at once after 6 of the 8 prompt tokens"):
             model(input_ids=FIRST, past_key_values=cache)
         with pytest.raises(ValueError, match=r"expect_prompt\(5\): the cache holds 6 prompt"):
             cache.expect_prompt(5)

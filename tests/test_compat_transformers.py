@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from pte_trl.adapter.layer import rotate
+from pte_trl.adapter.attention import rotate
 from pte_trl.compat import engines, transformers
 from tests.compat_names import about
 from tests.models import FAMILIES, tiny

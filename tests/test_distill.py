@@ -226,15 +226,41 @@ def test_it_learns_and_grpo_starts_from_it(tmp_path, method):
 
 
 def test_what_is_logged(tmp_path):
-    trainer = distiller(tmp_path)
+    """Every number again from the completions and the logits of both policies, token by token."""
+    trainer, window, evict = distiller(tmp_path), 8, 2
+    expected = {name: [] for name in ("kl", "top1_agreement", "entropy", "rollout/evictions")}
+    expected |= {f"{name}_after_eviction": [] for name in ("kl", "top1_agreement")}
+    loss = trainer._compute_loss
+
+    @torch.no_grad()
+    def measure(model, inputs, count):
+        ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+        real = inputs["completion_mask"].bool()
+        states = hidden_states(model, ids, mask, inputs["prompt_ids"].shape[1], Schedule(window))
+        s, t = (model.get_output_embeddings()(x).log_softmax(-1) for x in states)
+        late = real & (torch.arange(real.shape[1]) > window)  # of token t, t tokens have been fed before
+        kl, agrees = (t.exp() * (t - s)).sum(-1), (s.argmax(-1) == t.argmax(-1)).float()
+        for name, values in (("kl", kl), ("top1_agreement", agrees)):
+            expected[name].append(values[real].mean().item())
+            expected[f"{name}_after_eviction"].append(values[late].mean().item())
+        expected["entropy"].append(-(s.exp() * s).sum(-1)[real].mean().item())
+        lengths = inputs["completion_mask"].sum(1).tolist()
+        evictions = [max(0, -(-(length - 1 - window) // evict)) for length in lengths]
+        expected["rollout/evictions"].append(sum(evictions) / len(evictions))
+
+    def watched(model, inputs, count):
+        measure(model, inputs, count)
+        return loss(model, inputs, count)
+
+    trainer._compute_loss = watched
     trainer.train()
-    names = ("kl", "kl_after_eviction", "top1_agreement", "rollout/evictions", "pte/update_over_state", "entropy")
-    for name in names:
-        assert len(logged(trainer, name)) == 2, name
+    for name, values in expected.items():
+        assert len(values) == 2 and logged(trainer, name) == pytest.approx(values, rel=1e-3), name
     assert logged(trainer, "loss") == pytest.approx(logged(trainer, "kl"), rel=1e-2)
     # an untrained adapter is the base, so that nothing can differ before an eviction
     assert 0 < logged(trainer, "kl")[0] < logged(trainer, "kl_after_eviction")[0]
     assert logged(trainer, "rollout/evictions")[0] > 2
+    assert 0.1 < logged(trainer, "pte/update_over_state")[0] < 1
 
 
 def test_only_tokens_after_an_eviction(tmp_path):
@@ -319,7 +345,7 @@ def test_a_distillation_that_ended_early_goes_on(tmp_path, capsys):
     capsys.readouterr()
     launch("ended", 4)
     said = capsys.readouterr().out
-    assert "checkpoint-4 is skipped: " in said and "goes on from" in said and "checkpoint-2" in said
+    assert "checkpoint-4 is skipped: " in said and "resumes from" in said and "checkpoint-2" in said
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "ended"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert launch("ended", 4) is None and "finished" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from pte_trl.adapter.files import adapter_folder
 from pte_trl.data.problems import load_problems
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.evaluation.loading import check_evaluation_model
-from pte_trl.rewards.worker_pool import Comparison, WorkerPool
+from pte_trl.rewards.worker import Comparison
+from pte_trl.rewards.worker_pool import WorkerPool
 from pte_trl.runtime.checkpoints import checkpoints, complete
 from pte_trl.runtime.faults import is_lost_rank
 from pte_trl.runtime.finite import FiniteReward, check_finite
@@ -58,7 +59,7 @@ def test_the_rank_is_named_and_the_others_end(place):
     done = run(place, "two-logps", "logps:3:1:nan", ENGINES["ddp"])
     assert done.codes == [1, 1] and done.seconds < 60
     assert re.search("error: step 3, rank 1: log-probs are not finite.* in 8 of 8 samples", done.texts[1])
-    assert "rank 0: another rank is gone" in done.texts[0]
+    assert "rank 0: another rank is lost" in done.texts[0]
 
 
 def test_an_infinite_gradient_under_zero_stops_before_it_is_saved(place):
@@ -119,7 +120,7 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(place):
     assert sorted(path.name for path in (place / "disk").glob("*point*")) == ["checkpoint-2"]
     assert not (place / "disk/partial").exists()  # its space is given back
     again = run(place, "disk")
-    assert again.codes == [0] and "goes on from disk/checkpoint-2" in again.text
+    assert again.codes == [0] and "resumes from disk/checkpoint-2" in again.text
 
 
 def test_a_grader_without_its_workers_gives_the_same_rewards(place):
@@ -144,7 +145,7 @@ def test_an_unreachable_tracker_costs_the_tracking_only(place):
     """A Trackio space on a hub that cannot be reached."""
     done = run(place, "tracked", report_to="trackio", trackio_space_id="nobody/nowhere")
     assert done.codes == [0], done.text[-2000:]
-    assert done.text.count("warning: report_to=trackio failed") == 1 and "the run goes on without it" in done.text
+    assert done.text.count("warning: report_to=trackio failed") == 1 and "the run continues without it" in done.text
     assert len(course(place / "tracked")["metrics"]) == 6
 
 

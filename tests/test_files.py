@@ -185,7 +185,7 @@ def test_numbers_of_python():
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"problem": "p", "answer": "1"}\n{"problem": "p", "answer": "1",}\n', "line 2: not JSON"),
-        ("a.jsonl", '{"problem": "p", "answer": "1", "answer": "2"}', "line 1: answer stands in it more than once"),
+        ("a.jsonl", '{"problem": "p", "answer": "1", "answer": "2"}', "line 1: answer occurs in it more than once"),
         ("a.jsonl", '[{"problem": "p", "answer": "1"}]', r"line 1: must be a JSON object, is a list; .*\.json file"),
         ("a.jsonl", "[" * 100_000, "line 1: not JSON that can be read"),
         ("a.jsonl", '{"problem": "p", "answer": "1"} {"problem": "p", "answer": "1"}', "line 1: not JSON .Extra data"),
@@ -204,7 +204,7 @@ def test_numbers_of_python():
         ("a.csv", "problem,answer\np,1\np,1,2\n", "line 3: has 3 cells where the header has 2"),
         ("a.csv", 'problem,answer\n"p\nq",1\np\n', "line 4: has 1 cells where the header has 2"),
         ("a.csv", 'problem,answer\np,"1\n', "line 2: not CSV .unexpected end of data"),
-        ("a.csv", "problem,answer,answer\np,1,2\n", "line 2: answer stands in it more than once"),
+        ("a.csv", "problem,answer,answer\np,1,2\n", "line 2: answer occurs in it more than once"),
         ("a.csv", "problem;answer\np;1\n", "no problem_column='problem'; columns there: problem;answer"),
         ("a.csv", "problem,answer\np,nan\n", "line 2: answer: 'nan' is what programs write for a missing value"),
         ("a.csv", "problem,answer\n", "holds no rows"),
@@ -212,7 +212,7 @@ def test_numbers_of_python():
         ("a.tsv", "problem\tanswer\np\t1\nq\n", "line 3: has 1 cells"),
         ("a.parquet", "problem,answer\np,1\n", "not a Parquet file"),
         ("a.parquet", "", "not a Parquet file"),
-        ("a.jsonl.gz", "no gzip", r"not a whole \.gz file"),
+        ("a.jsonl.gz", "no gzip", r"not a complete \.gz file"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_place(tmp_path, name, content, message):
@@ -250,7 +250,7 @@ def test_what_exists_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "org/set.txt").write_text("p 1")
     with pytest.raises(ValueError, match=r"dataset_name='org/set\.txt': .*must end in \.jsonl, \.json, \.csv"):
         load_problems("org/set.txt")
-    with pytest.raises(FileNotFoundError, match=r"org/other\.csv: no such file; files beside it: set\.csv"):
+    with pytest.raises(FileNotFoundError, match=r"org/other\.csv: no such file; other files there: set\.csv"):
         load_problems("org/other.csv")
     for name in ("./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere-at-all"):
         with pytest.raises(FileNotFoundError, match=rf"dataset_name={name!r}: no such folder"):
@@ -263,9 +263,11 @@ def test_a_folder_with_several_files_names_them(tmp_path):
     write(tmp_path / "one.csv"), write(tmp_path / "two.parquet"), write(tmp_path / "two.jsonl")
     with pytest.raises(ValueError, match=r"exactly one file of .*, holds one\.csv, two\.jsonl, two\.parquet"):
         load_problems(str(tmp_path))
-    with pytest.raises(ValueError, match=r"data_dir=.*: holds two\.jsonl, two\.parquet; one of them must go"):
+    with pytest.raises(ValueError, match=r"data_dir=.*: holds two\.jsonl, two\.parquet; keep one of them"):
         load_problems("two", data_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"three\.jsonl: no such file, nor .*; files beside it: one\.csv, two"):
+    with pytest.raises(
+        FileNotFoundError, match=r"three\.jsonl: no such file, nor .*; other files there: one\.csv, two"
+    ):
         load_problems("three", data_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"data_dir='.*nowhere': no such folder"):
         load_problems("one", data_dir=tmp_path / "nowhere")

@@ -214,7 +214,7 @@ BAD = [
     ({"recipe": "/nowhere.yaml"}, "recipe /nowhere.yaml: no such file"),
     ({"recipe": "@empty.yaml"}, "empty.yaml: must hold `key: value` lines, found NoneType"),
     ({"recipe": "@list.yaml"}, "list.yaml: must hold `key: value` lines, found list"),
-    ({"recipe": "@twice.yaml"}, "twice.yaml: dtype: stands twice in the recipe"),
+    ({"recipe": "@twice.yaml"}, "twice.yaml: dtype: occurs twice in the recipe"),
     ({"recipe": "@broken.yaml"}, "broken.yaml: not plain YAML"),
     ({"recipe": "@latin.yaml"}, "latin.yaml: not plain YAML in UTF-8"),
     ({"model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all"),

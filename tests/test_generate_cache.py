@@ -194,7 +194,7 @@ def test_a_pipeline_takes_one_cache_for_all_prompts(batch_size):
     prompts = ["a1b2. Find A.", "a1b2. Find A. And then", "c3. Find C.", "a1b2. Find A."]
     prompts = prompts if batch_size == 1 else [*prompts, "d4. Find D."]  # the last batch is smaller
     how = {"do_sample": False, "max_new_tokens": 12, "batch_size": batch_size}
-    with pytest.warns(UserWarning, match="the input does not go on from what this BoundedCache holds, so it is reset"):
+    with pytest.warns(UserWarning, match="the input does not continue what this BoundedCache holds, so it is reset"):
         found = pipe(prompts, past_key_values=BoundedCache(WINDOW), **how)
     alone = [pipe(prompt, past_key_values=BoundedCache(WINDOW), **how) for prompt in prompts]
     assert found == alone

@@ -155,7 +155,7 @@ def attention_with_dropout():
     return model
 
 
-def test_dropout_of_the_attention_is_refused_under_segments_and_said_aloud_in_one_pass(tmp_path, caplog):
+def test_dropout_of_the_attention_is_refused_under_segments_and_logged_in_one_pass(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"replay='segments': dropout in .*attention_dropout would differ"):
         grpo(tmp_path, arguments={"model": attention_with_dropout()}, replay="segments")
     with caplog.at_level("WARNING"):
@@ -163,7 +163,7 @@ def test_dropout_of_the_attention_is_refused_under_segments_and_said_aloud_in_on
     assert "attention_dropout: log-probs in training differ from the sampled ones" in caplog.text
 
 
-def test_dropout_of_the_adapter_is_said_aloud_and_can_be_switched_off(tmp_path, caplog):
+def test_dropout_of_the_adapter_is_logged_and_can_be_switched_off(tmp_path, caplog):
     peft = {"peft_config": PteConfig(rank=4, num_global_tokens=4, dropout=0.2)}
     with caplog.at_level("WARNING"):
         grpo(tmp_path, arguments=peft)

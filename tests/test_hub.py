@@ -1,4 +1,4 @@
-"""Hub names: what is not there, not open or not reachable is said in one sentence, within seconds."""
+"""Hub names: what is missing, not open or not reachable is refused in one sentence, within seconds."""
 
 import socket
 import threading
@@ -90,7 +90,7 @@ def cache(tmp_path, name: str, file: str) -> None:
         (folder / path).write_text(text)
 
 
-CLOSED = r"the hub does not open org/model \(it answers {}\): it is gated, private or not there"
+CLOSED = r"the hub denies access to org/model \(it answers {}\): it is gated, private or missing"
 AWAY = "hub cannot be reached "
 SAID = {
     404: (FileNotFoundError, "there is no such folder here, and no model org/model on the hub; check the name, or"),
@@ -168,7 +168,7 @@ def test_a_start_asks_for_every_name_and_stops_at_the_first(server, tmp_path):
         ({"adapter": None}, "dataset_name='gsm8k_train'"),
         (
             {"dataset_name": "mine.jsonl"},
-            "decontaminate=true: the Hugging Face hub does not give us Hugging",
+            "decontaminate=true: the Hugging Face hub does not give access to Hugging",
         ),
         ({"data_dir": str(tmp_path), "benchmarks": ["org/x"]}, r"data_dir.*|.*x\.jsonl"),
     ):
@@ -207,5 +207,7 @@ def test_datasets_and_benchmarks_say_what_to_set(server):
     assert "decontaminate=true: the Hugging Face hub cannot be reached" in str(raised.value)
     assert "set data_dir to a folder" in str(raised.value) and "or decontaminate: false" in str(raised.value)
     server.status = 404
-    with pytest.raises(FileNotFoundError, match=r"hub does not give us HuggingFaceH4/MATH-500, .*math-ai/aime25; set"):
+    with pytest.raises(
+        FileNotFoundError, match=r"hub does not give access to HuggingFaceH4/MATH-500, .*math-ai/aime25; set"
+    ):
         load_eval_problems()

@@ -1,4 +1,4 @@
-"""What decides a result stands in its settings by content, and a run that goes on under another content is refused."""
+"""What decides a result is in its settings by content, and a run that resumes with other content is refused."""
 
 import json
 import os
@@ -154,7 +154,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("key", [*CHANGES, "versions"])
 def test_a_training_that_goes_on_under_another_content_is_refused(tmp_path, key):
-    """Every key of `training_identity`, so that a new one must be given a change here; versions are said aloud."""
+    """Every key of `training_identity`, so that a new one must be given a change here; versions are printed."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     setting = SimpleNamespace(
@@ -175,7 +175,7 @@ def test_a_training_that_goes_on_under_another_content_is_refused(tmp_path, key)
     if key == "versions":
         after = settings() | {"versions": before["versions"] | {"torch": "1.0"}}
         assert starting_point(args_of(tmp_path / "run"), after, said.append) == start
-        assert said[0] == f"goes on under other versions: torch: {version('torch')!r} -> '1.0'"
+        assert said[0] == f"resumes under other versions: torch: {version('torch')!r} -> '1.0'"
         return
     assert starting_point(args_of(tmp_path / "run"), settings()) == start
     CHANGES[key](setting)

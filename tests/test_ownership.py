@@ -1,4 +1,4 @@
-"""An output has one owner at a time; one that is gone, however it went, is no owner."""
+"""An output has one owner at a time; one that has ended, however it ended, is no owner."""
 
 import json
 import multiprocessing

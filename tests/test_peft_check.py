@@ -1,4 +1,4 @@
-"""An adapter that is not what method, settings or model say, or is not whole, is refused before the weights load."""
+"""An adapter that is not what method, settings or model say, or is incomplete, is refused before the weights load."""
 
 import json
 import time

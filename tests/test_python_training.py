@@ -285,14 +285,55 @@ def test_what_cannot_work_is_refused_before_weights_load(setting, tmp_path, monk
     assert "\n" not in str(error.value)
 
 
-def test_the_grader_starts_with_the_first_reward_and_needs_answers(setting, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def reward():
     reward = AccuracyReward()
-    trainer = grpo(setting, tmp_path, {"reward_funcs": reward})
-    assert reward.grader._pool.pids() == [] and trainer.answer_after is None
+    yield reward
+    reward.grader.close()
+
+
+def test_the_reward_needs_answers(setting, tmp_path, monkeypatch, reward):
+    assert grpo(setting, tmp_path, {"reward_funcs": reward}).answer_after is None
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     given = {"reward_funcs": [reward_of_length, reward], "train_dataset": few(["prompt"])}
     with pytest.raises(ValueError, match=r"the columns \['prompt'\]; AccuracyReward reads the column 'answer'"):
         grpo(setting, tmp_path, given)
+
+
+@pytest.mark.parametrize("bad", ["see explanation", "", None], ids=repr)
+def test_gold_answers_are_read_before_weights_load(setting, tmp_path, monkeypatch, reward, bad):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    golds = [*problems()["answer"][:15], bad]
+    data = problems().remove_columns("answer").add_column("answer", golds).with_format("torch")
+    sentence = rf"train_dataset: math-verify cannot read 1 gold answers: row 15: answer={bad!r} \(\w+"
+    with pytest.raises(ValueError, match=sentence):
+        grpo(setting, tmp_path, {"reward_funcs": [reward_of_length, reward], "train_dataset": data})
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):  # another reward may read them otherwise
+        grpo(setting, tmp_path, {"train_dataset": data})
+
+
+@pytest.fixture
+def hub_cache(setting, tmp_path, monkeypatch):
+    """A cache, without a hub, of the repository org/model: two revisions, of which `spoilt` has no eos_token."""
+    repository = tmp_path / "hub" / "models--org--model"
+    for commit, revision in (("a" * 40, "main"), ("b" * 40, "spoilt")):
+        shutil.copytree(setting / "model", repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    file = repository / "snapshots" / ("b" * 40) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("make", [grpo, distill], ids=["GRPO", "distillation"])
+def test_the_tokenizer_of_a_revision_is_checked(setting, tmp_path, monkeypatch, hub_cache, make):
+    trainer = make(setting, tmp_path / "out", {"model": "org/model"}, model_init_kwargs={"revision": "main"})
+    assert trainer.processing_class.padding_side == "left"
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    for model in ("org/model", str(tmp_path / "hub/models--org--model/snapshots" / ("b" * 40))):
+        with pytest.raises(ValueError, match="its tokenizer has no eos_token"):
+            make(setting, tmp_path / "out", {"model": model}, model_init_kwargs={"revision": "spoilt"})
 
 
 def test_a_budget_that_a_prompt_fills_is_refused_before_the_first_step(setting, tmp_path):

@@ -97,7 +97,7 @@ def test_a_bad_recipe_names_key_value_and_what_is_allowed(tmp_path, changes, mes
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text((ROOT / "recipes/tiny.yaml").read_text() + "\nwindow: 99\n")
-    with pytest.raises(ValueError, match="window: stands twice"):
+    with pytest.raises(ValueError, match="window: occurs twice"):
         parse_recipe(["--config", str(path)])
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and a run that was killed anywhere goes on as if it had not been."""
+"""Checkpoints are atomic, and a run that was killed anywhere resumes as if it had not been."""
 
 import json
 import os
@@ -56,7 +56,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_a_broken_checkpoint_is_skipped_aloud(tmp_path, message):
+def test_a_broken_checkpoint_is_skipped_with_a_message(tmp_path, message):
     checkpoint(tmp_path, 2)
     BROKEN[message](checkpoint(tmp_path, 10))  # 10 comes after 2 by number, before it by name
     said = []
@@ -86,7 +86,7 @@ def test_a_checkpoint_without_a_ranks_part_is_not_sealed(tmp_path):
     assert fault_of(tmp_path)
 
 
-# ---- where a run goes on ---------------------------------------------------------------------------------------
+# ---- where a run resumes ---------------------------------------------------------------------------------------
 
 
 def test_auto_takes_the_newest_and_never_begins_anew(tmp_path):
@@ -125,7 +125,7 @@ def test_other_settings_are_refused_unless_the_checkpoint_is_named(tmp_path):
         starting_point(args_of(tmp_path), SETTINGS | {"method": "lora_c"})
     said = []
     assert starting_point(args_of(tmp_path, str(start)), SETTINGS | {"learning_rate": 1e-4}, said.append) == start
-    assert said[0] == "goes on under other settings: learning_rate: 0.001 -> 0.0001"
+    assert said[0] == "resumes under other settings: learning_rate: 0.001 -> 0.0001"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(place, unkilled, engine, kil
         assert row["codes"][kill.rank] == -signal.SIGKILL
         assert all(row["codes"]) and row["seconds"] < 60
         for rank, text in enumerate(row["text_of"]):
-            assert rank == kill.rank or f"rank {rank}: another rank is gone" in text
+            assert rank == kill.rank or f"rank {rank}: another rank is lost" in text
 
 
 def test_sigterm_waits_for_the_end_of_a_generation_batch(place, unkilled):
@@ -354,5 +354,5 @@ def test_under_accelerate_launch(place, unkilled):
         assert last.returncode == 0, text[-3000:]
     finally:
         last.kill()
-    assert f"goes on from launched/checkpoint-{step}" in text
+    assert f"resumes from launched/checkpoint-{step}" in text
     assert gap(course(place / "launched", step), course(place / unkilled("ddp"), step)) == []

@@ -11,8 +11,9 @@ import pytest
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.evaluation.records import read_records, write_records
 from pte_trl.evaluation.regrade import regrade
-from pte_trl.rewards.functions import AccuracyReward, FormatReward, format_reward
-from pte_trl.rewards.grader import Grader, Verdict, check_golds, clean_answer, has_boxed, last_boxed, parse_gold
+from pte_trl.rewards.characters import join_digits
+from pte_trl.rewards.functions import AccuracyReward, FormatReward
+from pte_trl.rewards.grader import Grader, Verdict, check_golds, has_boxed, last_boxed
 from pte_trl.rewards.worker_pool import verdict_versions
 
 TOWER = r"\boxed{9^{9^{9^9}}}"
@@ -120,12 +121,10 @@ def test_last_boxed(text, content):
     assert has_boxed(text) == (content is not None)
 
 
-def test_clean_answer():
-    assert clean_answer(" -4.5e+33 ") == r"$-4.5 \times 10^{33}$"
-    assert clean_answer(r"\$5\ ") == "$5$"
-    assert clean_answer("$ $") == ""
+def test_scientific_notation():
+    assert join_digits("-4.5e+33") == r"-4.5 \times 10^{33}"
     for unchanged in ("x2e5", "1e5_{16}", "2e^3", "1.2e3.4", "2e5x"):
-        assert clean_answer(unchanged) == f"${unchanged}$"
+        assert join_digits(unchanged) == unchanged
 
 
 # What must not hang, crash or cost much.
@@ -241,12 +240,6 @@ def test_a_gold_that_fails_under_load_is_tried_again_alone():
         assert check_golds([{"answer": "12"}], grader=grader) == 1
 
 
-def test_parse_gold(grader):
-    assert parse_gold("4.5e33", grader) == r"$4.5 \times 10^{33}$"
-    with pytest.raises(ValueError, match=r"answer='\$'"):
-        parse_gold("$", grader)
-
-
 def test_grading_against_an_unparsable_gold_is_an_error(grader):
     with pytest.raises(ValueError, match="cannot read the gold answer ''"):
         grader.grade(["5", ""], [r"\boxed{5}", r"\boxed{5}"])
@@ -289,7 +282,7 @@ def test_conversations(grader):
     ]
     prompts = [[{"role": "user", "content": "2+3?"}]] * 6
     assert AccuracyReward(grader)(prompts, conversations, answer=["5"] * 6) == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
-    assert format_reward(completions=conversations, answer=["5"] * 6) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    assert FormatReward()(completions=conversations, answer=["5"] * 6) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_accuracy_reward_can_be_pickled(grader):
@@ -313,7 +306,7 @@ def test_format_reward():
         "",
         r"$\boxed{x}$.",
     ]
-    assert format_reward(completions=completions) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    assert FormatReward()(completions=completions) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
 
 
 # Only what follows a marker.

@@ -13,7 +13,8 @@ import transformers.trainer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from pte_trl.compat.engines import checkpoint_records
-from pte_trl.rewards.worker_pool import Comparison, WorkerPool
+from pte_trl.rewards.worker import Comparison
+from pte_trl.rewards.worker_pool import WorkerPool
 from pte_trl.runtime.checkpoints import LISTING, fault_of, seal, tensors_only
 from pte_trl.runtime.resume import newest, starting_point
 from pte_trl.settings.environment import check_environment

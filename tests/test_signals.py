@@ -169,7 +169,7 @@ def test_ranks_that_met_are_left_alone(monkeypatch):
 ENDS = {
     "Ctrl-C": (KeyboardInterrupt(), 130),
     "a fault": (Fault("why"), "error: why"),
-    "a lost rank": (RuntimeError("[gloo] closed"), r"error: rank 0: another rank is gone, .* \(\[gloo\] closed\)"),
+    "a lost rank": (RuntimeError("[gloo] closed"), r"error: rank 0: another rank is lost, .* \(\[gloo\] closed\)"),
 }
 
 

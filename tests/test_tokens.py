@@ -1,4 +1,4 @@
-r"""Tokenizers and templates: each fault is built as a folder, and refused in one sentence or mended aloud."""
+r"""Tokenizers and templates: each fault is built as a folder, and refused in one sentence or mended with a message."""
 
 import json
 from pathlib import Path

@@ -192,9 +192,9 @@ def test_a_finished_run_that_cannot_be_read_is_said_so(tmp_path, file, content):
 
 
 def test_completions_go_to_a_new_file_only(tmp_path):
-    with pytest.raises(ValueError, match=r"sample_to='.*': is a folder; allowed is a file that is not there yet"):
+    with pytest.raises(ValueError, match=r"sample_to='.*': is a folder; allowed is a file that does not exist yet"):
         check_new_file(str(tmp_path))
     (tmp_path / "rows.jsonl").touch()
-    with pytest.raises(ValueError, match=r"is there already; completions=\S+rows\.jsonl distils on it, and to sample"):
+    with pytest.raises(ValueError, match=r"exists already; completions=\S+rows\.jsonl distils on it, and to sample"):
         check_new_file(str(tmp_path / "rows.jsonl"))
     check_new_file(str(tmp_path / "new.jsonl"))

@@ -11,8 +11,10 @@ from trl import GRPOTrainer
 from experiments.tiny.model import build, build_tokenizer
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
-from pte_trl.rewards.grader import has_boxed
+from pte_trl.rollouts.ring import aligned
+from pte_trl.training import trainer as trainer_module
 from pte_trl.training.arguments import RecipeArguments
+from pte_trl.training.calibrate import longest_prompt
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.trainer import PteGRPOTrainer
 from tests.models import gap, left_padded_batch, randomise_up, replay_logps, tiny, with_pte
@@ -94,23 +96,29 @@ def test_the_replay_scores_what_was_sampled(tmp_path, method, batching):
     assert all(norm > 0 for norm in logged(trainer, "grad_norm"))
 
 
-def test_what_is_logged(tmp_path):
-    """Every number again from the completions themselves, which the reward function gets to see."""
+def test_what_is_logged(tmp_path, monkeypatch):
+    """Every number again from the completions themselves, which the reward function gets to see.
+
+    A random model boxes nothing and rarely ends: an even length counts as a box, and thirty tokens end a completion.
+    """
     seen = []
-    trainer = trainer_for(tmp_path)
+    monkeypatch.setattr(trainer_module, "has_boxed", even := lambda text, answer_after=None: len(text) % 2 == 0)
+    model = model_of(len(build_tokenizer()))
+    model.generation_config.eos_token_id = list(range(30))
+    trainer = trainer_for(tmp_path, model=model)
     tokenizer = trainer.processing_class
     trainer.reward_funcs = [watched(seen)]
     trainer.train()
     assert [len(batch) for batch in seen] == [8, 8]
     window, evict = 8, 2
-    ended = [[ids[-1] == tokenizer.eos_token_id for ids in batch] for batch in seen]
+    ended = [[ids[-1] in (tokenizer.eos_token_id, *range(30)) for ids in batch] for batch in seen]
     texts = [tokenizer.batch_decode(batch, skip_special_tokens=True) for batch in seen]
     rewards = [torch.tensor(reward_of_length(batch)).view(2, 4) for batch in seen]
     expected = {
         "rollout/window": [window] * 2,
         # The last token of a completion is not fed to the model again.
         "rollout/evictions": [fmean(max(0, -(-(len(ids) - 1 - window) // evict)) for ids in batch) for batch in seen],
-        "completions/format_rate": [fmean(map(has_boxed, batch)) for batch in texts],
+        "completions/format_rate": [fmean(map(even, batch)) for batch in texts],
         "completions/clipped_ratio": [1 - fmean(batch) for batch in ended],
         "completions/mean_length": [fmean(map(len, batch)) for batch in seen],
         "reward": [batch.mean().item() for batch in rewards],
@@ -118,14 +126,23 @@ def test_what_is_logged(tmp_path):
     }
     for name, values in expected.items():
         assert logged(trainer, name) == pytest.approx(values, abs=1e-6), name
+    lengths = [len(ids) for batch in seen for ids in batch]
+    assert min(lengths) < window < max(lengths) and 0 < max(expected["completions/format_rate"]) < 1
     mean, worst, kl = (logged(trainer, f"mismatch/{name}") for name in ("mean", "max", "kl"))
-    assert all(0 <= m <= w < 1e-4 for m, w in zip(mean, worst, strict=True)) and max(map(abs, kl)) < 1e-6
+    for m, w, k in zip(mean, worst, kl, strict=True):
+        assert 0 < k < 1e-6 and w < 1e-4
+        # k is half the mean of d * d, which is at least m * m and at most m * w.
+        assert 0.9 * m * m <= 2 * k <= 1.1 * m * w
     token = 2 * 3 * 2 * 8 * 4  # keys and values of 3 layers with 2 heads of 8 numbers of 4 bytes
-    longest = max(len(tokenizer(p)["input_ids"]) for p in PROBLEMS)
-    assert all(token * (longest + window) < held for held in logged(trainer, "rollout/cache_bytes_per_sample"))
-    assert all(speed > 0 for speed in logged(trainer, "rollout/tokens_per_second"))
-    # At the start B is zero, but S is updated all the same.
-    assert all(moved > 0 for moved in logged(trainer, "pte/update_over_state"))
+    state = 3 * 4 * 4 * 4  # S of 3 layers, 4 times 4 numbers of 4 bytes
+    prompt = longest_prompt(trainer)
+    for held in logged(trainer, "rollout/cache_bytes_per_sample"):
+        assert (held - state) % token == 0 and window < (held - state) / token <= aligned(prompt + window)
+    sampled, took = [sum(map(len, batch)) for batch in seen], logged(trainer, "step_time")
+    speeds = logged(trainer, "rollout/tokens_per_second")
+    assert all(speed > count / time for speed, count, time in zip(speeds, sampled, took, strict=True))
+    # At the start B is zero, but S is updated all the same, by what the calibration has made of it.
+    assert 0.1 < logged(trainer, "pte/update_over_state")[0] < 0.5
 
 
 def test_only_the_adapter_moves_and_it_loads_again(tmp_path):
@@ -226,7 +243,7 @@ def test_an_adapter_to_start_from_is_not_its_own_reference(tmp_path):
     assert logged(second, "kl")[0] > 0
 
 
-def test_a_batch_without_spread_is_said_aloud(tmp_path, caplog):
+def test_a_batch_without_spread_is_logged(tmp_path, caplog):
     trainer = trainer_for(tmp_path, max_steps=1)
     trainer.reward_funcs = [lambda completion_ids, **kwargs: [0.0] * len(completion_ids)]
     with caplog.at_level("WARNING"):

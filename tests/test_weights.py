@@ -1,4 +1,4 @@
-"""Model folders that are not whole: each is refused by its headers, in one sentence, before any weight is loaded."""
+"""Incomplete model folders: each is refused by its headers, in one sentence, before any weight is loaded."""
 
 import json
 import struct
@@ -143,7 +143,7 @@ def test_a_file_that_is_cut_anywhere(saved, tmp_path, parts):
         for size in (0, 7, 8, 9, 8 + header // 2, 8 + header, len(content) - 1):
             refused(put(tmp_path / "model", files | {name: content[:size]}), rf"{name} is cut short")
         longer = put(tmp_path / "model", files | {name: content + b"\0"})
-        refused(longer, rf"{name} is longer than its header says: \d+ bytes where \d+ are due")
+        refused(longer, rf"{name} is longer than its header says: \d+ bytes instead of \d+")
         refused(
             put(tmp_path / "model", files | {name: b"\xff" * 8 + content[8:]}), "cut short, or no safetensors file"
         )
@@ -167,7 +167,7 @@ def test_files_that_are_not_there(saved, tmp_path):
     parts = sorted(name for name in files if name.endswith(".safetensors"))
     folder = put(tmp_path / "model", files)
     (folder / parts[0]).unlink()
-    refused(folder, rf"{INDEX} names {len(parts)} files, of which 1 are not there \({parts[0]}\)")
+    refused(folder, rf"{INDEX} names {len(parts)} files, of which 1 are missing \({parts[0]}\)")
     (folder / INDEX).unlink()
     refused(
         folder, r"holds no weights \(model\.safetensors, or model\.safetensors\.index\.json and its parts\); holds c"

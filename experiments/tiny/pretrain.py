@@ -3,7 +3,7 @@ r"""Train the tiny model from nothing on the written solutions of its task, with
     python -m experiments.tiny.pretrain
     python -m experiments.tiny.pretrain --difficulty hard --steps 1500 --output outputs/tiny-hard
 
-The folder is written beside its final place and renamed when it is whole, so a folder that exists is finished
+The folder is written next to its final place and renamed when it is complete, so a folder that exists is finished
 and a second run does nothing.
 """
 

@@ -2,8 +2,9 @@
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.config import PteConfig
-from pte_trl.adapter.layer import PteAttention, PteLinear
+from pte_trl.adapter.layer import PteLinear
 from pte_trl.adapter.model import PteModel
 from pte_trl.adapter.peft_type import PTE
 from pte_trl.compat.peft import register_peft_method

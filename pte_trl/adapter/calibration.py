@@ -1,10 +1,10 @@
 """A fresh adapter's encoders, fitted to the keys and values that the base model really has.
 
-Two things of a real model no data-free initialisation can know. Its keys are far from unit variance, so |S'| would be
-far from `init_ratio`. And they lie almost on one line (SmolLM2's, docs/log.md): with random maps S' starts with hardly
-more than one dimension, and a training at 1e-3 made it a hundred times as large. With `whiten`, the maps are therefore
-learned as W^a = M P: P, fixed and of every kv head, takes the base model's keys (and another one its values) to unit
-second moments; only M is trained. Eq. 4 is unchanged. What it is worth: docs/results.md, "Choices".
+A data-free initialisation cannot know two things about a real model. Its keys are far from unit variance, so |S'|
+would be far from `init_ratio`. And they lie almost on one line (SmolLM2's, docs/log.md): with random maps S' starts
+with hardly more than one dimension, and a training at 1e-3 made it a hundred times as large. With `whiten`, the maps
+are therefore learned as W^a = M P: P, fixed and of every kv head, takes the base model's keys (and another one its
+values) to unit second moments; only M is trained. Eq. 4 is unchanged. What it gains: docs/results.md, "Choices".
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from pte_trl.adapter.layer import PteAttention
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import active_layers
 
 RIDGE = 0.01  # of the mean eigenvalue: directions that the text at hand hardly shows are not blown up
@@ -26,8 +26,8 @@ class Found:
 
     Attributes:
         ratio: |S'| / |S| of one eviction, after whitening where the adapter whitens.
-        whiteners: (kv heads, head_dim, head_dim) of keys and of values; None where it does not.
-        dimensions: how many of its dimensions a head's keys fill (`filled`), mean over heads; None likewise.
+        whiteners: (kv heads, head_dim, head_dim) of keys and of values; None where it does not whiten.
+        dimensions: how many of its dimensions a head's keys fill (`filled`), mean over heads; None without whitening.
     """
 
     ratio: float
@@ -57,14 +57,14 @@ def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: 
     """What `fit` needs, layer by layer; args as `calibrate`.
 
     Args:
-        reach: the texts are spread over so many positions: keys are taken after rotary, and their mean turns with it.
+        reach: positions that the texts are spread over: keys are taken after rotary, so their mean depends on it.
     """
     found = []
     for layer, keys, values in keys_and_values(model, input_ids, attention_mask, reach):
         name, whiteners, dimensions = layer._adapter(), None, None
         encoder = layer.pte_encoder[name]
         if layer.config[name].whiten:
-            # Not the first token of a text: its keys and values are outliers, and as a prompt's they never leave.
+            # Without the first token of a text: its keys and values are outliers, and a prompt's are never evicted.
             real = attention_mask.bool() & (attention_mask.cumsum(1) > 1)
             moments = [second_moments(x.transpose(1, 2)[real]) for x in (keys, values)]
             whiteners, dimensions = tuple(map(inverse_root, moments)), filled(moments[0]).mean().item()

@@ -1,4 +1,4 @@
-"""Is this the adapter that the settings speak of, and is it whole? Asked before any weights of the base model load.
+"""Checks an adapter against the settings, and its files for completeness, before the base model's weights load.
 
 config = check_adapter_folder(folder, model_config)          # a folder: its file against the model it is for
 check_adapter(method, config, settings=..., model_config=...)  # any config: the method and the recipe's own keys
@@ -57,9 +57,9 @@ def check_adapter(
         config: of the adapter that will be trained or used; None where there is none, as only `lora` may do: the
             reference of the bounded methods is the model with its adapter off.
         settings: the adapter's keys that were set on purpose (in the recipe or as flags), by the recipe's names; keys
-            that are no setting of the adapter's kind are passed over.
+            that are no setting of the adapter's kind are ignored.
         model_config: of the base model; compared with a PTE adapter's own.
-        source: what the sentence calls the adapter, for instance "adapter='outputs/qwen3b-pte'".
+        source: how the error names the adapter, for instance "adapter='outputs/qwen3b-pte'".
 
     Raises:
         ValueError: in one sentence, with the values of both sides.
@@ -157,9 +157,9 @@ def expected_shapes(
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # shapes are the same, and an SVD needs weights
     with without_memory(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to warn of is said when the weights load
+        warnings.simplefilter("ignore")  # warnings come when the weights load
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
-        # No hub is asked what the vocabulary of the base was: embeddings in the file are let pass by their names.
+        # The base's vocabulary would have to be asked of the hub, so embeddings in the file are accepted by name.
         model = get_peft_model(model, config)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}, set(model.state_dict())
@@ -216,4 +216,4 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
         except UserWarning as warning:
             if MISSING_WARNING not in str(warning):
                 raise
-            raise ValueError(f"adapter={str(folder)!r}: is not whole: {str(warning)[:400]}") from warning
+            raise ValueError(f"adapter={str(folder)!r}: is incomplete: {str(warning)[:400]}") from warning

@@ -8,8 +8,13 @@ from pte_trl.adapter.peft_type import PTE
 from pte_trl.adapter.settings import LINEARS, check_names, indices, integer, names, number, one_of
 
 GEOMETRY = (
-    *("model_type", "num_hidden_layers", "hidden_size", "intermediate_size"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 NORM_EPS = 1e-6
 WHITENERS = ("key_whitener", "value_whitener")
-REFERENCE_EVICT = 32  # evicted tokens that the data-free initialisation reckons with
+REFERENCE_EVICT = 32  # evicted tokens that the data-free initialisation assumes
 
 
 def root_mean_square(state: Tensor, normalisation: str) -> Tensor:
@@ -81,14 +81,14 @@ class Encoder(nn.Module):
     def scale_update_(self, factor: float) -> None:
         """Multiplies S' (and S_0 before its norm) by `factor`, shared evenly by the key and the value map.
 
-        Of whitened maps P takes it: M keeps a scale at which the optimizer's steps are small beside it.
+        Of whitened maps P takes it: M keeps a scale at which the optimizer's steps are small relative to it.
         """
         maps = (self.key_map.weight, self.value_map.weight)
         for weight in maps if self.key_whitener is None else (self.key_whitener, self.value_whitener):
             weight.mul_(factor**0.5)
 
     def _apply(self, fn, recurse: bool = True):
-        """What `.to`, `.half` and their kind go through: whiteners follow to a device and to float64, not to half.
+        """`.to`, `.half` and the like call this: whiteners follow to a device and to float64, not to half.
 
         PEFT takes care of an adapter's parameters only, and a whitener rounded once stays rounded.
         """
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        # The map's weights may be bfloat16 (a whole model cast for ZeRO-3): their product is then taken wide.
+        # The map's weights may be bfloat16 (a whole model cast for ZeRO-3): their product is then computed in float32.
         weight = linear.weight
         return (
             linear(self._wide(x).to(weight.dtype))
@@ -168,7 +168,7 @@ class Encoder(nn.Module):
         queries = self.queries(global_queries)
         update = self.update(queries, *self.latents(keys, values))
         if not self.use_global_tokens:
-            # Zero times it: where no eviction follows, every weight still gets a gradient, which engines count on.
+            # Zero, but with a gradient for every weight where no eviction follows: engines that shard expect one.
             return queries, 0 * update
         return queries, root_mean_square(update, self.normalisation)
 

@@ -8,10 +8,10 @@ from pte_trl.compat.peft import SAFETENSORS_WEIGHTS_NAME
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of an adapter, fetched from the hub if it is none here; its weights are in safetensors.
+    """The folder of an adapter, fetched from the hub if there is no such folder here; its weights are in safetensors.
 
     Raises:
-        ValueError: they are not; a pickled file could run any code, and PEFT would load it.
+        ValueError: its weights are not; a pickled file could run any code, and PEFT would load it.
     """
     folder = Path(name)
     if not folder.is_dir():

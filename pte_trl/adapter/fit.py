@@ -5,20 +5,18 @@ import copy
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import WHITENERS
-from pte_trl.adapter.layer import PteAttention, PteLinear
+from pte_trl.adapter.layer import PteLinear
 from pte_trl.adapter.settings import ATTENTION_LINEARS, MLP_LINEARS
 from pte_trl.compat.peft import check_target_module_exists
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.
-OWN_PARTS = {
-    *CONTAINERS,
-    *WHITENERS,
-    *("global_tokens", "query_map", "key_map", "value_map", "weight", "bias"),
-    *("base_layer", "modules_to_save", "original_module"),
-}
+ENCODER_PARTS = ("global_tokens", "query_map", "key_map", "value_map", *WHITENERS)
+WRAPPER_PARTS = ("base_layer", "modules_to_save", "original_module")
+OWN_PARTS = {*CONTAINERS, *ENCODER_PARTS, *WRAPPER_PARTS, "weight", "bias"}
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary types whose frequencies depend on the length seen so far: decode and replay would rotate differently.
@@ -149,7 +147,7 @@ def _check_saved(names: list[str], modules: dict[str, nn.Module], attentions: li
 
 
 def split_key(key: str) -> tuple[str, str | None, str]:
-    """A name in a state dict -> what stands before its container of adapters, the container, and what follows it.
+    """A name in a state dict -> what precedes its container of adapters, the container, and what follows it.
 
     `a.q_proj.pte_up.default.weight` -> (`a.q_proj.`, `pte_up`, `.default.weight`); of another one (`key`, None, "").
     """
@@ -191,5 +189,5 @@ def check_adapter_name(model: nn.Module, name: str, others: list[str]) -> None:
         if each in parts:
             raise ValueError(
                 f"adapter name {each!r}: is also the name of a module or parameter, and PEFT could not tell its "
-                "tensors from another adapter's; alone it may be called so, beside others it needs another name"
+                "tensors from another adapter's; an only adapter may have this name, one of several may not"
             )

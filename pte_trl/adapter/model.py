@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.fit import (
     adapted_linears,
@@ -21,7 +22,7 @@ from pte_trl.adapter.fit import (
     is_attention,
     without_adapter_name,
 )
-from pte_trl.adapter.layer import PteAttention, PteLinear, StateInUse
+from pte_trl.adapter.layer import PteLinear, StateInUse
 from pte_trl.adapter.settings import ATTENTION_LINEARS
 from pte_trl.compat.peft import check_target_module_exists
 
@@ -85,7 +86,7 @@ class PteModel(BaseTuner):
             linear.update_layer(adapter_name, peft_config, inference)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        # PEFT's own copies `weight`, which an attention module does not have.
+        # PEFT's own method copies `weight`, which an attention module does not have.
         if isinstance(child, PteAttention):
             setattr(parent, child_name, new_module)
         else:
@@ -154,8 +155,8 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
 
 
 def evicted_encoders(model: nn.Module) -> dict[int, Callable[..., torch.Tensor]]:
-    """(keys, values, queries, memory) -> memory at an eviction, by the number of the layer; none where nothing is
-    encoded."""
+    """Layer index -> its step at an eviction, (keys, values, queries, accumulator) -> accumulator; only layers that
+    encode."""
     layers = [(layer, layer._adapter()) for layer in active_layers(model)]
     return {
         layer.base_layer.layer_idx: partial(layer.encode, name)

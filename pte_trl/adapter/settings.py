@@ -19,7 +19,7 @@ REFUSED = {
     "alpha_pattern": "the scale alpha / rank is the same everywhere; use alpha",
     "alora_invocation_tokens": "which tokens use S follows from the evictions",
     "arrow_config": "routes between LoRA adapters; one PTE adapter is active at a time",
-    "bias": "PTE trains no biases; to train a whole module beside the adapter, name it in modules_to_save",
+    "bias": "PTE trains no biases; to train a whole module besides the adapter, name it in modules_to_save",
     "corda_config": _LORA_WEIGHTS,
     "ensure_weight_tying": "PTE adapts no embeddings; a tied lm_head cannot be kept tied through modules_to_save",
     "eva_config": _LORA_WEIGHTS,

@@ -1,4 +1,4 @@
-"""What is kept of a sequence, and when what leaves: schedule, bounded cache, masks, eviction strategies."""
+"""What is kept of a sequence, and what is evicted when: schedule, bounded cache, masks, eviction strategies."""
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.generate import feed  # also teaches `generate` the bounded cache

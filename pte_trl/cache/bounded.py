@@ -1,7 +1,7 @@
 """The decode view: a transformers `Cache` that keeps the prompt, a window of thought tokens, and the state S.
 
 What decoding changes lives here and nowhere else: keys, values, the encoder's accumulator, the counts. Modules stay
-pure. The first forward fills the prompt, or the first few if the cache is told how long the prompt is; every later one
+pure. The first forward fills the prompt, or the first few after `expect_prompt`; every later one
 feeds thought tokens, one by one or in chunks that no eviction interrupts (`BoundedCache.pieces`). Keys are kept as
 they come, after rotary, at their absolute positions.
 """
@@ -103,8 +103,8 @@ class BoundedLayer(CacheLayerMixin):
         """Takes prompt tokens."""
         if self.expected is not None and self.prompt + keys.shape[2] > self.expected:
             raise ValueError(
-                f"{keys.shape[2]} tokens fed at once after {self.prompt} of a prompt that was said to have "
-                f"{self.expected}: its end falls between them; feed them with pte_trl.cache.feed"
+                f"{keys.shape[2]} tokens fed at once after {self.prompt} of the {self.expected} prompt tokens "
+                f"to come: the prompt ends between them; feed them with pte_trl.cache.feed"
             )
         if self.prompt:
             keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
@@ -112,7 +112,7 @@ class BoundedLayer(CacheLayerMixin):
         return keys, values
 
     def _settle(self) -> None:
-        """Makes what is held fit for use in the mode under way.
+        """Makes what is held usable in the autograd mode under way.
 
         Outside of inference mode, a tensor made in it can neither be written in place nor be saved for backward. And
         buffers of which `keys` is no view, after `offload` or unpickling, would bring back what has left.
@@ -126,7 +126,7 @@ class BoundedLayer(CacheLayerMixin):
             self.buffers = None
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
-        """Writes behind what is kept, into buffers made once: a new tensor per token would copy the whole cache."""
+        """Writes after what is kept, into buffers made once: a new tensor per token would copy the whole cache."""
         held, needed = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
         if self.buffers is None or self.buffers[0].shape[2] < needed:
             size = min(self.prompt + self.schedule.window, 2 * needed)  # a window may be set far too large
@@ -138,7 +138,7 @@ class BoundedLayer(CacheLayerMixin):
         self.keys, self.values = (buffer[:, :, :needed] for buffer in self.buffers)
 
     def _without(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Keys or values without the entries from `start` to `stop`; in the buffer, those behind move up."""
+        """Keys or values without the entries from `start` to `stop`; in the buffer, later ones move up."""
         if self.buffers is None or torch.is_grad_enabled():
             return torch.cat([x[:, :, :start], x[:, :, stop:]], dim=2)
         left = x.shape[2] - (stop - start)
@@ -198,7 +198,7 @@ class BoundedCache(Cache):
 
     def __init__(self, window: int, evict_ratio: float = 0.25):
         self.schedule = Schedule(window, evict_ratio)
-        # Not a lambda over `self`: a cycle would keep the whole cache until the garbage collector comes round.
+        # Not a lambda over `self`: a cycle would keep the whole cache until the garbage collector runs.
         super().__init__(layer_class_to_replicate=partial(BoundedLayer, self.schedule))
 
     @classmethod
@@ -206,13 +206,13 @@ class BoundedCache(Cache):
         return cls(schedule.window, schedule.evict_ratio)
 
     def layer(self, layer_idx: int) -> BoundedLayer:
-        """The layer's part, made if it is not there yet."""
+        """The layer's part, made at the first use."""
         while len(self.layers) <= layer_idx:
             self.layers.append(self.layer_class_to_replicate())
         return self.layers[layer_idx]
 
     def expect_prompt(self, tokens: int | None) -> None:
-        """Says that the first `tokens` tokens are the prompt, in however many forwards they come.
+        """Declares the first `tokens` tokens to be the prompt, however many forwards they take.
 
         Raises:
             ValueError: there are thought tokens already, or more prompt tokens than that.
@@ -251,7 +251,7 @@ class BoundedCache(Cache):
         return found
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        # The mask is built over what is kept, so the first query stands right behind it.
+        # The mask is built over what is kept, so the first query follows it directly.
         return self.layer(layer_idx).kept()
 
     @property

@@ -42,7 +42,7 @@ def feed(
     logits_to_keep: int = 1,
     longest: int | None = None,
 ) -> Tensor:
-    """Feeds any number of tokens behind those in the cache, with all evictions due between them.
+    """Feeds any number of tokens after those in the cache, with all evictions due between them.
 
     Into an empty cache they are the prompt, which stays; later ones are thought tokens, whoever wrote them. The result
     is that of feeding them one by one. Gradients flow unless they are switched off.
@@ -59,7 +59,7 @@ def feed(
         (batch, kept tokens, vocabulary) logits.
 
     Raises:
-        ValueError: the mask does not fit, or is 0 behind the prompt; another number of rows than in the cache.
+        ValueError: the mask does not fit, or is 0 after the prompt; another number of rows than in the cache.
     """
     seen, count = cache.get_seq_length(), input_ids.shape[1]
     if attention_mask is None:
@@ -114,7 +114,7 @@ def check_fits(cache: BoundedCache, rows: int, mask: Tensor | None, tokens: int)
         raise ValueError("attention_mask ends with 0: prompts must be padded on the left (padding_side='left')")
     if first.prompt and not mask[:, first.prompt :].all():
         raise ValueError(
-            f"attention_mask has zeros behind the prompt of {first.prompt} tokens: padding inside of a conversation "
+            f"attention_mask has zeros after the prompt of {first.prompt} tokens: padding inside of a conversation "
             "would take places of the window; feed conversations of different lengths in batches of their own"
         )
 
@@ -186,7 +186,7 @@ def bounded(name: str, loop: Callable) -> Callable:
         mask, whole = inputs.get("attention_mask"), given_whole(input_ids, inputs)
         take_up(call.arguments["self"], cache, input_ids, config, inputs, call.arguments.get("synced_gpus", False))
         first, before = cache.layer(0), (cache.layer(0).history, cache.layer(0).known)
-        first.history, first.known = None, -1  # until it is through, nothing goes on from here
+        first.history, first.known = None, -1  # a call that fails leaves nothing to continue from
         out = loop(*args, **kwargs)
         sequences = out.sequences if isinstance(out, ModelOutput) else out
         if not whole:
@@ -215,7 +215,7 @@ def take_up(
     inputs: dict,
     synced: bool,
 ) -> None:
-    """Feeds all of the input that the loop's one forward of it cannot.
+    """Feeds what of the input cannot be part of the one forward that the loop does.
 
     Args:
         input_ids: (batch, length) of the whole sequence or of what is new.
@@ -229,7 +229,7 @@ def take_up(
         repeat_rows(cache, input_ids, mask)
     if whole and cache.get_seq_length() and not continues(cache, None if embeds is not None else given, mask, given):
         warnings.warn(
-            "past_key_values: the input does not go on from what this BoundedCache holds, so it is reset. To continue "
+            "past_key_values: the input does not continue what this BoundedCache holds, so it is reset. To continue "
             "a conversation, pass all of its tokens as they were fed and generated",
             stacklevel=2,
         )
@@ -263,7 +263,7 @@ def take_up(
 
 
 def repeat_rows(cache: BoundedCache, input_ids: Tensor, mask: Tensor | None) -> None:
-    """Repeats every row of the cache where the input goes on from each several times (num_return_sequences, beams)."""
+    """Repeats every row of the cache where the input continues each several times (num_return_sequences, beams)."""
     first = cache.layer(0)
     rows = 0 if first.history is None else len(first.history)
     if rows and len(input_ids) > rows and len(input_ids) % rows == 0:
@@ -277,7 +277,7 @@ def continues(cache: BoundedCache, input_ids: Tensor | None, mask: Tensor | None
     """Whether a whole sequence begins with what the cache holds.
 
     Raises:
-        ValueError: it is too short for that, and the tokens in the cache are not known, so it may be meant to go on.
+        ValueError: it is too short for that, and the tokens in the cache are not known, so it may be a continuation.
     """
     first, seen = cache.layer(0), cache.get_seq_length()
     if first.known < 0:

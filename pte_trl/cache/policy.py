@@ -18,7 +18,7 @@ class CachePolicy:
     """How much of the KV cache is kept (eq. 2 and section 4 of the paper). With no argument: all of it.
 
     Args:
-        window: W, thought tokens kept beside the prompt; "auto" for the paper's training rule (W = the longest prompt
+        window: W, thought tokens kept besides the prompt; "auto" for the paper's training rule (W = the longest prompt
             of the batch).
         budget: tokens kept in all, prompt and thought (the paper's evaluation windows), instead of `window`.
         evict_ratio: rho, the share of a full window that leaves at once (0 < rho <= 1); the paper uses 0.25.

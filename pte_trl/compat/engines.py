@@ -56,7 +56,7 @@ def launched_zero_stage(args) -> int | None:
 
 
 def gather_as_one(module: nn.Module) -> None:
-    """ZeRO-3 gathers the module's weights when it is entered and lets go of them when it is left, not one by one."""
+    """ZeRO-3 gathers the module's weights when it is entered and releases them when it is left, not one by one."""
     from deepspeed.utils import set_z3_leaf_module
 
     set_z3_leaf_module(module, True)
@@ -90,7 +90,7 @@ def zero3_numel(parameter: Tensor) -> tuple[int, int] | None:
 
 
 def checkpoint_records() -> list[type]:
-    """The classes in ZeRO's checkpoints beside tensors: they hold values, and making one runs nothing else."""
+    """The classes in ZeRO's checkpoints besides tensors: they hold values, and making one runs nothing else."""
     try:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum

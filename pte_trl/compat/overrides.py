@@ -126,7 +126,7 @@ OVERRIDES: dict[str, dict[str, Override]] = {
         "_run_epoch": Override(
             TRAINER,
             ("model", "epoch", "train_dataloader"),
-            "a run resumed behind its last step would make one more",
+            "a run resumed after its last step would make one more",
             ("test_resume.py::test_a_killed_run_goes_on_as_if_it_had_not_been",),
         ),
     },

@@ -33,7 +33,7 @@ def default_store() -> dist.Store:
 
 
 def reshards_after_forward(unit: FSDPModule) -> bool:
-    """Whether FSDP2 lets go of the unit's gathered weights after a forward; PyTorch has a setter only."""
+    """Whether FSDP2 releases the unit's gathered weights after a forward; PyTorch has a setter only."""
     return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)
 
 

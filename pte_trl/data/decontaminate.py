@@ -1,9 +1,9 @@
-r"""Removes training problems that also stand in a benchmark.
+r"""Removes training problems that are also in a benchmark.
 
     problems = remove_overlap(problems, load_eval_problems())
 
 Texts are compared by their shingles, all the pieces of 24 characters, of what is left when `\left`, `\right` and
-every character but a-z and 0-9 (lower-cased) are gone. A training problem's share of an evaluation problem is the
+every character but a-z and 0-9 (lower-cased) are removed. A training problem's share of an evaluation problem is the
 part of the latter's shingles that it has too, so an evaluation problem with a sentence added still has share 1.
 Signs and brackets are not seen: x^2 - 1 and x^2 + 1 are the same. Problems in other scripts than the Latin one
 are compared by their formulas only.
@@ -152,4 +152,4 @@ def missing_on_hub() -> str:
             return f"the Hugging Face hub cannot be reached ({error.__cause__}), and the cache has no {names}"
         except (FileNotFoundError, PermissionError):
             closed.append(hub.repo_id)
-    return f"the Hugging Face hub does not give us {', '.join(closed)}" if closed else ""
+    return f"the Hugging Face hub does not give access to {', '.join(closed)}" if closed else ""

@@ -1,8 +1,8 @@
-"""Files of problems -> rows: JSON lines, JSON, CSV, TSV and Parquet, told apart by their names.
+"""Files of problems -> rows: JSON lines, JSON, CSV, TSV and Parquet, by the ending of their names.
 
     table = open_table(Path("problems.csv"), ["problem", "answer"])
 
-Only the wanted columns are kept, with the values as they were written: what stands in another column never matters.
+Only the wanted columns are kept, with the values as they were written: other columns are not read.
 Every row knows its line, or its number, for errors.
 """
 
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 ENDINGS = (*FORMATS, *(f"{ending}.gz" for ending in FORMATS if ending != ".parquet"))
-ALLOWED = ", ".join(FORMATS) + " (all but .parquet also with .gz behind)"
+ALLOWED = ", ".join(FORMATS) + " (all but .parquet also followed by .gz)"
 
 MAX_CELL = 2**31 - 1  # characters of a CSV cell; the csv module's own limit is 131,072
 
@@ -47,7 +47,7 @@ class NotANumber(str):
 
 
 class Row(dict):
-    """A JSON object; `repeated` are the keys that stood in it more than once."""
+    """A JSON object; `repeated` are the keys that occurred in it more than once."""
 
     repeated: frozenset[str] = frozenset()
 
@@ -60,7 +60,7 @@ class Table:
         name: the file's, without its ending.
         columns: the names of all columns, wanted or not, in their order.
         rows: column -> value, of the wanted columns; a row may lack some.
-        places: where each row stands, "FILE, line 3".
+        places: where each row is, "FILE, line 3".
     """
 
     name: str
@@ -109,7 +109,7 @@ def open_table(path: Path, wanted: Iterable[str]) -> Table:
         columns.update(dict.fromkeys(row))
         for column in wanted:
             if column in getattr(row, "repeated", ()):
-                raise ValueError(f"{place}: {column} stands in it more than once")
+                raise ValueError(f"{place}: {column} occurs in it more than once")
         rows.append({column: row[column] for column in wanted if column in row})
         places.append(place)
     if not rows:
@@ -128,7 +128,7 @@ def read_text(path: Path) -> str:
         try:
             data = gzip.decompress(data)
         except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole .gz file ({error})") from error
+            raise ValueError(f"{path}: not a complete .gz file ({error})") from error
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     if encoding.startswith("utf-8") and b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
@@ -160,7 +160,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_row, parse_int=_whole, parse_floa
 
 
 def decode(text: str, place: str) -> Any:
-    """What a JSON text says.
+    """The value of a JSON text.
 
     Raises:
         ValueError: it is none.

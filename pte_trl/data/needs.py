@@ -1,4 +1,4 @@
-"""Every name of a start that only the Hugging Face hub can serve, asked for at once, before anything is loaded.
+"""Checks every name that only the Hugging Face hub can serve, all at once, before anything is loaded.
 
 check_needs(script)    # a recipe's arguments, or an evaluation's
 """
@@ -12,7 +12,7 @@ from pte_trl.models.hub import HubName, is_local, reachable
 
 
 def check_needs(script) -> None:
-    """Returns if the hub, or its cache here, has what a start names.
+    """Returns if the hub, or the local cache, has what a run names.
 
     Args:
         script: with `model_name_or_path`, and where there are such fields `adapter`, `dataset_name`, `decontaminate`,
@@ -28,7 +28,7 @@ def check_needs(script) -> None:
 
 
 def model_needs(script) -> list[HubName]:
-    """What of a start's model and adapter is on the hub."""
+    """Model and adapter of a run, as far as they are on the hub."""
     found = [repository("model", "model_name_or_path", script.model_name_or_path)]
     if getattr(script, "adapter", None):
         found.append(repository("adapter", "adapter", script.adapter))
@@ -36,7 +36,7 @@ def model_needs(script) -> list[HubName]:
 
 
 def needs(script) -> list[HubName]:
-    """What of a start is on the hub: the model, the adapter, the data, the benchmarks."""
+    """What a run needs from the hub: the model, the adapter, the data, the benchmarks."""
     completions, data_dir = getattr(script, "completions", None), getattr(script, "data_dir", None)
     found: list[HubName | None] = list(model_needs(script))
     if getattr(script, "dataset_name", None) and not completions:

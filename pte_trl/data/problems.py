@@ -44,7 +44,7 @@ def load_problems(
 
     Args:
         name: a key of `DATASETS`, a file (.jsonl, .json, .csv, .tsv, .parquet), a folder that holds exactly one, or
-            OWNER/NAME on the hub. What exists here is never looked for on the hub.
+            OWNER/NAME on the hub. A local file of that name comes first.
         data_dir: folder of NAME.jsonl files, or of the other kinds, read instead of the hub.
         config, split: of the hub's dataset; the split is "train" unless `DATASETS` says otherwise.
         problem_column, answer_column: taken as they are; "problem" and "answer" unless `DATASETS` says otherwise.
@@ -100,7 +100,7 @@ def local_file(name: str, data_dir: str | Path | None, key: str = "dataset_name"
             raise ValueError(f"{key}={name!r}: must hold exactly one file of {ALLOWED}, holds {names_of(files)}")
         return files[0]
     if ending(name):
-        raise FileNotFoundError(f"{path}: no such file; files beside it: {names_of(tables_in(path.parent))}")
+        raise FileNotFoundError(f"{path}: no such file; other files there: {names_of(tables_in(path.parent))}")
     if data_dir is None:
         return None
     folder = Path(data_dir).expanduser()
@@ -110,10 +110,10 @@ def local_file(name: str, data_dir: str | Path | None, key: str = "dataset_name"
     if not files:
         raise FileNotFoundError(
             f"{folder / path.name}.jsonl: no such file, nor one of the other kinds ({ALLOWED}); "
-            f"files beside it: {names_of(tables_in(folder))}"
+            f"other files there: {names_of(tables_in(folder))}"
         )
     if len(files) > 1:
-        raise ValueError(f"data_dir={str(data_dir)!r}: holds {names_of(files)}; one of them must go")
+        raise ValueError(f"data_dir={str(data_dir)!r}: holds {names_of(files)}; keep one of them")
     return files[0]
 
 

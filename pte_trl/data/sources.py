@@ -85,7 +85,7 @@ def first_answer(answers: list[str]) -> str:
 
 
 def ground_truth(reward_model: dict) -> str:
-    """DAPO: the gold stands inside the column `reward_model`."""
+    """DAPO: the gold is inside the column `reward_model`."""
     return plain(reward_model["ground_truth"])
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation can be told; read by TrlParser, checked before any weights load."""
+"""The settings of an evaluation; read by TrlParser, checked before any weights load."""
 
 import json
 from dataclasses import dataclass, field, fields, replace
@@ -126,7 +126,7 @@ class EvaluationArguments(ModelSource, CacheArguments):
         return replace(super().cache_policy, eviction=self.eviction)
 
     def recorded(self) -> dict:
-        """The settings that stand in every record."""
+        """The settings that are in every record."""
         return {key: getattr(self, key) for key in RECORDED}
 
 

@@ -1,4 +1,4 @@
-"""Which benchmark problems stand in DAPO-Math-17k: makes contaminated.json, which evaluations flag rows by.
+"""Which benchmark problems are in DAPO-Math-17k: makes contaminated.json, which evaluations flag rows by.
 
 python -m pte_trl.evaluation.contamination --data_dir FOLDER_OF_JSONL_FILES
 """

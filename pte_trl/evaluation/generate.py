@@ -99,7 +99,7 @@ class CacheStreamer(TextStreamer):
             self.status()
 
     def status(self) -> None:
-        # What is written so far is let go: a text without line breaks would be decoded anew with every token.
+        # What is written so far is dropped: a text without line breaks would be decoded anew with every token.
         self.end()
         held = self.cache.layers[0].keys.shape[2]
         print(

@@ -1,8 +1,8 @@
 """Records: one JSON line per sample, appended as it is produced; what is on disk is never produced again.
 
 While an evaluation runs, every process appends to a part of its own (`part-RANK.jsonl`). At the end the main process
-merges them, in the order of the problems, into `records.jsonl`, which is complete or not there. Records hold no time,
-no rank and no machine, so one process and two write the same file; those stand in `manifest.json`.
+merges them, in the order of the problems, into `records.jsonl`, which is written atomically. Records hold no time,
+no rank and no machine, so one process and two write the same file; those are in `manifest.json`.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ SCHEMA = 1  # of the records; to be raised when a key gets another meaning
 
 
 class Record(TypedDict):
-    """One completion and its verdict. The settings of the evaluation stand in it as further keys.
+    """One completion and its verdict. The settings of the evaluation are further keys.
 
     Keys:
         problem_id, sample: which completion of which problem; no two records share both.
@@ -70,7 +70,7 @@ def read_records(folder: str | Path) -> list[Record]:
     """The records of a finished evaluation.
 
     Raises:
-        FileNotFoundError: it is not finished, or not there.
+        FileNotFoundError: it is not finished, or does not exist.
         ValueError: a line that is no record, or one of another schema, with its file and number.
     """
     path = Path(folder) / COMPLETE

@@ -33,7 +33,7 @@ from pte_trl.runtime.finite import check_finite, tail
 from pte_trl.runtime.identity import adapter_identity, base_identity, template_identity, versions_of
 from pte_trl.runtime.together import on_main
 
-PACKAGES = ("pte_trl", "torch", "transformers")  # their versions stand in every record, and those of the judges
+PACKAGES = ("pte_trl", "torch", "transformers")  # their versions are in every record, and those of the judges
 ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window, hence a batch
 
 

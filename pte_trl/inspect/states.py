@@ -3,7 +3,7 @@
     python -m pte_trl.inspect ADAPTER
     python -m pte_trl.inspect ADAPTER --model outputs/smollm2-135m --window 64 --prompt "..." --output outputs/inspect
 
-Writes inspect.json, states.png, tokens.png and distance.png, into ADAPTER/inspect if nothing else is said.
+Writes inspect.json, states.png, tokens.png and distance.png, into ADAPTER/inspect by default.
 S' of an eviction is a sum over its tokens of one outer product each, so a token's contribution is exact, and so is its
 share, its length along S' over |S'|: the shares of an eviction add up to 1, and one that works against it is
 negative. Times |S'| / |S| it is how far the token moved S.
@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from pte_trl.adapter.layer import PteAttention
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import active_layers
 from pte_trl.cache.schedule import Schedule
 from pte_trl.inspect.kl import kl_per_token

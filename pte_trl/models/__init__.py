@@ -1,1 +1,1 @@
-"""A base model's files, looked at before its weights load: hub names, tokenizer, weights."""
+"""A base model's files, checked before its weights load: hub names, tokenizer, weights."""

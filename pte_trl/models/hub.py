@@ -1,10 +1,10 @@
-"""Is what a run needs from the Hugging Face hub there? Asked once, for all names, before anything is loaded.
+"""Checks that what a run needs from the Hugging Face hub is available: all names at once, before anything loads.
 
     reachable(HubName("Qwen/Qwen2.5-3B-Instruct", "model", "model_name_or_path='Qwen/...'", "it to a folder"))
 
 The libraries that load models and datasets try an unreachable hub again and again, file by file, for minutes. Here
-one request has `LIMIT` seconds. A repository in the local cache needs no hub: if the hub is away, the libraries are
-told so, and read the cache at once.
+one request has `LIMIT` seconds. A repository in the local cache needs no hub: without the hub, the libraries are
+set to read the cache at once.
 """
 
 import os
@@ -19,9 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from pte_trl.compat.hub import datasets_cache, set_offline
 
-LIMIT = 6.0  # seconds for one answer of the hub, all told: name lookup, connection, answer
+LIMIT = 6.0  # seconds for one answer of the hub, in total: name lookup, connection, answer
 
-# The file that every repository of a kind has; in the cache it says that the repository was loaded before.
+# The file that every repository of a kind has; in the cache it shows that the repository was loaded before.
 _FIRST_FILE = {"model": "config.json", "adapter": "adapter_config.json", "dataset": "README.md"}
 
 
@@ -53,8 +53,8 @@ class HubName:
 
     def closed(self, status: int) -> str:
         return (
-            f"{self.setting}: the hub does not open {self.repo_id} (it answers {status}): it is gated, private or not "
-            f"there; ask for access on its page and log in with `hf auth login` or HF_TOKEN, or set {self.advice}"
+            f"{self.setting}: the hub denies access to {self.repo_id} (it answers {status}): it is gated, private or "
+            f"missing; ask for access on its page and log in with `hf auth login` or HF_TOKEN, or set {self.advice}"
         )
 
     def unreachable(self, why: str) -> str:
@@ -101,7 +101,7 @@ def reachable(*hubs: HubName) -> None:
 
     Raises:
         FileNotFoundError: the hub has no such repository.
-        PermissionError: it does not open it to us.
+        PermissionError: it denies access to one.
         ConnectionError: the hub cannot be reached, or fails, and the repository is not in the cache.
     """
     cached = [hub for hub in hubs if is_cached(hub)]
@@ -123,7 +123,7 @@ def is_offline() -> bool:
 
 
 def go_offline(why: str) -> None:
-    """From now on the libraries read the cache without asking the hub, as with HF_HUB_OFFLINE=1; said aloud."""
+    """From now on the libraries read the cache without asking the hub, as with HF_HUB_OFFLINE=1; printed."""
     print(f"the Hugging Face hub cannot be reached ({why}); all is in the local cache, which is used", flush=True)
     os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
     set_offline()

@@ -38,7 +38,7 @@ def say(sentence: str) -> None:
 def load_tokenizer(
     script, trust_remote_code: bool = False, key: str = "model_name_or_path"
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the left, with a pad token; what a user would not expect is said aloud.
+    """The model's tokenizer, padding on the left, with a pad token; what a user would not expect is printed.
 
     Args:
         script: with `model_name_or_path`, and where there are such fields `system_prompt`, `chat_template_kwargs`.
@@ -64,7 +64,7 @@ def load_tokenizer(
     if tokenizer.chat_template is None:
         say(f"{key}: its tokenizer has no chat template, so prompts are plain text")
     check_template(
-        tokenizer, getattr(script, "system_prompt", None), getattr(script, "chat_template_kwargs", None), aloud=True
+        tokenizer, getattr(script, "system_prompt", None), getattr(script, "chat_template_kwargs", None), verbose=True
     )
     return tokenizer
 
@@ -190,12 +190,12 @@ def check_template(
     tokenizer: PreTrainedTokenizerBase,
     system_prompt: str | None = None,
     chat_template_kwargs: dict | None = None,
-    aloud: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Renders a prompt as training and evaluation will.
 
     Args:
-        aloud: say what has no effect.
+        verbose: print what has no effect.
 
     Raises:
         ValueError: arguments of the wrong kind, a template that fails, one that drops the problem or the system
@@ -203,7 +203,7 @@ def check_template(
     """
     options = check_options(tokenizer, chat_template_kwargs)
     if tokenizer.chat_template is None:
-        if aloud and options:
+        if verbose and options:
             say(f"chat_template_kwargs={options!r}: there is no chat template that could read it")
         return
     user = {"role": "user", "content": PROBLEM}
@@ -227,8 +227,8 @@ def check_template(
             raise ValueError(f"system_prompt={system_prompt[:60]!r}: the chat template drops it; {remedy}")
         if PROBLEM not in text:
             raise ValueError("the chat template drops the problem that follows a system message")
-    check_beginning(tokenizer, [user], options, aloud)
-    if aloud:
+    check_beginning(tokenizer, [user], options, verbose)
+    if verbose:
         idle = sorted(set(options) - template_variables(tokenizer.get_chat_template()))
         if idle:
             say(f"chat_template_kwargs: the chat template does not look at {', '.join(idle)}")
@@ -260,7 +260,7 @@ def described(error: Exception) -> str:
     return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"
 
 
-def check_beginning(tokenizer: PreTrainedTokenizerBase, messages: list[dict], options: dict, aloud: bool) -> None:
+def check_beginning(tokenizer: PreTrainedTokenizerBase, messages: list[dict], options: dict, verbose: bool) -> None:
     """One token that begins the text: not two, and if the model knows one, one."""
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -271,5 +271,5 @@ def check_beginning(tokenizer: PreTrainedTokenizerBase, messages: list[dict], op
     ids = ids["input_ids"]
     if ids[:2] == [bos, bos]:
         raise ValueError(f"the chat template begins a prompt with {tokenizer.bos_token!r} twice")
-    if aloud and bos not in ids and tokenizer("1")["input_ids"][:1] == [bos]:
+    if verbose and bos not in ids and tokenizer("1")["input_ids"][:1] == [bos]:
         say(f"the chat template begins no prompt with {tokenizer.bos_token!r}, as the tokenizer does with plain text")

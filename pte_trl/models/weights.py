@@ -1,4 +1,4 @@
-"""Is a model's folder whole? Read from its headers, before any weight is loaded; and what did not fit, afterwards.
+"""Checks that a model's folder is complete: by its headers before weights load, by what was loaded afterwards.
 
     check_model_folder("outputs/base")      # seconds, whatever the size
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -104,7 +104,7 @@ def weight_files(folder: Path, setting: str) -> list[Path]:
 
 
 def indexed_files(folder: Path, index: str, setting: str) -> list[Path]:
-    """The parts that an index names; each tensor stands in the part that it names for it."""
+    """The parts that an index names; each tensor is in the part that it names for it."""
     try:
         content = json.loads((folder / index).read_text(encoding="utf-8"))
         places = {str(tensor): str(part) for tensor, part in content["weight_map"].items()}
@@ -114,7 +114,7 @@ def indexed_files(folder: Path, index: str, setting: str) -> list[Path]:
     missing = [part for part in parts if not (folder / part).is_file()]
     if missing or not parts:
         raise ValueError(
-            f"{setting}: {index} names {len(parts)} files, of which {len(missing)} are not there"
+            f"{setting}: {index} names {len(parts)} files, of which {len(missing)} are missing"
             + (f" ({', '.join(missing[:3])})" if missing else "")
         )
     for part in parts:
@@ -149,7 +149,7 @@ def read_shapes(file: Path, setting: str) -> dict[str, list[int]]:
         raise ValueError(f"{setting}: the header of {file.name} is damaged ({error})") from error
     if size != 8 + length + last:
         what = "cut short" if size < 8 + length + last else "longer than its header says"
-        raise ValueError(f"{setting}: {file.name} is {what}: {size} bytes where {8 + length + last} are due")
+        raise ValueError(f"{setting}: {file.name} is {what}: {size} bytes instead of {8 + length + last}")
     return shapes
 
 
@@ -164,7 +164,7 @@ def check_shapes(config: PreTrainedConfig, found: dict[str, list[int]], setting:
     """Names and shapes in the files against those of the model that the configuration describes.
 
     The model is built without memory. Of tensors that the model ties, one is enough. Names are compared as they
-    stand, and with the prefix of the base model, which some checkpoints leave out. Names that the model does not know
+    are, and with the prefix of the base model, which some checkpoints leave out. Names that the model does not know
     transformers may convert while loading: where there are such, what is missing is left to `check_loaded`.
     """
     try:

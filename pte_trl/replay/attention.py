@@ -65,7 +65,7 @@ def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     """A decoding step: the query heads that share a kv head go as its queries, so that no key is repeated for them."""
     batch, heads, _, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)
-    if mask is not None and mask.shape[1] != 1:  # a head of its own each
+    if mask is not None and mask.shape[1] != 1:  # each head has a mask of its own
         mask = mask.view(batch, key.shape[1], -1, mask.shape[-1])
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.reshape(batch, 1, heads, width)

@@ -149,7 +149,7 @@ def replay_inputs(
     if isinstance(schedules, Schedule):
         schedules = [schedules] * len(attention_mask)
     plan = ReplayPlan.build(schedules, prompt, attention_mask)
-    # The blocks have masks of their own, so padding is all that is left to say; transformers passes on a mask of four
+    # The blocks have masks of their own, so padding is all that is left to mask; transformers passes on a mask of four
     # dimensions as it is.
     mask = plan.real[:, None, None] if attention == "blockwise" else mask_for(model, plan.mask())
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)

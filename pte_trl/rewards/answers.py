@@ -9,8 +9,11 @@ whole answer unreadable: an answer that was read up to a point could be paid for
 import re
 from dataclasses import dataclass
 
-from pte_trl.rewards.latex import FUNCTIONS, TAKEN, Rewriter, Unreadable
-from pte_trl.rewards.units import ABBREVIATED, LABELS, MAGNITUDES, NO_UNIT, is_unit, unit_name
+from pte_trl.rewards.characters import Unreadable
+from pte_trl.rewards.expressions import expression
+from pte_trl.rewards.latex import WORD, Rewriter
+from pte_trl.rewards.quantities import without_unit
+from pte_trl.rewards.units import LABELS
 
 # In characters: a longer final answer is no answer.
 MAX_ANSWER = 1000
@@ -20,27 +23,10 @@ MEANINGLESS = frozenset(
 
 _DISPLAY = re.compile(r"(?<!\\)\\[()\[\]]")
 _DOLLARS = re.compile(r"(?<!\\)\$+")
-_WORD = re.compile(r"⟦([•‣◦]?)([^⟧]*)⟧")
-_TRAILING = re.compile(
-    r"((?:⟦[^⟧]*⟧|°|%)(?:\s|\^\{-?\d\}|/(?=\s*⟦)|\\cdot(?=\s*⟦)|[.](?=\s*(?:⟦|$))|-(?=⟦)|⟦[^⟧]*⟧|°)*)$"
-)
-_FRACTION_UNIT = re.compile(r"\\frac\{\s*(⟦[^⟧]*⟧(?:\^\{\d\})?)\s*\}\{\s*(⟦[^⟧]*⟧(?:\^\{\d\})?)\s*\}\s*$")
-_CURRENCY = re.compile(r"^\s*([+-]?)\s*⟦([$]|euro|pound sterling|yen|[•‣◦]?USD|[•‣◦]?Rs)⟧\s*\.?\s*(?=[+\-\d.\\(])")
 _BASE = re.compile(r"^\s*\(?\s*((?:\\text\{[A-Z]\}|[0-9A-Z])+(?:\.[0-9A-Z]+)?)\s*\)?\s*_\{(\w+)\}\s*$")
 _BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 _EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|:=|==|\\approx(?![A-Za-z])")
 _ORDER = re.compile(r"[<>]|\\(?:le|ge|ne|in|notin|subset|subseteq|supset|equiv|ll|gg|sim|propto|neg)(?![A-Za-z])|!=")
-_MIXED = re.compile(r"(?<![\w.}^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}|(?<![\w.}^_/])(\d+) (\d+)/(\d+)(?![\d!^/.])")
-_PRIMED = re.compile(r"(\\text\{\w+\}|\\[A-Za-z]+|[A-Za-z])\s*('+)")
-# Functions whose sub- or superscript the grammar drops: an exponent of 0, an index of anything but log and ln.
-_DROPPED = re.compile(rf"\\(?:{'|'.join(sorted(FUNCTIONS - {'log', 'ln'}))})\s*(?:_|\^\{{\s*0+\s*\}})")
-_ANY_ZERO_POWER = re.compile(r"\\(?:log|ln)\s*(?:_\{[^}]*\})?\s*\^\{\s*0+\s*\}")
-# \sin \theta (x+1) is sin(theta) times (x+1), and \omega(x+1) a product, not a function of x+1.
-_GREEK = r"\\(?:alpha|beta|delta|epsilon|eta|theta|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|omega|hbar)"
-_FUNCTION_OF_ONE = re.compile(
-    rf"(\\(?:{'|'.join(sorted(FUNCTIONS))})\s*(?:\^\{{[^{{}}]*\}})?)\s*({_GREEK}|(?<![a-z])[a-z])\s*(?=\()"
-)
-_GREEK_TIMES = re.compile(rf"({_GREEK})\s*(?=\()")
 _NEGATIONS = re.compile(r"\b(?:not|never|neither|nor|isn't|isnt|cannot|can't|wrong|incorrect)\b|n't\b", re.IGNORECASE)
 
 
@@ -145,7 +131,7 @@ def _element(text: str) -> Element:
     bare = re.sub(r"^\((.*)\)$", r"\1", text)
     if words := _only_words(bare):
         return Element((), words=words)
-    text, unit, percent = _without_unit(text)
+    text, unit, percent = without_unit(text)
     if match := _BASE.match(text):
         base = _BASES.get(match[2].lower(), match[2])
         digits = re.sub(r"\\text\{(\w)\}", r"\1", match[1])
@@ -168,30 +154,30 @@ def _relation(text: str, unit: str, percent: bool) -> Element:
             pieces = pieces[1:]  # "= 42", "≈ 3.14"
         if not all(piece.strip() for piece in pieces):
             raise Unreadable("a side is missing")
-        # The unit was written behind the last side; an earlier side may repeat it.
+        # The unit was written after the last side; an earlier side may repeat it.
         pieces = [_side(piece, unit, index, len(pieces)) for index, piece in enumerate(pieces)]
         names = 0
         while names < len(pieces) - 1 and is_name(pieces[names]):
             names += 1
-        name = _expression(pieces[0]).replace(" ", "") if names else ""
-        members = tuple(_expression(piece) for piece in pieces[names:])
+        name = expression(pieces[0]).replace(" ", "") if names else ""
+        members = tuple(expression(piece) for piece in pieces[names:])
         return Element(members, name=name, approximate=approximate, unit=unit, percent=percent)
     if percent:
         raise Unreadable("a percent sign in a relation")
     signs = [text[start:end] for start, end in ordered]
     if signs[0] == r"\in" and len(signs) == 1 and is_name(text[: ordered[0][0]]):
         start, end = ordered[0]
-        return Element((_expression(text[end:]),), name=_expression(text[:start]).replace(" ", ""), unit=unit)
+        return Element((expression(text[end:]),), name=expression(text[:start]).replace(" ", ""), unit=unit)
     pieces, _ = _cut(_ORDER, text)
     if not all(piece.strip() for piece in pieces):
         raise Unreadable("a side is missing")
-    return Element((_expression(text.replace("!=", r"\ne ")),), relation=True, unit=unit)
+    return Element((expression(text.replace("!=", r"\ne ")),), relation=True, unit=unit)
 
 
 def _side(piece: str, unit: str, index: int, count: int) -> str:
     if index == count - 1 or is_name(piece):
         return piece
-    rest, own, percent = _without_unit(piece)
+    rest, own, percent = without_unit(piece)
     if percent or (own and own != unit):
         raise Unreadable("several units")
     return rest
@@ -246,15 +232,15 @@ def _without_label(text: str) -> str:
 
 def _only_words(text: str) -> str:
     """The words of an element that is nothing else, in lower case."""
-    rest = _WORD.sub("", text)
+    rest = WORD.sub("", text)
     if not re.search(r"⟦", text) or not re.fullmatch(r"[\s\w.,;:!?'()/-]*", rest) or re.search(r"\d", rest):
         return ""
     letters = re.sub(r"[⟦⟧•‣◦]", " ", text)
     words = " ".join(re.sub(r"[^\w\s]|_", " ", letters).lower().split())
     if words in ("all real numbers", "all reals", "the real numbers", "all real", "real numbers"):
         return ""
-    bare = [match[2] for match in _WORD.finditer(text) if match[1] in ("•", "‣")]
-    typed_as_math = len(bare) == len(_WORD.findall(text))
+    bare = [match[2] for match in WORD.finditer(text) if match[1] in ("•", "‣")]
+    typed_as_math = len(bare) == len(WORD.findall(text))
     if (
         typed_as_math
         and (rest.strip() or len(bare) > 1 or len(bare[0]) < 4 or bare[0].isupper())
@@ -266,114 +252,3 @@ def _only_words(text: str) -> str:
 
 def _is_prose(words: list[str]) -> bool:
     return len(words) > 1 and any(len(word) > 3 for word in words)
-
-
-def _without_unit(text: str) -> tuple[str, str, bool]:
-    """The text without a unit before or behind it, the unit, and whether it is a percentage.
-
-    Raises:
-        Unreadable: words behind a value that are no unit, such as "if x > 0".
-    """
-    unit = ""
-    if match := _CURRENCY.match(text):
-        unit, text = unit_name(match[2].lstrip("•‣◦")), match[1] + text[match.end() :]
-    text = _FRACTION_UNIT.sub(r"\1/\2", text)
-    match = _TRAILING.search(text)
-    if not match or not text[: match.start()].strip():
-        return text, unit, False
-    value, tail = text[: match.start()].rstrip(), match[1]
-    if tail.strip() == "%":
-        return value, unit, True
-    if not re.search(r"[\d})|\]!]$|\\(?:pi|infty)$|[A-Za-z]$", value):
-        return text, unit, False  # behind an operator: a factor, not a unit
-    marks = [m for m in _WORD.finditer(tail)]
-    if len(marks) == 1 and not tail.startswith("°"):
-        kind, word = marks[0].groups()
-        after_space = text[match.start() - 1].isspace()
-        if (kind == "◦" and word in "eixyzdjn") or (kind == "‣" and not is_unit(word)):
-            return text, unit, False  # \mathrm{e}, 2ab
-        if kind == "•" and not is_unit(word) and (len(word) < 4 or word.isupper() or not after_space):
-            return text, unit, False
-    if "%" in tail:
-        raise Unreadable("a percent sign within words")
-    if tail.strip() == "°" and not _plain_degrees(value):
-        return text, unit, False
-    words = _WORD.sub(r" \2 ", tail).replace("°", " degree ")
-    if words.split()[:1] and words.split()[0] in ABBREVIATED:
-        raise Unreadable("a magnitude that is abbreviated")
-    lowered = [word.strip(".").lower() for word in words.split()]
-    if lowered and lowered[0] in MAGNITUDES:
-        value = rf"({value}) \cdot 10^{{{MAGNITUDES[lowered[0]]}}}"
-        if not (words := " ".join(words.split()[1:])):
-            return value, unit, False
-        lowered = lowered[1:]
-    if lowered == ["percent"] or lowered in (["percentage"], ["pct"], ["per", "cent"]):
-        return value, unit, True
-    if any(word in NO_UNIT for word in lowered) or re.search(r"\d", re.sub(r"\^\{-?\d\}", "", words)):
-        raise Unreadable("words behind a value that are no unit")
-    found = unit_name(words)
-    if unit and found and unit != found:
-        raise Unreadable("several units")
-    return value, found or unit, False
-
-
-def _plain_degrees(value: str) -> bool:
-    """Whether degrees stand behind a plain value, not behind the argument of a function."""
-    return not re.search(rf"\\(?:{'|'.join(FUNCTIONS)})(?![A-Za-z])|°", value)
-
-
-def _expression(text: str) -> str:
-    """A piece in math-verify's LaTeX: every word is a symbol, every juxtaposition that it misreads is spelled out."""
-    if "%" in text:
-        raise Unreadable("a percent sign within an expression")
-    text = _degrees(text)
-    words = " ".join(re.sub(r"[⟦⟧•‣◦]", " ", text).lower().split())
-    if words in ("all real numbers", "all reals", "the real numbers", "all real", "real numbers"):
-        return r"\mathbb{R}"
-    text = _MIXED.sub(_mixed, text)
-    if re.search(r"[\d.]\s+[\d.]", text):
-        raise Unreadable("numbers side by side")
-    if _DROPPED.search(text) or _ANY_ZERO_POWER.search(text):
-        raise Unreadable("a script that would be dropped")
-    if re.search(r"\d\s*_", text):
-        raise Unreadable("a number with an index")
-    text = re.sub(r"\\odot", "o", text)
-    text = _PRIMED.sub(_primed, text)
-    if "'" in text or "⟦$⟧" in text:
-        raise Unreadable("a sign without a place")
-    text = _WORD.sub(_symbol, text)
-    text = re.sub(r"(?<![\d\\A-Za-z])\.(?=\d)", "0.", text)
-    text = re.sub(r"(?<=\d)\.(?!\d)", "", text)
-    text = _FUNCTION_OF_ONE.sub(r"\1(\2) \\cdot ", text)
-    text = _GREEK_TIMES.sub(r"\1 \\cdot ", text)
-    return text.replace("⏎", r"\\").strip()
-
-
-def _degrees(text: str) -> str:
-    """Degrees of the elements of a tuple are left out, those of a function's argument are a factor."""
-    if "°" not in text:
-        return text
-    if re.search(rf"\\(?:{'|'.join(FUNCTIONS)})(?![A-Za-z])", text):
-        return re.sub(r"(\d+(?:\.\d+)?|\\[a-z]+|[a-z])\s*°", r"{(\1 \\cdot \\frac{\\pi}{180})}", text)
-    return text.replace("°", "")
-
-
-def _mixed(match: re.Match) -> str:
-    whole, above, below = (int(group) for group in match.groups() if group is not None)
-    if not 0 < above < below:
-        raise Unreadable("neither a mixed number nor a product")
-    return rf"\frac{{{whole * below + above}}}{{{below}}}"
-
-
-def _primed(match: re.Match) -> str:
-    name = re.sub(r"\\text|[\\{} ]", "", match[1])
-    return rf"\text{{{name}{'prime' * len(match[2])}}}"
-
-
-def _symbol(match: re.Match) -> str:
-    kind, word = match.groups()
-    if kind == "◦" or word.isupper() or kind in ("•", "‣"):
-        return "".join(TAKEN.get(letter, letter) for letter in word)
-    if not word.isascii() or not word.isalpha() or word.lower() in NO_UNIT:
-        raise Unreadable(f"{word!r}")
-    return rf"\text{{{word}}}"

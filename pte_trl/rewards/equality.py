@@ -13,7 +13,7 @@ from sympy import Basic, Eq, Float, Interval, MatrixBase, S, Tuple
 from sympy.core.relational import Relational
 
 from pte_trl.compat.grading import ConversionConfig, FiniteSet, Latex2Sympy, to_mpmath
-from pte_trl.rewards.answers import Unreadable
+from pte_trl.rewards.characters import Unreadable
 
 # Values may differ by what verify's rounding of decimals to six places allows; numbers below SMALL, which it would
 # round to nothing, by this share.

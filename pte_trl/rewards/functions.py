@@ -66,6 +66,3 @@ class FormatReward:
 
     def __call__(self, completions: list, **kwargs) -> list[float]:
         return [float(has_boxed(completion_text(completion), self.answer_after)) for completion in completions]
-
-
-format_reward = FormatReward()

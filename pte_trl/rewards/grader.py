@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pte_trl.rewards.answers import MAX_ANSWER
-from pte_trl.rewards.worker_pool import Comparison, Reply, WorkerPool
+from pte_trl.rewards.worker import Comparison
+from pte_trl.rewards.worker_pool import Reply, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +22,6 @@ logger = logging.getLogger(__name__)
 MAX_TAIL, MAX_SEARCH = 2000, 1_000_000
 
 _BOXED_OR_BRACE = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
-_MATH_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]|\\?\$")
-_THOUSANDS_SPACE = re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))")
-# 4.5e33, which LaTeX reads as 4.5 * e * 33. Not x2e5, 2e5_{16}, 1.2e3.4.
-_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?)(\d+)(?!\w|\.\d)")
 
 
 class Verdict(NamedTuple):
@@ -71,15 +68,6 @@ def answer_part(text: str, answer_after: str | None = None) -> str:
 def has_boxed(text: str, answer_after: str | None = None) -> bool:
     r"""Whether the text has an answer in the form asked for: its last closed `\boxed{...}` is not blank."""
     return bool((last_boxed(answer_part(text, answer_after)) or "").strip())
-
-
-def clean_answer(answer: str) -> str:
-    r"""An answer as LaTeX between `$`, "" if nothing is left: `4.5e33` becomes `$4.5 \times 10^{33}$`."""
-    answer = _MATH_DELIMITERS.sub("", answer).replace("\n", " ")
-    answer = _THOUSANDS_SPACE.sub("", answer)
-    answer = _SCIENTIFIC.sub(lambda m: rf"{m[1]} \times 10^{{{m[2].strip('+')}{m[3]}}}", answer)
-    answer = answer.strip().rstrip("\\ ")  # a backslash at the end would escape the dollar
-    return f"${answer}$" if answer else ""
 
 
 def _gold_content(gold: str) -> str:
@@ -193,12 +181,6 @@ class Grader:
             else:
                 faults[gold] = reply.reason
         return faults
-
-
-def parse_gold(answer: str, grader: Grader | None = None) -> str:
-    """The gold answer as LaTeX in `$...$`; ValueError if it cannot be read."""
-    check_golds([{"answer": answer}], grader=grader)
-    return clean_answer(_gold_content(str(answer)))
 
 
 def check_golds(rows: Iterable[Mapping], key: str = "answer", grader: Grader | None = None) -> int:

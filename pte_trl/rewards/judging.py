@@ -12,13 +12,14 @@ from sympy import Eq, S, Symbol, Tuple
 from sympy.core.relational import Relational
 
 from pte_trl.compat.grading import FiniteSet, members_in_order
-from pte_trl.rewards.answers import Element, Reading, Unreadable, is_meaningless, read
+from pte_trl.rewards.answers import Element, Reading, is_meaningless, read
+from pte_trl.rewards.characters import Unreadable
 from pte_trl.rewards.equality import number, parse_whole, same, same_values
 from pte_trl.rewards.prose import find_answer
 
 APPROXIMATE = 0.01  # by how much the sides of "≈" may differ, relative
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time of day beside another, not the ratio that the grammar reads
-# ---- what a reading stands for
+# ---- what a reading denotes
 
 
 class _Inconsistent(Exception):

@@ -1,73 +1,40 @@
-r"""Rewrites a final answer, as people and models type it, into plain LaTeX in which nothing is left to guess.
+r"""Rewrites a final answer, as people and models type it, into plain LaTeX without ambiguities.
 
-Unicode becomes LaTeX, colours and fonts go, `\frac12` gets its braces, thousands separators go, and words are set
-apart in `⟦ ⟧`. Nothing that carries meaning is dropped: what has no reading raises `Unreadable`.
+Unicode becomes LaTeX and thousands separators are removed (`characters.py`), colours and fonts are removed, `\frac12`
+gets its braces, and words are put in `⟦ ⟧`. Nothing that carries meaning is dropped: what has no reading raises
+`Unreadable`.
 """
 
-# ruff: noqa: RUF001 (the characters that look like others are what is told apart here)
-
 import re
-import unicodedata
+
+from pte_trl.rewards.characters import Unreadable, from_unicode, join_digits
 
 MAX_DEPTH = 60  # braces within braces; deeper ones would meet Python's recursion limit
 
 
-class Unreadable(ValueError):
-    """The text cannot be read as a whole."""
-
-
-# Unicode -> LaTeX, where NFKC (full-width and mathematical letters and digits) would not do it or would lose meaning.
-_UNICODE = {
-    **dict.fromkeys("−–—‐‑‒﹣－", "-"),
-    **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "•": r"\cdot ", "÷": r"\div ", "∗": "*"},
-    **{"≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty "},
-    **{"∈": r"\in ", "∉": r"\notin ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∖": r"\setminus "},
-    **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
-    **{"±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∨": r"\lor ", "∧": r"\land ", "¬": r"\neg ", "∠": r"\angle "},
-    **{"°": r"^{\circ}", "º": r"^{\circ}", "′": "'", "’": "'", "％": "%", "ℏ": r"\hbar "},
-    **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "٫": ".", "٬": "{,}", "、": ", "},
-    **{
-        "。": ".",
-        "π": r"\pi ",
-        "⁄": "/",
-        "∕": "/",
-        "ⅇ": "e",
-        "ⅈ": "i",
-        "€": r"\euro ",
-        "£": r"\pounds ",
-        "¥": r"\yen ",
-    },
-}
-_GREEK = {"final sigma": "varsigma"}
-_SCRIPTS = {**{c: "^" for c in "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"}, **{c: "_" for c in "₀₁₂₃₄₅₆₇₈₉"}}
-_SCRIPT_RUN = re.compile(f"[{''.join(c for c in _SCRIPTS if _SCRIPTS[c] == '^')}]+|[₀₁₂₃₄₅₆₇₈₉]+")
-_VULGAR = re.compile(r"(\d*)\s*([¼-¾⅐-⅞↉])")
-
 _TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|\d+|[^\W\d_]+|\s+|.", re.DOTALL)
-_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?)(\d+)(?!\w|\.\d)")
-_HARD_GROUP = r"(?:\{,\}|,\\!\s*|\\[,;: !]|~| )"
-_HARD_THOUSANDS = re.compile(rf"(?<![\d.,])\d{{1,3}}(?:{_HARD_GROUP}\d{{3}})+(?!\d)")
-_SOFT_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!,?\d)")
-_PERIODIC = re.compile(
-    r"(\d*)\.(\d*)(?:\\(?:overline|bar|overbar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
-)
-_PERIODIC_PAREN = re.compile(r"(?<![\w.)])(\d*)\.(\d*)()\((\d+)\)(?=$|[\s,;.$])")
+# A word of the rewritten text, with the sign that says how it was typed (see `Rewriter`).
+WORD = re.compile(r"⟦([•‣◦]?)([^⟧]*)⟧")
 
-_SPACES = {r"\,", r"\;", r"\:", r"\ ", r"\>", r"\/", r"\quad", r"\qquad", r"\thinspace", r"\enspace", "~", r"\space"}
-_NOTHING = {
-    *(r"\!", r"\displaystyle", r"\textstyle", r"\scriptstyle", r"\limits", r"\nolimits", r"\rm", r"\bf", r"\it"),
-    *(r"\boldmath", r"\middle", r"\negthinspace", r"\normalsize", r"\large", r"\Large", r"\huge", r"\Huge", r"\LARGE"),
-    *(rf"\{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")),
-}
-_UNWRAP = {
-    *(r"\mathbf", r"\boldsymbol", r"\bm", r"\underline", r"\fbox", r"\boxed", r"\mathit", r"\mathnormal", r"\mathsf"),
-    *(r"\ensuremath", r"\mathop", r"\mathcal", r"\mathtt", r"\mathbin", r"\mathrel", r"\framebox", r"\bold", r"\pmb"),
-    *(r"\mathstrut", r"\overbrace", r"\underbrace", r"\tfbox"),
-}
-_TEXT = {
-    *(r"\text", r"\textrm", r"\textnormal", r"\mbox", r"\hbox", r"\mathrm", r"\textbf", r"\textit", r"\textsf"),
-    *(r"\operatorname", r"\operatorname*", r"\textup", r"\emph", r"\texttt", r"\textsc", r"\textmd"),
-}
+_SPACES = frozenset(
+    (r"\,", r"\;", r"\:", r"\ ", r"\>", r"\/", r"\quad", r"\qquad", r"\thinspace", r"\enspace", r"\space", "~")
+)
+_NOTHING_NAMES = (
+    r"\! \displaystyle \textstyle \scriptstyle \limits \nolimits \rm \bf \it \boldmath \middle \negthinspace "
+    r"\normalsize \large \Large \huge \Huge \LARGE \big \bigl \bigr \bigm \Big \Bigl \Bigr \Bigm \bigg \biggl \biggr "
+    r"\biggm \Bigg \Biggl \Biggr \Biggm"
+)
+_NOTHING = frozenset(_NOTHING_NAMES.split())
+_UNWRAP_NAMES = (
+    r"\mathbf \boldsymbol \bm \underline \fbox \boxed \mathit \mathnormal \mathsf \ensuremath \mathop \mathcal "
+    r"\mathtt \mathbin \mathrel \framebox \bold \pmb \mathstrut \overbrace \underbrace \tfbox"
+)
+_UNWRAP = frozenset(_UNWRAP_NAMES.split())
+_TEXT_NAMES = (
+    r"\text \textrm \textnormal \mbox \hbox \mathrm \textbf \textit \textsf \operatorname \operatorname* \textup "
+    r"\emph \texttt \textsc \textmd"
+)
+_TEXT = frozenset(_TEXT_NAMES.split())
 _RENAMED = {
     **{r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge", r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">"},
     **{r"\neq": r"\ne", r"\simeq": r"\approx", r"\thickapprox": r"\approx", r"\coloneqq": "=", r"\colon": ":"},
@@ -125,69 +92,6 @@ _MATRICES = ("matrix", "pmatrix", "bmatrix", "vmatrix", "Bmatrix", "Vmatrix", "s
 TAKEN = {"E": r"\text{E}", "I": r"\text{Iletter}", "T": r"\text{T}", "d": r"\text{d}"}
 _ACCENT_NAMES = r"\hat \bar \overline \vec \tilde \dot \ddot \widehat \widetilde \overrightarrow \check \breve"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
-
-
-def from_unicode(text: str) -> str:
-    """Signs, digits, roots, fractions and scripts of Unicode as ASCII and LaTeX."""
-    if text.isascii():
-        return text
-    text = _VULGAR.sub(_vulgar, text)
-    text = _SCRIPT_RUN.sub(lambda m: f"{_SCRIPTS[m[0][0]]}{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    return "".join(map(_character, text))
-
-
-def _vulgar(match: re.Match) -> str:
-    above, _, below = unicodedata.normalize("NFKC", match[2]).partition("⁄")
-    return rf"{match[1]}\frac{{{above}}}{{{below}}}"
-
-
-def _character(char: str) -> str:
-    if char.isascii():
-        return char
-    if char in _UNICODE:
-        return _UNICODE[char]
-    if char.isdecimal():
-        return str(unicodedata.decimal(char))
-    category = unicodedata.category(char)
-    if category == "Zs":
-        return " "
-    if category == "Cf":
-        return ""  # zero width, direction marks
-    plain = unicodedata.normalize("NFKC", char)
-    if plain != char:
-        return from_unicode(plain)
-    name = unicodedata.name(char, "")
-    if found := re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+|FINAL SIGMA)", name):
-        greek = _GREEK.get(found[2].lower(), found[2].lower().replace("lamda", "lambda"))
-        return rf"\{greek if found[1] == 'SMALL' else greek.capitalize()} "
-    if category.startswith(("L", "M")):
-        return char  # a word in another script
-    raise Unreadable(f"character {char!r}")
-
-
-def join_digits(text: str) -> str:
-    r"""`1{,}000`, `1\,000`, `1 000` and, outside brackets, `1,000` as 1000; `4.5e3` as `4.5 \times 10^{3}`."""
-    text = _SCIENTIFIC.sub(lambda m: rf"{m[1]} \times 10^{{{m[2].strip('+')}{m[3]}}}", text)
-    text = _HARD_THOUSANDS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
-    text = _PERIODIC.sub(_periodic, text)
-    text = _PERIODIC_PAREN.sub(_periodic, text)
-    return _SOFT_THOUSANDS.sub(lambda m: m[0] if _inside_brackets(text, m.start()) else m[0].replace(",", ""), text)
-
-
-def _inside_brackets(text: str, position: int) -> bool:
-    before = text[:position].replace(r"\}", ")").replace(r"\{", "(")
-    return sum(before.count(c) for c in "([") > sum(before.count(c) for c in ")]")
-
-
-def _periodic(match: re.Match) -> str:
-    groups = [group or "" for group in match.groups()]
-    whole, fixed = groups[0] or "0", groups[1]
-    period = "".join(groups[2:])
-    if not period:
-        return match[0]
-    below = int("9" * len(period) + "0" * len(fixed))
-    above = int(whole + fixed + period) - int(whole + fixed)
-    return rf"\frac{{{above}}}{{{below}}}"
 
 
 class Rewriter:
@@ -255,7 +159,7 @@ class Rewriter:
         if token in "^_":
             return self._script(token, depth)
         if token == "'":
-            return self._prime(before)
+            return token
         if token == "*" and self._peek() == "*":
             self.at += 1
             return self._script("^", depth)
@@ -315,9 +219,6 @@ class Rewriter:
                 return "".join(parts)
             parts.append(self._one(token, depth + 1, False, parts))
         raise Unreadable("parentheses do not match")
-
-    def _prime(self, before: list[str]) -> str:
-        return "'"
 
     def _root(self, depth: int) -> str:
         self._skip_spaces()
@@ -407,7 +308,7 @@ class Rewriter:
             parts.append(" & " if token == "&" else self._one(token, depth + 1, False, parts))
         if self._environment_name(depth) != name:
             raise Unreadable("environments do not match")
-        # The rows are marked, so that a separator outside of a matrix is told from one inside.
+        # The rows are marked, to distinguish a separator outside of a matrix from one inside.
         rows = "".join(parts).strip().removesuffix("\\\\").strip().replace("\\\\", "⏎")
         return (
             rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"

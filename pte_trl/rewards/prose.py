@@ -6,12 +6,13 @@ from functools import lru_cache
 from math_verify import ExprExtractionConfig, LatexExtractionConfig
 
 from pte_trl.compat.grading import get_extraction_regexes
-from pte_trl.rewards.answers import Unreadable, denies, read
+from pte_trl.rewards.answers import denies, read
+from pte_trl.rewards.characters import Unreadable
 from pte_trl.rewards.units import NO_UNIT
 
 _REASON = re.compile(r"[\s,;]+(?:because|since|so|which|hence|thus|therefore|by)\s")
 
-# What changes the value behind it: "less than 5", "minus 5", "half of 5", "10 - 5".
+# What changes the value after it: "less than 5", "minus 5", "half of 5", "10 - 5".
 _CHANGED = re.compile(
     r"""(?:\b(?:than|least|most|up\sto|under|over|below|above|minus|negative|plus|half|twice|double|triple|thrice|times
         |exceeds?|divided\sby|multiplied\sby|(?:to|until|through|till)

@@ -1,4 +1,4 @@
-"""Words behind a value: units under one name each, and words that no unit holds."""
+"""Words after a value: units under one name each, and words that no unit holds."""
 
 import re
 
@@ -64,7 +64,7 @@ MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion
 ABBREVIATED = ("k", "M", "B", "mn", "bn", "tn")  # of magnitudes; 5k is not 5. K and T are left to kelvin and tesla
 MAGNITUDES |= {f"{word}s": power for word, power in MAGNITUDES.items()}
 
-# Words that say more about a value than its unit: with one of them behind a number, the number is not the answer.
+# Words that say more about a value than its unit: with one of them after a number, the number is not the answer.
 _NO_UNIT = (
     "not no never nor neither or and if when where while unless except without but than then else so because "
     "since mod modulo plus minus times divided multiplied over under below above negative positive choose root "
@@ -95,7 +95,7 @@ LABELS = frozenset(
 
 
 def is_unit(word: str) -> bool:
-    """Whether letters typed in math behind a number are a unit, not a product of variables."""
+    """Whether letters typed in math after a number are a unit, not a product of variables."""
     return len(word) > 1 and (word in _NAMES or word.lower() in _NAMES)
 
 

@@ -2,15 +2,10 @@
 
 A completion may hold any expression, and some never finish in sympy (`9^{9^{9^9}}`). math-verify's own
 time limit is a Python signal: it needs the main thread and cannot interrupt a big-integer power. Here every
-comparison runs in a process of ours which the kernel ends when it has used its CPU time.
-
-This file is also the worker's program. It imports only the standard library at the top, and a worker loads it without
-the rest of the package, so that it starts in half a second and never imports the caller's training script, as
-`multiprocessing` would.
+comparison runs in a process (`worker.py`) which the kernel ends when it has used its CPU time.
 """
 
 import json
-import logging
 import math
 import os
 import signal
@@ -22,20 +17,19 @@ import weakref
 from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
-START_LIMIT = 120.0  # s of wall time for a worker to import math-verify
+from pte_trl.rewards.worker import NO_MATH_VERIFY, SPARE_MEMORY_MB, START_LIMIT, Comparison
+
 MAX_FAILED_STARTS = 3  # in a row; one may be bad luck, such as a kill from outside
 # CPU time does not pass while other processes hold the cores, so the limit proper is on CPU time and a
 # verdict does not depend on the load. The wall-clock limit is this many times longer: it ends a worker that
 # is stopped or swaps.
 WALL_FACTOR = 4
 MIN_MEMORY_MB = 64  # no Python process is smaller; what a worker really needs, it tells when it has started
-SPARE_MEMORY_MB = 16  # for the comparison itself
-NO_MATH_VERIFY = 77  # exit code of a worker that cannot import its libraries
-# The packages that decide a verdict, with the names under which their versions stand in records.
+# The packages that decide a verdict, with the names under which their versions are in records.
 DECIDING = ("math-verify", "sympy", "latex2sympy2_extended", "antlr4-python3-runtime")
 # A worker gets what this process was started with. What a recipe's `env` has added since could run code in it.
 _ENVIRONMENT = dict(os.environ)
@@ -47,7 +41,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = [*filter(None, sys.path), *json.loads(sys.argv[2])]
 package = sys.modules["pte_trl"] = types.ModuleType("pte_trl")
 package.__path__ = [sys.argv[1]]
-from pte_trl.rewards.worker_pool import serve
+from pte_trl.rewards.worker import serve
 serve(*sys.argv[3:])
 """
 
@@ -84,14 +78,6 @@ def check_limits(workers: int, time_limit: float, memory_limit_mb: int | None = 
         raise ValueError(
             f"{prefix}memory_limit_mb={memory_limit_mb!r}: must be None or a number of MiB of at least {MIN_MEMORY_MB}"
         )
-
-
-class Comparison(NamedTuple):
-    """The gold answer, and the content of a box or (not `boxed`) the end of a completion without one."""
-
-    gold: str
-    answer: str
-    boxed: bool = True
 
 
 class Reply(NamedTuple):
@@ -283,62 +269,3 @@ def _why_not_started(code: int | None) -> str:
             f"(last by signal {-code}), as a system does that runs out of memory"
         )
     return f"grading workers do not start (last exit code {code}); the error message is on stderr"
-
-
-# From here on: the worker's program.
-
-
-def _peak_memory_mb() -> float:
-    """The largest address space this process has had, in MiB; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmPeak"))
-    except (OSError, StopIteration):  # not Linux
-        return 0.0
-
-
-def serve(connection: str, time_limit: str, memory_limit_mb: str) -> None:
-    """Answer jobs until the parent goes away. SIGPROF, when a job has used its CPU time, ends the process.
-
-    The arguments are those of the command line: a file descriptor, seconds, MiB (0: no limit).
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is a scheduler's warning, which all processes get
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    logging.disable(logging.CRITICAL)
-    pipe, limit, memory = Connection(int(connection)), float(time_limit), int(float(memory_limit_mb))
-    signal.setitimer(signal.ITIMER_PROF, START_LIMIT)
-    try:
-        from pte_trl.rewards.judging import judge, prepare
-    except ImportError as error:
-        print(f"grading worker: {error}", file=sys.stderr)
-        sys.exit(NO_MATH_VERIFY)
-    judge("\\frac{1}{2}", "0.5")  # parser tables
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    if memory:
-        import resource
-
-        if memory < _peak_memory_mb() + SPARE_MEMORY_MB:
-            return pipe.send(("too small", _peak_memory_mb()))
-        resource.setrlimit(resource.RLIMIT_AS, (memory << 20, memory << 20))
-    pipe.send(("ready", _peak_memory_mb()))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what goes wrong from now on is a verdict, not a message
-    while True:
-        try:
-            job = Comparison(*pipe.recv())
-        except EOFError:
-            return
-        retire = False
-        try:
-            signal.setitimer(signal.ITIMER_PROF, limit)
-            prepare(job.gold)
-            signal.setitimer(signal.ITIMER_PROF, limit)  # the answer's own time
-            reason, extracted = judge(*job)
-        except Exception:  # MemoryError, RecursionError and whatever escapes math-verify
-            reason, extracted, retire = "crashed", None, True
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        # math-verify swallows a MemoryError, and a bloated worker would fail the next answers too.
-        share = _peak_memory_mb() / memory if memory else 0.0
-        if share > 0.9 and reason != "correct":
-            reason, extracted = "crashed", None
-        pipe.send((reason, extracted, retire or share > 0.5))

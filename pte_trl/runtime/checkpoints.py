@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there, and which of them a run goes on from.
+"""Atomic checkpoints: how they are written, and which of them a run resumes from.
 
-All ranks write a checkpoint into `partial/`, beside its final place. When they are done, one process lists its files
+All ranks write a checkpoint into `partial/`, next to its final place. When they are done, one process lists its files
 with their sizes and hashes in `complete.json`, flushes them to the disk and renames the folder: a kill at any moment
 leaves the earlier checkpoints as they were. A checkpoint whose files are not those of its list is skipped, with a
 message. Nothing in a checkpoint is unpickled but tensors and plain values, so none can run code, whoever wrote it.
@@ -31,7 +31,7 @@ LISTING, PARTIAL = "complete.json", "partial"
 PICKLED = ".metadata"
 
 
-# ---- where a checkpoint may stand ------------------------------------------------------------------------------
+# ---- when a checkpoint may be written --------------------------------------------------------------------------
 
 
 def batch_steps(args) -> int:
@@ -43,7 +43,7 @@ def batch_steps(args) -> int:
 
 
 def check_save_steps(args) -> None:
-    """Refuses checkpoints inside a generation batch: what is left of the batch would be lost on the way.
+    """Refuses checkpoints inside a generation batch: what is left of the batch would be lost.
 
     Raises:
         ValueError: naming the key, its value and what is allowed.
@@ -65,7 +65,7 @@ def check_save_steps(args) -> None:
 class AtomicCheckpoints(Trainer):
     """A transformers Trainer whose checkpoints appear in one step, on any engine: ZeRO and FSDP write on every rank.
 
-    `settings` stand in every checkpoint: what a run that goes on from it has to agree with.
+    `settings` are saved in every checkpoint; a run that resumes from it must have the same.
     """
 
     settings: dict = {}  # noqa: RUF012 (replaced, never changed)
@@ -103,7 +103,7 @@ class AtomicCheckpoints(Trainer):
 
     def _prepare_for_training(self, *args, **kwargs):
         try:
-            with tensors_only(), cpu_with_index():  # transformers loads so by itself, DeepSpeed does not
+            with tensors_only(), cpu_with_index():  # transformers does so itself, DeepSpeed does not
                 return super()._prepare_for_training(*args, **kwargs)
         except pickle.UnpicklingError as error:
             raise Fault(
@@ -128,7 +128,7 @@ class AtomicCheckpoints(Trainer):
         last = f"{whole[-1].name} is the last complete one" if whole else "there is no complete one yet"
         return (
             f"rank {self.args.process_index}: {name} could not be written to {output_dir}, where {free:,} bytes were "
-            f"free ({error}); {last}, and the same command goes on from there"
+            f"free ({error}); {last}, and the same command resumes from there"
         )
 
 
@@ -161,8 +161,8 @@ def seal(folder: Path, about: dict) -> None:
     """Lists the files of a checkpoint in it with their sizes and hashes, and flushes all to the disk.
 
     Raises:
-        FileNotFoundError: a rank's random state is not there, so its node has written to a disk of its own.
-        ValueError: a file that could not be read again without running what it says.
+        FileNotFoundError: a rank's random state is missing, so its node has written to a disk of its own.
+        ValueError: a file that could not be read again without running code that it names.
     """
     ranks = about["processes"]
     for rank in range(ranks if ranks > 1 else 0):
@@ -266,11 +266,11 @@ def complete(output_dir: Path) -> list[Path]:
     return [checkpoint for checkpoint in checkpoints(output_dir) if fault_of(checkpoint) is None]
 
 
-# ---- going on --------------------------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------------------------
 
 
 def engine(args) -> str:
-    """What keeps the optimizer's state, as far as a checkpoint cares."""
+    """What keeps the optimizer's state, as far as a checkpoint depends on it."""
     if (stage := launched_zero_stage(args)) is not None:
         return f"ZeRO-{stage}"
     return "FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "one copy on every rank"

@@ -1,4 +1,4 @@
-"""The frame around every script: what ends it is said in one sentence, and what it owned is free afterwards."""
+"""The frame around every script: an error ends it with one sentence, and what it owned is released."""
 
 import functools
 import os
@@ -34,7 +34,7 @@ def settings_checked():
 
 
 def run(main: Callable[[], object]) -> None:
-    """Runs a script's `main`; an error that nobody has foreseen ends with a line on where it belongs."""
+    """Runs a script's `main`; an unexpected error ends with a line on where to report it."""
     try:
         main()
     except Exception:
@@ -52,7 +52,7 @@ def framed(main: Callable) -> Callable:
         try:
             return main(argv)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from what is on the disk", file=sys.stderr, flush=True)
+            print("interrupted; the same command resumes from what is on the disk", file=sys.stderr, flush=True)
             sys.exit(INTERRUPTED)
         except Fault as fault:
             sys.exit(f"error: {fault}")
@@ -60,7 +60,7 @@ def framed(main: Callable) -> Callable:
             if not is_lost_rank(error):
                 raise
             sys.exit(
-                f"error: rank {rank}: another rank is gone, so this one ends as well; the same command goes on from "
+                f"error: rank {rank}: another rank is lost, so this one ends as well; the same command resumes from "
                 f"what is on the disk ({error})"
             )
         finally:
@@ -99,8 +99,8 @@ class MeetWatch:
         print(
             f"error: rank {os.environ.get('RANK', '0')}: the {os.environ['WORLD_SIZE']} ranks have not met at "
             f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} in {self.limit:.0f} s, so one "
-            "of them is gone or cannot be reached; PTE_MEET_LIMIT=600 waits ten minutes where nodes start that slowly",
+            "of them is lost or cannot be reached; PTE_MEET_LIMIT=600 waits ten minutes where nodes start that slowly",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # the main thread is inside a connect that goes on for ddp_timeout
+        os._exit(1)  # the main thread is inside a connect that lasts ddp_timeout

@@ -1,6 +1,6 @@
-"""What stops a run, said in one sentence: numbers that are not finite, a rank that is gone, a scheduler's warning.
+"""Errors that end a run, and the exit statuses of signals.
 
-None of these touches a checkpoint that is there already (`checkpoints.py`), so the same command goes on from it.
+None of these changes a complete checkpoint (`checkpoints.py`), so the same command resumes from it.
 """
 
 import signal
@@ -12,21 +12,9 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Fault(RuntimeError):
-    """A run cannot go on; the message says why, where, and from what it can be taken up again."""
-
-
-# ---- numbers that are not finite -------------------------------------------------------------------------------
-
-
-# ---- SIGTERM and Ctrl-C ----------------------------------------------------------------------------------------
-
-
-# ---- a rank that is gone ---------------------------------------------------------------------------------------
+    """A run cannot continue; the message says why, where, and what it can be resumed from."""
 
 
 def is_lost_rank(error: Exception) -> bool:
-    """Whether a collective failed because another process is no longer there; gloo raises a plain RuntimeError."""
+    """Whether a collective failed because another process has ended; gloo raises a plain RuntimeError."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-# ---- trackers --------------------------------------------------------------------------------------------------

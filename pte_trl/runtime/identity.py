@@ -1,7 +1,7 @@
 """What decides a result, by its content: weights, tokenizer, template, adapter, data, and the versions at work.
 
-Names and paths stay the same when what they name is changed. So hashes stand in the settings of every training and in
-every record of an evaluation, and one that goes on is compared with them (`checkpoints.differences`, `Evaluation`).
+Names and paths stay the same when what they name is changed. So hashes are in the settings of every training and in
+every record of an evaluation, and a run that resumes is compared with them (`checkpoints.differences`, `Evaluation`).
 """
 
 import hashlib
@@ -133,7 +133,7 @@ def rows_identity(rows: Dataset) -> str:
 
 
 def training_identity(script, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None) -> dict:
-    """What a training's settings have to say of its inputs; the main process reads the files, all get the answer.
+    """What a training's settings record of its inputs; the main process reads the files, all get the answer.
 
     Args:
         script: `RecipeArguments`, model and adapter; None for one that was made in memory.

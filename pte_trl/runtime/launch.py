@@ -1,6 +1,6 @@
 """What a launch asked for: engine, processes, nodes and precision, by the command line and its config file.
 
-`accelerate launch` has several ways not to run what it was told, and to exit 0 (a MULTI_CPU config runs one process,
+`accelerate launch` can run something else than was asked for, and exit 0 (a MULTI_CPU config runs one process,
 ZeRO under ACCELERATE_USE_CPU is DDP). So what is named is read here, and compared with what exists.
 """
 
@@ -22,13 +22,13 @@ HINT = (
 
 @dataclass(frozen=True)
 class Launch:
-    """What was asked for; None where nothing was said.
+    """What was asked for; None where nothing was given.
 
     Attributes:
         engine: "single", "DDP", "ZeRO-1" to "ZeRO-3", "FSDP1" or "FSDP2".
         processes, nodes: in all.
-        precision: mixed precision, "bf16" or "fp16"; accelerate's "no" is its word for nothing said, too.
-        source: the config file or the command that says so.
+        precision: mixed precision, "bf16" or "fp16"; accelerate's "no" also means that none was given.
+        source: the config file or the command that asked for it.
     """
 
     engine: str | None = None
@@ -38,7 +38,7 @@ class Launch:
     source: str = "python"
 
 
-def said(precision) -> str | None:
+def given_precision(precision) -> str | None:
     return None if precision in (None, False, "no") else str(precision)  # YAML reads a bare `no` as False
 
 
@@ -89,7 +89,7 @@ def parse_launch(line: list[str]) -> Launch:
         engine=engine,
         processes=processes,
         nodes=asked.num_machines or config.get("num_machines"),
-        precision=said(asked.mixed_precision or config.get("mixed_precision")),
+        precision=given_precision(asked.mixed_precision or config.get("mixed_precision")),
         source=str(file) if file else "accelerate launch",
     )
 
@@ -106,7 +106,7 @@ def environment_launch() -> Launch:
         engine = f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}"
     elif on("ACCELERATE_USE_FSDP"):
         engine = f"FSDP{os.environ.get('FSDP_VERSION', 1)}"
-    precision = said(os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    precision = given_precision(os.environ.get("ACCELERATE_MIXED_PRECISION"))
     return Launch(engine, processes, precision=precision, source="the environment")
 
 

@@ -1,4 +1,4 @@
-"""What a figure is worth nothing without: commit, command, date, hardware and versions."""
+"""What a figure needs to be reproducible: commit, command, date, hardware and versions."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(folder: str | Path, device: str | torch.device, processes: int, settings: dict) -> Path:
-    """manifest.json of a finished run; written last, under another name first, so that it is whole or not there."""
+    """manifest.json of a finished run; written last, and atomically."""
     manifest = environment(device) | {"processes": processes, "versions": versions(), "settings": settings}
     return write_json(Path(folder) / "manifest.json", manifest)
 

@@ -1,8 +1,8 @@
 """An output folder, or an output file, has one owner at a time.
 
 Two runs in one folder would overwrite each other's checkpoints and records, and both would exit 0. The owner is
-written into `.owner` (beside a file: `NAME.owner`) and the file is locked. The kernel gives the lock up when the owner
-ends, however it ends. Where locks do not reach other machines the owner's heartbeat tells: it touches its file.
+written into `.owner` (for a file: `NAME.owner`) and the file is locked. The kernel gives the lock up when the owner
+ends, however it ends. Where locks do not reach other machines the owner's heartbeat decides: it touches its file.
 """
 
 import atexit
@@ -28,7 +28,7 @@ class Owner:
     """This process's hold on a path, until `release`.
 
     Args:
-        path: an output folder, made if it is not there, or an output file.
+        path: an output folder, made if it is missing, or an output file.
         file: whether it is a file.
 
     Raises:
@@ -57,7 +57,7 @@ class Owner:
                 self._lock_or_refuse()
                 if os.path.samestat(os.fstat(self.descriptor), os.stat(self.mark)):
                     break
-            except FileNotFoundError:  # the owner before has just left and taken its file along
+            except FileNotFoundError:  # the previous owner has just ended and removed its file
                 pass
             except BaseException:
                 os.close(self.descriptor)
@@ -115,7 +115,7 @@ class Owner:
                 os.utime(self.descriptor)
 
     def release(self) -> None:
-        """Gives the path free; more than once is no error."""
+        """Releases the path; more than once is no error."""
         if self._stop.is_set() or os.getpid() != self._pid:  # a forked copy owns nothing
             return
         self._stop.set()
@@ -150,7 +150,7 @@ def is_running(pid: int, started: float) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1
     except psutil.NoSuchProcess:
         return False
-    except psutil.Error:  # there, but not ours to look at
+    except psutil.Error:  # it runs, under another user
         return True
 
 

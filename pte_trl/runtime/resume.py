@@ -17,7 +17,7 @@ from pte_trl.runtime.checkpoints import (
 # What a run leaves in its output folder, besides its checkpoints.
 LEFT = ("adapter_config.json", "adapter_model.safetensors", "efficiency.json", "manifest.json", "trainer_state.json")
 
-# A run may go on under other values of these: they change neither what is sampled nor what is learnt from it.
+# A run may resume under other values of these: they change neither what is sampled nor what is learnt from it.
 FREE = re.compile(
     r"max_steps|num_train_epochs|output_dir|resume|resume_from_checkpoint|run_name|report_to|project|trackio_.*|hub_.*|push_.*"
     r"|save_.*|log.*|eval_.*|versions|do_.*|disable_tqdm|num_completions_to_print|ddp_timeout|dataloader_.*|grader_.*|offload_cache"
@@ -26,15 +26,15 @@ FREE = re.compile(
 
 
 def newest(output_dir: Path, steps: int, say=print) -> Path | None:
-    """The newest checkpoint that a run can go on from; says which newer ones are skipped, and why.
+    """The newest checkpoint that a run can resume from; prints which newer ones are skipped, and why.
 
     Args:
-        steps: of `batch_steps`; the checkpoint at the end of a run may stand inside a generation batch.
+        steps: of `batch_steps`; the checkpoint at the end of a run may be inside a generation batch.
     """
     for checkpoint in reversed(checkpoints(output_dir)):
         fault = fault_of(checkpoint, contents=True)
         if fault is None and step_of(checkpoint) % steps:
-            fault = f"stands inside a generation batch of {steps} steps"
+            fault = f"is inside a generation batch of {steps} steps"
         if fault is None:
             return checkpoint
         say(f"{checkpoint} is skipped: {fault}")
@@ -54,7 +54,7 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def is_finished(args, settings: dict) -> bool:
-    """Whether the output folder holds the finished run that these arguments describe; the main process says so.
+    """Whether the output folder holds the finished run that these arguments describe; the main process prints so.
 
     Raises:
         ValueError: it holds a finished run with other settings.
@@ -74,7 +74,7 @@ def is_finished(args, settings: dict) -> bool:
 
 
 def read_object(path: Path, key: str):
-    """What stands under a key of a JSON file of a finished run.
+    """The value of a key in a JSON file of a finished run.
 
     Raises:
         ValueError: it cannot be read; says what to do.
@@ -84,7 +84,7 @@ def read_object(path: Path, key: str):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: damaged ({type(error).__name__}: {error}); resume=never puts the earlier run aside and begins "
-            "anew, and without that file the run goes on from its last complete checkpoint"
+            "anew, and without that file the run resumes from its last complete checkpoint"
         ) from error
 
 
@@ -92,12 +92,12 @@ def refuse_differences(what: str, found: list[str]) -> None:
     if found:
         raise ValueError(
             f"{what} with other settings ({'; '.join(found)}): take another output_dir, or resume=never, which puts "
-            "the earlier run aside, or resume=PATH, which goes on from a checkpoint under the new ones"
+            "the earlier run aside, or resume=PATH, which resumes from a checkpoint under the new ones"
         )
 
 
 def starting_point(args, settings: dict, say=print) -> Path | None:
-    """The checkpoint that a run goes on from, None to begin at step 0.
+    """The checkpoint that a run resumes from, None to begin at step 0.
 
     Called by one process. Under resume=never and resume=PATH it puts aside what the folder holds beyond that point,
     or the next launch would take it for this run's.
@@ -120,19 +120,19 @@ def starting_point(args, settings: dict, say=print) -> Path | None:
     here = world(args)
     if other := [f"{key}: {about[key]} -> {here[key]}" for key in here if about[key] != here[key]]:
         raise ValueError(
-            f"{start} was written under another engine ({'; '.join(other)}) and cannot be gone on from; "
+            f"{start} was written under another engine ({'; '.join(other)}) and cannot be resumed from; "
             "adapter=PATH starts a new run from its adapter"
         )
     found = differences(about["settings"], settings)
     if others := differences(about["settings"].get("versions", {}), settings.get("versions", {})):
-        say(f"goes on under other versions: {'; '.join(others)}")
+        say(f"resumes under other versions: {'; '.join(others)}")
     if args.resume == "auto":
         refuse_differences(f"{start} is of a run", found)
     elif found:
-        say(f"goes on under other settings: {'; '.join(found)}")
+        say(f"resumes under other settings: {'; '.join(found)}")
     if args.resume != "auto":
         put_aside(output_dir, after=step_of(start) if start.parent.resolve() == output_dir.resolve() else -1, say=say)
-    say(f"goes on from {start}")
+    say(f"resumes from {start}")
     return start
 
 

@@ -1,9 +1,9 @@
-"""PTE under engines that share the weights out (DeepSpeed ZeRO-3, FSDP2): who gathers what, and when.
+"""PTE under engines that shard the weights (DeepSpeed ZeRO-3, FSDP2): who gathers what, and when.
 
 How often a layer calls its own linears follows from how many evictions its samples went through, and that differs
 from rank to rank. So nothing smaller than a decoder layer may be gathered for itself, or the ranks would wait for
-each other in different places, for ever. FSDP2 wraps decoder layers anyway; ZeRO-3 has to be told. A rollout stops
-when its last completion does, so no rank can wait for another in it: it runs with whole weights.
+each other in different places, forever. FSDP2 wraps decoder layers anyway; ZeRO-3 has to be configured. A rollout
+stops when its last completion does, so no rank can wait for another in it: it runs with whole weights.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from pte_trl.adapter.layer import PteAttention
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import pte_layers
 from pte_trl.compat.engines import gather_as_one, keep_output_dtype
 from pte_trl.compat.torch import reshards_after_forward
@@ -20,7 +20,7 @@ from pte_trl.compat.trl import distributed_backend
 
 
 def check_engine(args, engine: str | None) -> None:
-    """Refuses what would make ranks wait for each other for ever.
+    """Refuses what would make ranks wait for each other forever.
 
     Args:
         engine: as `pte_trl.runtime.launch.Launch` names it.
@@ -49,7 +49,7 @@ def check_engine(args, engine: str | None) -> None:
 
 
 def prepare_engine(trainer) -> None:
-    """Tells the engine that is about to be made what it has to know; nothing to do for DDP and ZeRO-1/2."""
+    """Configures the engine before it is made; nothing to do for DDP and ZeRO-1/2."""
     backend = distributed_backend(trainer)
     if backend.is_zero3:
         gather_by_layer(trainer.model)

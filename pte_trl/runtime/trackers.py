@@ -10,7 +10,7 @@ from pte_trl.settings.extras import check_extra
 
 
 class TolerantTracker:
-    """A tracker's callback whose failure costs the tracking and not the run; the first one is said aloud."""
+    """A tracker's callback whose failure costs the tracking and not the run; the first failure is printed."""
 
     def __init__(self, callback: TrainerCallback, name: str):
         self.callback, self.name, self.failed = callback, name, False
@@ -30,7 +30,7 @@ class TolerantTracker:
                 args.report_to = [name for name in args.report_to if name != self.name]  # TRL logs completions itself
                 print(
                     f"warning: report_to={self.name} failed ({type(error).__name__}: {error}); "
-                    "the run goes on without it",
+                    "the run continues without it",
                     file=sys.stderr,
                     flush=True,
                 )

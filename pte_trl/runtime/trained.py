@@ -1,6 +1,4 @@
-"""Nothing is called trained that was not: no step without prompts, no adapter with a NaN, no half of an adapter."""
-
-import re
+"""Refuses to report as trained what was not: a run without a step, an adapter that is not finite or not complete."""
 
 import torch
 from accelerate.utils import reduce
@@ -8,9 +6,6 @@ from torch import Tensor, nn
 
 from pte_trl.compat.engines import zero3_part
 from pte_trl.runtime.faults import Fault
-
-EMBEDDINGS = re.compile(r"embed_tokens|lm_head")
-
 
 # ---- before the weights load -----------------------------------------------------------------------------------
 
@@ -70,13 +65,13 @@ def check_trained(trainer) -> None:
     if anywhere.item():
         raise Fault(
             f"step {trainer.state.global_step}, rank {trainer.args.process_index}: the adapter is not finite"
-            f"{f', first in {bad}' if bad else ' on another rank'}, so nothing is saved; a smaller learning_rate "
-            f"(it was {trainer.args.learning_rate:g}) goes on from the last complete checkpoint"
+            f"{f', first in {bad}' if bad else ' on another rank'}, so nothing is saved; resume from "
+            f"the last complete checkpoint with a smaller learning_rate (it was {trainer.args.learning_rate:g})"
         )
 
 
 def check_finished(trainer) -> None:
-    """Refuses to call a run finished that made no step, or fewer than were asked for, or spoilt the adapter.
+    """Refuses to call a run finished that made no step, or fewer than were asked for, or made the adapter not finite.
 
     Raises:
         Fault: saying how many there were.

@@ -102,7 +102,7 @@ class RankWatch(TrainerCallback):
     """Ends this process when another rank has not been heard of for `limit` seconds.
 
     A launcher ends the ranks of its own machine when one of them dies, and gloo notices a closed connection. NCCL
-    waits `ddp_timeout` for a rank on another machine, half an hour as a rule. So every rank counts aloud in the store
+    waits `ddp_timeout` for a rank on another machine, half an hour as a rule. So every rank counts up in the store
     through which the ranks have met, from a thread, whatever the main thread is computing.
     """
 
@@ -137,14 +137,14 @@ class RankWatch(TrainerCallback):
                         heard.pop(other, None)
                     elif count != counts.get(other, 0):
                         counts[other], heard[other] = count, time.monotonic()
-            except RuntimeError:  # the store has gone with the process that kept it: everyone is silent from now on
+            except RuntimeError:  # the process that kept the store has ended: nobody is heard from now on
                 pass
             silent = {other: time.monotonic() - at for other, at in heard.items()}
             lost = sorted(other for other in silent if silent[other] > self.limit)
             if lost and not self._stop.is_set():
                 print(
                     f"error: rank {rank}: rank {', '.join(map(str, lost))} not heard of for {silent[lost[0]]:.0f} s, "
-                    "so this rank ends as well; the same command goes on from the last complete checkpoint",
+                    "so this rank ends as well; the same command resumes from the last complete checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -181,7 +181,7 @@ def fault_of(cls: type, key: str, value, limit: Limit | None = None) -> str | No
 
 
 def check_value(key: str, value, limit: Limit | None = None) -> None:
-    """Refuses a value that stands in no dataclass, such as a flag of argparse.
+    """Refuses a value that is in no dataclass, such as a flag of argparse.
 
     Raises:
         ValueError: as `check_values`.
@@ -231,7 +231,7 @@ def _strict_enums(hint):
 
 
 def _words(hint) -> str:
-    """An annotation as a person would say it."""
+    """An annotation in words."""
     names = [member.value for kind in _arms(hint) if _is_enum(kind) for member in kind]
     if names:
         return "one of " + ", ".join(names)

@@ -16,7 +16,7 @@ EXCLUSIVE = ("window", "budget")  # a flag for one of them takes the place of th
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error; the last would silently win otherwise."""
+    """YAML in which a key that occurs twice is an error; the last would silently win otherwise."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -28,7 +28,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise ValueError(f"{key!r}: must be text to be a key of the recipe ({line})")
             if key in seen:
-                raise ValueError(f"{key}: stands twice in the recipe ({line})")
+                raise ValueError(f"{key}: occurs twice in the recipe ({line})")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -43,7 +43,7 @@ class Parser(TrlParser):
 def parse(classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
     """An object of each dataclass; errors as in `parse_recipe`.
 
-    Its attribute `given` has the keys that the recipe or a flag says, as against those left at their defaults.
+    Its attribute `given` has the keys that the recipe or a flag sets, as against those left at their defaults.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # `--config=f.yaml` is the same as `--config f.yaml`; TrlParser knows the second only.
@@ -101,7 +101,7 @@ def flags(argv: list[str]) -> set[str]:
 
 
 def check_types(recipe: dict, classes: tuple[type, ...]) -> None:
-    """Compares every value of a recipe with its field's type and range, before argparse makes something of it."""
+    """Compares every value of a recipe with its field's type and range, before argparse converts it."""
     owners = {field.name: cls for cls in classes for field in dataclasses.fields(cls)}
     for key, value in recipe.items():
         if key not in owners:
@@ -117,7 +117,7 @@ def check_types(recipe: dict, classes: tuple[type, ...]) -> None:
 
 
 def as_number(value) -> int | float | None:
-    """The number that a text says, None for anything else."""
+    """The number in a text, None for anything else."""
     for kind in (int, float):
         try:
             return kind(value) if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""What a recipe says besides the trainer settings: model, data, adapter and reward."""
+"""The keys of a recipe besides the trainer's settings: model, data, adapter and reward."""
 
 from dataclasses import dataclass, field
 
@@ -10,10 +10,18 @@ from pte_trl.training.config import PteGRPOConfig
 
 # Keys of a recipe that make its adapter; `adapter_config` hands them over.
 PTE_KEYS = (
-    *("rank", "num_global_tokens", "alpha", "target_modules", "state_update", "read", "normalisation"),
-    *("use_global_tokens", "encode_evicted", "init_ratio", "whiten"),
+    "rank",
+    "num_global_tokens",
+    "alpha",
+    "target_modules",
+    "state_update",
+    "read",
+    "normalisation",
+    "use_global_tokens",
+    "encode_evicted",
+    "init_ratio",
+    "whiten",
 )
-
 ADAPTER_KEYS = (*PTE_KEYS, "adapter_dropout")
 
 
@@ -36,7 +44,7 @@ class RecipeArguments:
     answer_column: str | None = field(default=None, metadata={"help": "Column of the gold answer."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
-    max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are dropped, and counted aloud."})
+    max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are dropped and counted."})
     decontaminate: bool = field(default=True, metadata={"help": "Drop problems that overlap with the benchmarks."})
 
     rank: int = field(default=32, metadata={"help": "r, of PTE and of LoRA."})

@@ -1,4 +1,4 @@
-"""What a recipe can say to a trainer: dataclasses, read by TrlParser, checked before any weights load."""
+"""The keys of a recipe that configure a trainer: dataclasses, read by TrlParser, checked before any weights load."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,9 @@ def check_replay(args: PteGRPOConfig) -> None:
     """
     if args.replay == "segments":
         if args.method == "lora":
-            raise ValueError("replay='segments': method=lora keeps the full cache, nothing of it can be let go")
+            raise ValueError(
+                "replay='segments': method=lora keeps the full cache, so there are no segments between evictions"
+            )
         return
     for key in ("segment_length", "offload_cache"):
         if getattr(args, key):

@@ -1,4 +1,4 @@
-"""What a run is, in words that a checkpoint and a manifest keep: its settings, and hashes of what it is made of."""
+"""What checkpoints and manifests record of a run: its settings, and hashes of what it is made of."""
 
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -12,12 +12,12 @@ from pte_trl.runtime.identity import training_identity
 def stated(args) -> dict:
     """The settings of a trainer's config that are not None."""
     settings = {key: value for key, value in args.to_dict().items() if value is not None}
-    # A distillation shares most of its keys with a GRPO, and is not it.
+    # A distillation shares most of its keys with a GRPO, and is another run.
     return settings | {"config_class": type(args).__name__}
 
 
 def recipe_settings(script, args) -> dict:
-    """The settings of a run by a recipe, as they stand in its manifest."""
+    """The settings of a run by a recipe, as its manifest records them."""
     return asdict(script) | stated(args)
 
 

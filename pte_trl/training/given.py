@@ -1,4 +1,4 @@
-"""What a trainer of this project is given, looked at before TRL loads or wraps the model: model, adapter, data."""
+"""Checks of what a trainer is given, before TRL loads or wraps the model: model, adapter, data."""
 
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from pte_trl.data.needs import repository
 from pte_trl.models.hub import reachable
 from pte_trl.models.weights import check_model_folder, read_config
 from pte_trl.rewards.functions import AccuracyReward
+from pte_trl.rewards.grader import Grader, check_golds
+from pte_trl.runtime.together import on_main
 from pte_trl.runtime.trained import check_enough
 
 LOADED = "PeftModel.from_pretrained(model, FOLDER, is_trainable=True)"
@@ -65,25 +67,35 @@ def check_given(settings, model: Any, peft_config: Any):
 
 
 def check_data(settings, dataset: Any, rewards: Any = None) -> None:
-    """Refuses a training set without the columns that are read, or that does not fill one generation batch.
+    """Refuses a training set with a missing column, an unreadable gold answer, or too few rows for a generation batch.
 
-    Streamed data, of which neither is known, is let pass.
+    Streamed data are not checked: their columns, length and rows are not known. Gold answers are checked where an
+    `AccuracyReward` reads them, by its own grader, which checks each distinct answer once.
 
     Raises:
-        ValueError: naming the columns, or both numbers.
+        ValueError: naming the columns, both numbers, or column, row and value of the first bad answers.
     """
     if not isinstance(dataset, Dataset):
         return
     rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
-    needed = {"prompt": "the trainer"}
-    if any(isinstance(each, AccuracyReward) for each in rewards):
-        needed["answer"] = "AccuracyReward"
+    graders = [each.grader for each in rewards if isinstance(each, AccuracyReward)]
+    needed = {"prompt": "the trainer"} | ({"answer": "AccuracyReward"} if graders else {})
     for column, reader in needed.items():
         if column not in dataset.column_names:
             raise ValueError(
                 f"train_dataset: has the columns {dataset.column_names}; {reader} reads the column {column!r}"
             )
     check_enough(settings, len(dataset))
+    for grader in graders:
+        on_main(lambda grader=grader: _check_answers(dataset, grader))
+
+
+def _check_answers(dataset: Dataset, grader: Grader) -> None:
+    columns = [column for column in ("id", "answer") if column in dataset.column_names]
+    try:
+        check_golds(dataset.select_columns(columns).with_format(None), grader=grader)
+    except ValueError as error:
+        raise ValueError(f"train_dataset: {error}") from error
 
 
 def named_config(name: str, trust_remote_code: bool, options: dict):

@@ -1,11 +1,13 @@
 """A model and an adapter, of a recipe or given to a trainer by name: refused before the weights load where they cannot
 work, and loaded."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_scheduler
 
 from pte_trl.adapter.check import check_adapter, check_adapter_folder, load_adapter
 from pte_trl.adapter.config import one_of
@@ -23,9 +25,12 @@ from pte_trl.training.arguments import ADAPTER_KEYS, RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.given import check_targets
 
+# Patterns of a hub repository's files besides weights: tokenizers, chat templates, configurations and code.
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+
 
 def check_model(script: RecipeArguments, args: PteGRPOConfig) -> None:
-    """Looks at the files of the model and of the adapter, and at what the launcher asks for; loads no weights.
+    """Checks the files of the model and of the adapter, and the engine that was launched; loads no weights.
 
     Raises:
         ValueError: an unsupported architecture, attention implementation or engine for a bounded method; a model
@@ -64,7 +69,7 @@ def check_fits(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
 
 
 def check_without_effect(args: PteGRPOConfig) -> None:
-    """Refuses what the trainers know and the scripts do not hand them; they find it out late, or ignore it.
+    """Refuses settings that the scripts do not pass on; a trainer would fail late, or ignore them.
 
     Raises:
         ValueError: naming what does that.
@@ -107,8 +112,8 @@ def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreT
 
 
 def load_named(name: str, settings) -> PreTrainedModel:
-    """The model that a trainer is given by name, as TRL loads it (`model_init_kwargs`; float32 if nothing is said) and
-    as a recipe does: all of its weights are there, attention is `blockwise` if nothing is said, and its own sampling
+    """The model that a trainer is given by name, as TRL loads it (`model_init_kwargs`; float32 by default) and
+    as a recipe does: all of its weights are there, attention is `blockwise` by default, and its own sampling
     settings are left out.
 
     Raises:
@@ -129,9 +134,18 @@ def load_named_tokenizer(name: str, settings) -> PreTrainedTokenizerBase:
     """
     options = settings.model_init_kwargs or {}
     trust = options.get("trust_remote_code", settings.trust_remote_code)
-    if options.get("revision") is not None:  # which `load_tokenizer`, as the recipes, has no name for
-        return AutoTokenizer.from_pretrained(
-            name, revision=options["revision"], padding_side="left", truncation_side="left", trust_remote_code=trust
-        )
-    source = SimpleNamespace(model_name_or_path=name, chat_template_kwargs=settings.chat_template_kwargs)
+    folder = _tokenizer_at_revision(name, options)
+    source = SimpleNamespace(model_name_or_path=folder, chat_template_kwargs=settings.chat_template_kwargs)
     return load_tokenizer(source, trust, key="model")
+
+
+def _tokenizer_at_revision(name: str, options: dict) -> str:
+    """`name`; with a `revision` of a model on the hub, the cached folder of that revision's tokenizer and config.
+
+    A folder here has no revisions: transformers ignores the option as well.
+    """
+    if options.get("revision") is None or Path(name).expanduser().is_dir():
+        return name
+    return snapshot_download(
+        name, revision=options["revision"], token=options.get("token"), allow_patterns=TOKENIZER_FILES
+    )

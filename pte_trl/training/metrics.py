@@ -1,4 +1,4 @@
-"""What the trainers log beside TRL's own metrics."""
+"""What the trainers log in addition to TRL's own metrics."""
 
 import math
 

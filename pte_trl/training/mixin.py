@@ -36,7 +36,7 @@ from pte_trl.training.unsupported import check_arguments
 
 
 class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
-    """Base of the trainers, in front of TRL's: what a user of TRL does not have to think of.
+    """Base of the trainers, in front of TRL's: what a user of TRL need not care about.
 
     Before weights load, the constructor checks the launch, the settings, the model's files, the adapter and the data.
     A model of a family that PTE supports, given by name, is loaded with `attn_implementation="blockwise"` and without
@@ -44,10 +44,10 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
 
     `train` calibrates a fresh PTE adapter, prints what is really running, stops a run whose engine is not the one that
     was launched, saves a checkpoint and exits at SIGTERM, and ends this process when another rank is lost.
-    Checkpoints appear whole or not at all. A tracker that fails does not end a run.
+    Checkpoints are atomic. A tracker that fails does not end a run.
 
     Attributes:
-        settings: what stands in every checkpoint and in the manifest: what decides the course of the run.
+        settings: what every checkpoint and the manifest record: what decides the course of the run.
         max_prompt_tokens: longest prompt there can be; None to look it up in the training set.
         engine_cache: the rollout engine, kept between rollouts.
     """
@@ -69,7 +69,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         zero, fsdp = backend.zero_stage, backend.fsdp_version
         check_engine(self.args, f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None)
         prepare_engine(self)
-        # Ctrl-C interrupts a Python session as ever; the recipes' scripts save a checkpoint at it, too.
+        # Ctrl-C interrupts a Python session as usual; the recipes' scripts save a checkpoint at it, too.
         self.stop = StopOnTerm(batch_steps(self.args), [signal.SIGTERM])
         self._guard = StartupGuard(self, None)
         minutes = self.args.save_minutes
@@ -112,7 +112,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         try:
             result = super().train(checkpoint, *args, **kwargs)
         finally:
-            self.stop.on_train_end()  # transformers does not say so where an error ends the training
+            self.stop.on_train_end()  # transformers does not call it where an error ends the training
         if self.stop.stopped:
             name = signal.Signals(self.stop.stopped).name
             self.accelerator.print(f"stopped by {name} at step {self.state.global_step}; a checkpoint of it is saved")
@@ -149,7 +149,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         return None if start is None else str(start)
 
     def _longest_prompt(self) -> int | None:
-        """Tokens; None where nobody knows: streamed data, and `lora`, to which prompts are TRL's business."""
+        """Tokens; None if unknown: streamed data, and `lora`, whose prompts TRL handles."""
         if self.max_prompt_tokens is not None or not (self.bounded and isinstance(self.train_dataset, Dataset)):
             return self.max_prompt_tokens
         longest = on_main(lambda: longest_prompt(self))

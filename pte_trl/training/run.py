@@ -32,7 +32,7 @@ class Start:
     """What is known of a run before the weights load.
 
     Attributes:
-        settings: as they stand in the manifest.
+        settings: as the manifest records them.
         checkpoint: the one to resume from, None to begin at step 0.
     """
 
@@ -43,7 +43,7 @@ class Start:
 
 
 def train(script, args, trainer: type, read: Read, arguments: Arguments = lambda _: {}):
-    """Trains as a recipe says; a setting that is refused ends the process in one line.
+    """Trains by a recipe; a setting that is refused ends the process with one line.
 
     Args:
         script: `RecipeArguments`.

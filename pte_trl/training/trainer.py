@@ -52,7 +52,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
         self._micro_batches = []
-        # The format rate counts boxes behind it only, as the rewards do.
+        # The format rate counts boxes after it only, as the rewards do.
         texts = (getattr(getattr(f, "grader", f), "answer_after", None) for f in self.reward_funcs)
         self.answer_after: str | None = next(filter(None, texts), None)
         self._check_rewards()
@@ -64,7 +64,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
     def _check_dropout(self) -> None:
         """Segment-wise scoring runs the model again inside backward, where nothing may be random.
 
-        In one pass a dropout of the user's stands, but training then is not on the log-probs that were sampled.
+        In one pass dropout is allowed, with a warning: log-probs in training then differ from the sampled ones.
         """
         random = [
             f"{name}{'' if isinstance(module, nn.Dropout) else '.attention_dropout'}"

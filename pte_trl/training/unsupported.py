@@ -102,7 +102,7 @@ def check_arguments(arguments: dict[str, Any], config: type) -> None:
 
 
 def refuse_other(key: str, value, only: Only, method: str) -> None:
-    # An empty mapping, list or text says nothing, as None does.
+    # An empty mapping, list or text counts as not given, like None.
     if value == only.allowed or (only.allowed is None and isinstance(value, (dict, list, str)) and not value):
         return
     shown = getattr(value, "__name__", None) or " ".join(repr(value).split())

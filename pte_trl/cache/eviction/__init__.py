@@ -1,7 +1,7 @@
 """Eviction strategies at inference (figure 4b of the paper): which thoughts leave a full cache.
 
-Whatever leaves is encoded by PTE as ever. A new strategy is one file with a `Strategy` and one line in STRATEGIES,
-which every generic test walks.
+PTE encodes whatever leaves, under every strategy. A new strategy is one file with a `Strategy` and one line in
+STRATEGIES, which every generic test walks.
 """
 
 from collections.abc import Iterator

@@ -11,6 +11,6 @@ class SlidingWindow(Strategy):
 
     Source: arXiv 2602.16839, eq. 2 (cache policy D). It has no knobs.
 
-    The name "sliding_window" gives the faster `BoundedCache`, which does the same; an instance of this class takes
-    the general way, where the tests compare the two.
+    The name "sliding_window" gives the faster `BoundedCache`, which does the same; an instance of this class uses
+    the general `SelectiveCache`, so that tests can compare the two.
     """

@@ -17,16 +17,16 @@ from pte_trl.training.distill.config import PteDistillConfig
 
 
 def check_new_file(path: str) -> None:
-    """Refuses a place for completions where something is.
+    """Refuses to overwrite what exists.
 
     Raises:
         ValueError: saying what to do.
     """
     if Path(path).is_dir():
-        raise ValueError(f"sample_to={path!r}: is a folder; allowed is a file that is not there yet")
+        raise ValueError(f"sample_to={path!r}: is a folder; allowed is a file that does not exist yet")
     if Path(path).exists():
         raise ValueError(
-            f"sample_to={path!r}: is there already; completions={path} distils on it, and to sample anew remove it or "
+            f"sample_to={path!r}: exists already; completions={path} distils on it, and to sample anew remove it or "
             "name another file"
         )
 
@@ -40,7 +40,7 @@ def write_completions(
     batch: int = 32,
 ) -> None:
     """One completion of the model, full cache, per prompt; each has a seed of its own, so the file does not depend on
-    the batch. The file is whole or not there."""
+    the batch. The file is written atomically."""
     model = model.to(args.device)
     aside, count = path.with_suffix(".partial"), 0
     path.parent.mkdir(parents=True, exist_ok=True)

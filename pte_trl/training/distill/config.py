@@ -1,4 +1,4 @@
-"""What a distillation recipe can say beside `RecipeArguments`."""
+"""The keys of a distillation recipe that are not in `RecipeArguments`."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar

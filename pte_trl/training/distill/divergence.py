@@ -1,7 +1,7 @@
 """How far the student's next-token distribution is from the teacher's, without the logits of all tokens at once.
 
 The LM head is applied to some tokens at a time, and again in backward: what autograd keeps is the hidden states. TRL's
-own chunked divergence (`trl.kernels`) works in float32 only and says nothing of the most likely token, which we log;
+own chunked divergence (`trl.kernels`) works in float32 only and does not give the most likely token, which we log;
 a test compares the two.
 """
 

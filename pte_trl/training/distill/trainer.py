@@ -3,7 +3,7 @@
 The teacher is the base model with the full cache, the student the same weights with the adapter, under the window, by
 the one-pass replay. The signal is dense, needs no gold answers, and what is saved is where GRPO starts.
 
-What serves from TRL: prompts and their tokenizing, generation batches and their split into micro-batches, the loss's
+Used from TRL: prompts and their tokenizing, generation batches and their split into micro-batches, the loss's
 route through the engine's wrapper, logging, saving. `GKDTrainer` would hold both models' logits whole and starts from
 written answers; `GOLDTrainer` is for two tokenizers. Replaced are: who writes the completions, and the loss, since
 TRL's wants a second model as the teacher and its student sees the full cache.
