@@ -125,7 +125,7 @@ def test_two_nodes_that_are_stopped_together_go_on_as_one_run(tmp_path, free_por
     step = int(reached.name.partition("-")[2])
     assert step < 5
     code, text = finish(train("stopped", SLURM_RESTART_COUNT="1"))
-    assert code == 0 and f"goes on from stopped/checkpoint-{step}" in text and "scontrol" not in text, text[-3000:]
+    assert code == 0 and f"resumes from stopped/checkpoint-{step}" in text and "scontrol" not in text, text[-3000:]
     resumed, whole = (course(tmp_path / output, step) for output in ("stopped", "whole"))
     assert gap(resumed, whole) == [] and min(entry["grad_norm"] for entry in whole["metrics"]) > 0
 

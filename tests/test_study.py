@@ -231,5 +231,5 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
         for folder, arm in (
             (folder, arm) for folder in (plan.RECALL, plan.SUMS, plan.ARITHMETIC) for arm in plan.ARMS if arm.start
         ):
-            # an arm that goes on from another comes behind it
+            # an arm that starts from another comes behind it
             assert place[f"{folder}/{arm.name}-{seed}"] > place[f"{folder}/{arm.start}-{seed}"]
