@@ -58,6 +58,7 @@ DOCUMENTED: dict[str, set[str] | None] = {
     "torch.nn.init": None,
     "torch.nn.parallel": None,
     "torch.nn.utils": None,
+    "torch.nn.utils.rnn": None,
     "torch.optim": None,
     "torch.optim.lr_scheduler": None,
     "torch.random": None,
