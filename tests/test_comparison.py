@@ -157,7 +157,7 @@ def test_where_all_is_right_or_wrong_problems_are_the_trials():
 
 
 def test_an_interval_of_a_mean():
-    low, high = interval_of_mean([1.0, 0.5], [(0.9, 1.0), (0.3, 0.8)])
+    low, high = interval_of_mean([1.0, 0.5], [(0.9, 1.0), (0.3, 0.8)], [0.5, 0.5])
     assert (low, high) == pytest.approx((0.75 - sqrt(0.01 + 0.04) / 2, 0.75 + 0.15))
 
 

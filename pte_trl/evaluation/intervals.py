@@ -1,7 +1,7 @@
 """Confidence intervals of shares, for scores whose samples come in clusters and may all be right or all be wrong."""
 
 from math import sqrt
-from statistics import NormalDist, fmean
+from statistics import NormalDist
 
 Interval = tuple[float, float]
 
@@ -44,12 +44,15 @@ def interval(share: float, standard_error: float | None, problems: int, trials: 
     return wilson(share, min(trials, independent / standard_error**2))
 
 
-def interval_of_mean(shares: list[float], intervals: list[Interval]) -> Interval:
-    """Of the mean of independent shares from their own intervals (Zou and Donner's MOVER, Stat. Medicine 27, 2008)."""
-    mean, count = fmean(shares), len(shares)
-    below = sqrt(sum((share - low) ** 2 for share, (low, _) in zip(shares, intervals, strict=True))) / count
-    above = sqrt(sum((high - share) ** 2 for share, (_, high) in zip(shares, intervals, strict=True))) / count
-    return mean - below, mean + above
+def interval_of_mean(shares: list[float], intervals: list[Interval], weights: list[float]) -> Interval:
+    """Of a weighted mean of independent shares from their own intervals, by MOVER (Zou and Donner, Statistics in
+    Medicine 27, 2008). The weights add up to 1.
+    """
+    terms = list(zip(shares, intervals, weights, strict=True))
+    mean = sum(weight * share for share, _, weight in terms)
+    below = sqrt(sum((weight * (share - low)) ** 2 for share, (low, _), weight in terms))
+    above = sqrt(sum((weight * (high - share)) ** 2 for share, (_, high), weight in terms))
+    return max(0.0, mean - below), min(1.0, mean + above)
 
 
 def spread(standard_error: float | None, bounds: Interval | None, write) -> str:
