@@ -9,6 +9,7 @@ from experiments.paper import numbers, plan, results, tables
 from experiments.paper.captions import missing_names
 from experiments.paper.deviations import data, deviations
 from experiments.paper.plan import Cell
+from experiments.tiny.model import build
 from pte_trl.cache.schedule import Schedule
 from pte_trl.runtime.efficiency import visible_pairs
 from tests.paper_runs import MATH, MODEL, STAND_IN, evaluation, table1_cells, write_evaluation, write_training
@@ -159,6 +160,21 @@ def test_completions_within_the_length_are_not_cut(tmp_path):
     keys = {"method": "pte", "max_generation_length": "3072"}
     (row,) = results.rows("figure5", [Cell(keys, source, "pass@1@96")])
     assert (row.ours, row.at) == (37.5, 96)
+
+
+def test_longer_completions_are_cut_and_graded_again(tmp_path):
+    pytest.importorskip("pte_trl.evaluation.prefix")
+    model, tokenizer = build(seed=0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    answer = r"\boxed{1}"
+    ids = tokenizer("so " * 20 + answer)["input_ids"]
+    settings = {"completion": "so " * 20 + answer, "completion_ids": ids, "max_new_tokens": 96, "evict_ratio": 0.25}
+    settings |= {"model_name_or_path": str(tmp_path / "model")}
+    write_evaluation(tmp_path / "run", [[1], [1]], tokens=[[len(ids)], [len(ids)]], **settings)
+    source, keys = evaluation(tmp_path / "run", length=96), {"method": "pte", "max_generation_length": "3072"}
+    cells = [Cell(keys, source, f"pass@1@{length}") for length in (len(ids), len(ids) - 3)]
+    assert [(row.ours, row.at) for row in results.rows("figure5", cells)] == [(100, len(ids)), (0, len(ids) - 3)]
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "pass@0", "pass@", "pass@1@", "pass@1@x"])

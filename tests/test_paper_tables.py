@@ -64,6 +64,17 @@ def test_an_average_waits_for_all_of_its_scores(rows):
     assert [row.keys["metric"] for row in results.missing(rows)] == ["aime24_pass16", "avg"]
 
 
+def test_an_average_with_a_part_that_is_wholly_solved_has_an_interval(tmp_path):
+    write_table1_runs(tmp_path)
+    write_evaluation(tmp_path / "pte" / "aime24", [[1] * 16] * 4)
+    found = by_name(results.rows("table1", table1_cells(tmp_path)))
+    average, math = found["pte", "avg"], found["pte", "math500"]
+    assert (average.ours, average.se) == (68.75, None)
+    below = ((math.ours - math.low) ** 2 + 48.99**2) ** 0.5 / 2  # 4 of 4 have the interval [51.01, 100]
+    assert average.low == pytest.approx(68.75 - below, abs=0.01)
+    assert average.high == pytest.approx(68.75 + (math.high - math.ours) / 2)
+
+
 def test_efficiency_comes_from_the_training(rows):
     row = by_name(rows)["pte", "attention_tflops_max"]
     assert (row.ours, row.paper, row.se, row.problems) == (3.25, 2.7, None, None)

@@ -60,8 +60,8 @@ def _what_they_rest_on(rows: list[Row]) -> list[str]:
     texts = (f"{p} problems x {s} samples" + (f" x {n} seeds" if n > 1 else "") for p, s, n in counts)
     over = "problems and seeds" if any(seeds > 1 for *_, seeds in counts) else "problems"
     out = [
-        f"Ours: {', '.join(texts)}; ± is the standard error over {over}; [a, b] stands for it where all or none are "
-        "solved, a 95 % interval (Wilson) with a trial per problem."
+        f"Ours: {', '.join(texts)}; ± is the standard error over {over}; [a, b] stands for it where all or none of a "
+        "benchmark are solved, a 95 % interval (Wilson) with a trial per problem."
     ]
     if any(row.clean is not None for row in rows):
         out.append("clean: without the problems that DAPO-Math-17k, the training data, repeats.")

@@ -19,8 +19,8 @@ class Difference:
         keys: of PTE's row.
         other: the method that it is compared with.
         paper, ours: None where one of the two numbers is missing.
-        se: standard error of `ours` over the problems' differences, and over seeds where there are several; None for
-            a single problem.
+        se: standard error of `ours` over the problems' differences, and over seeds where there are several; 0 where no
+            problem differs, None for a single problem.
         problems, seeds: that both have.
         parts: of an average, how many of its scores are there in both, and how many there are to be. Both `paper`
             and `ours` are of those.

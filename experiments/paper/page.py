@@ -22,10 +22,10 @@ from pte_trl.runtime.manifest import environment
 CSS = """
 :root { color-scheme: light dark; --line: #8884; --loud: #b00020; --soft: #8882; }
 @media (prefers-color-scheme: dark) { :root { --loud: #ff8a80; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 0 auto; padding: 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; }
-th, td { padding: .2rem .7rem .2rem 0; text-align: left; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem .2rem 0; text-align: left; font-variant-numeric: tabular-nums; }
 thead th { border-bottom: 2px solid var(--line); } tr.paper td { border-top: 1px solid var(--line); }
 tr.ours td { font-weight: 600; } tr.clean td, tr.diff td { opacity: .75; }
 tr.n td { border-top: 1px solid var(--line); font-size: .8rem; opacity: .75; } td.slip { background: var(--soft); }

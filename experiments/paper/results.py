@@ -22,7 +22,7 @@ class Row:
     Args:
         paper, ours: None where there is none.
         se: standard error of `ours`, in its unit: of a score over problems and seeds, of an efficiency over seeds.
-        low, high: 95 % interval of a score; it is there too where the error is 0 or cannot be estimated.
+        low, high: 95 % interval of a score; it says something too where the error is 0 or cannot be estimated.
         problems, samples: what `ours` rests on, samples per problem; None for averages and efficiency.
         seeds, planned: trainings that `ours` is the mean of, and how many there are to be.
         clean, clean_problems: the score without problems that the training data repeat, and how many are left; None
@@ -222,7 +222,10 @@ def _seed(source: EvaluationRun) -> int:
 
 
 def _with_scores(row: Row, scores: Scores, trials: dict[str, int]) -> Row:
-    """Mean, error and interval; the benchmarks of an average are independent of each other."""
+    """Mean, error and interval; the benchmarks of an average are independent of each other.
+
+    An average has no error where one of its benchmarks is solved wholly or not at all: that one's would count as 0.
+    """
     shares, bounds = [], []
     for name, seeds in scores.values.items():
         one = Scores.of(name, seeds)
@@ -231,6 +234,8 @@ def _with_scores(row: Row, scores: Scores, trials: dict[str, int]) -> Row:
     ours, se = _percent(scores.mean), _percent(scores.standard_error)
     weights = [scores.weights[name] for name in scores.values]
     limits = interval_of_mean(shares, bounds, weights)
+    if len(shares) > 1 and not all(0 < share < 1 for share in shares):
+        se = None
     return replace(row, ours=ours, se=se, scores=scores, trials=trials, **_bounds(limits))
 
 

@@ -62,7 +62,7 @@ def parse(metric: str) -> tuple[int, int | None]:
 def _measure(folder: str, changed: int, benchmark: str, longest: int, metric: str) -> Measured:
     k, length = parse(metric)
     records = read_records(folder)
-    if length is not None and length < longest:
+    if length not in (None, longest) and any(record["tokens"] > length for record in records):
         records = _cut(records, length)
     samples = len(next(iter(verdicts(records).values())))
     if samples < k:
@@ -84,7 +84,5 @@ def _cut(records: list[Record], length: int) -> list[Record]:
     from pte_trl.evaluation.prefix import prefix_records
     from pte_trl.models.tokens import load_tokenizer
 
-    model = SimpleNamespace(
-        model_name_or_path=records[0]["model_name_or_path"], system_prompt=None, chat_template_kwargs=None
-    )
+    model = SimpleNamespace(model_name_or_path=records[0]["model_name_or_path"])
     return prefix_records(records, length, load_tokenizer(model))
