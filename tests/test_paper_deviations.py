@@ -160,6 +160,8 @@ def test_completions_within_the_length_are_not_cut(tmp_path):
     keys = {"method": "pte", "max_generation_length": "3072"}
     (row,) = results.rows("figure5", [Cell(keys, source, "pass@1@96")])
     assert (row.ours, row.at) == (37.5, 96)
+    with pytest.raises(ValueError, match=r"pass@1@97: .* has completions of 96 tokens at most"):
+        results.rows("figure5", [Cell(keys, source, "pass@1@97")])
 
 
 def test_longer_completions_are_cut_and_graded_again(tmp_path):

@@ -61,6 +61,10 @@ def parse(metric: str) -> tuple[int, int | None]:
 @cache
 def _measure(folder: str, changed: int, benchmark: str, longest: int, metric: str) -> Measured:
     k, length = parse(metric)
+    if length and length > longest:
+        raise ValueError(
+            f"{metric}: {folder} has completions of {longest} tokens at most; allowed are lengths up to it"
+        )
     records = read_records(folder)
     if length not in (None, longest) and any(record["tokens"] > length for record in records):
         records = _cut(records, length)
