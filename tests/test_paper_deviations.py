@@ -39,7 +39,7 @@ def test_the_list_names_what_the_runs_have_otherwise(tmp_path):
         "512); learning rate 0.0002 (the paper: 1e-05)."
     )
     assert open_training == (
-        "Not stated in the paper, for training: KL weight 0.04; seed 42; problems of the benchmarks left out yes; "
+        "Not stated in the paper, for training: KL weight 0.04; seed 42; benchmark problems removed yes; "
         "adapted layers q_proj + o_proj."
     )
     assert open_evaluation == 'Not stated in the paper, for evaluation: temperature 0.6; instruction "Think first.".'
@@ -222,3 +222,5 @@ def test_twice_the_visible_pairs_are_less_than_the_papers_bounded_cache():
     assert 0.895 < ours[0] / high < ours[1] / low < 0.945
     least, most = common(products("pte"))
     assert least > most  # no N fits PTE's three figures
+    below = [1 - count / n for bounds in products("pte") for count, n in zip(ours[::-1], bounds, strict=True)]
+    assert (min(below), max(below)) == pytest.approx((0.06, 0.147), abs=0.002)
