@@ -1,6 +1,7 @@
 """Runs written by hand in the format of real ones, for the tests of tables, figures and the page."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.paper.plan import Cell, EvaluationRun, TrainingRun
@@ -11,8 +12,26 @@ AIME = [[0] * 15 + [1], [1] * 16, [0] * 16, [0] * 16]  # pass@16 2/4 = 50 %; squ
 STAND_IN = {"model": "a <small> model", "note": "Its numbers & the paper's differ.", "bin_width": 3}
 
 
-def write_evaluation(folder: Path, verdicts: list[list[int]], tokens: list[list[int]] | None = None) -> str:
-    """records.jsonl of problems x samples, and a manifest."""
+@dataclass(frozen=True)
+class Seeded(EvaluationRun):
+    """An evaluation of a training with this seed."""
+
+    seed: int | None = None
+
+
+def write_evaluation(
+    folder: Path,
+    verdicts: list[list[int]],
+    tokens: list[list[int]] | None = None,
+    repeated: tuple[int, ...] = (),
+    **settings,
+) -> str:
+    """records.jsonl of problems x samples, and a manifest.
+
+    Args:
+        repeated: problems that the training data repeat.
+        settings: more keys of every record.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {
@@ -27,8 +46,9 @@ def write_evaluation(folder: Path, verdicts: list[list[int]], tokens: list[list[
             "evictions": 0,
             "budget": 64,
             "window": 32,
-            "contaminated": False,
+            "contaminated": i in repeated,
             "gold_note": None,
+            **settings,
         }
         for i, samples in enumerate(verdicts)
         for k, correct in enumerate(samples)
@@ -38,16 +58,18 @@ def write_evaluation(folder: Path, verdicts: list[list[int]], tokens: list[list[
     return str(folder)
 
 
-def write_training(folder: Path, tflops: float = 3.25) -> str:
+def write_training(folder: Path, tflops: float = 3.25, **settings) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     measured = {"attention_tflops_max": tflops, "gpu_mem_peak_pct": 40.0, "gpu_mem_mean_pct": 30.5}
     (folder / "efficiency.json").write_text(json.dumps({**measured, "memory_of": "a card of 40 GB"}))
-    (folder / "manifest.json").write_text(json.dumps({"commit": "decade", "settings": {"seed": 42}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"commit": "decade", "processes": 8, "settings": {"seed": 42} | settings})
+    )
     return str(folder)
 
 
-def evaluation(folder, budget: int = 3072, length: int = 3072) -> EvaluationRun:
-    return EvaluationRun("qwen3b", "pte", "math500", budget, length, 0.25, "sliding_window", 2, str(folder))
+def evaluation(folder, budget: int = 3072, length: int = 3072, benchmark: str = "math500") -> EvaluationRun:
+    return EvaluationRun("qwen3b", "pte", benchmark, budget, length, 0.25, "sliding_window", 2, str(folder))
 
 
 def table1_cells(root: Path) -> list[Cell]:
@@ -60,7 +82,7 @@ def table1_cells(root: Path) -> list[Cell]:
     for method in ("baseline", "pte"):
         cells += [
             Cell(keys(method, "math500"), evaluation(root / method / "math500"), "pass@1"),
-            Cell(keys(method, "aime24_pass16"), evaluation(root / method / "aime24"), "pass@16"),
+            Cell(keys(method, "aime24_pass16"), evaluation(root / method / "aime24", benchmark="aime24"), "pass@16"),
             Cell(keys(method, "avg"), None, "avg"),
         ]
     trained = TrainingRun("qwen3b", "pte", (), str(root / "train"))

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.paper import figures, page, plan, render, results
 from experiments.paper.plan import Cell
-from tests.paper_runs import MATH, STAND_IN, evaluation, table1_cells, write_evaluation, write_table1_runs
+from tests.paper_runs import MATH, MODEL, STAND_IN, evaluation, table1_cells, write_evaluation, write_table1_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -209,3 +209,43 @@ def test_slips_on_the_page_link_to_their_notes(plan_of_table1):
     text = page.html([render.render("tableA1", "paper", plan_of_table1 / "out")], "paper")
     assert '<td class="slip">50.8 <sup><a href="#tableA1-1">1</a></sup></td>' in text
     assert '<li id="tableA1-1">[1] Figures 4a, 4b and A1 have 50.4' in text
+
+
+def test_error_bars_are_the_interval_where_all_is_right(tmp_path):
+    write_evaluation(tmp_path / "768", [[1, 1]] * 4)
+    found = results.rows("figure4b", window_cells(tmp_path, {"768": 40}))
+    (axis,) = figures.figure("figure4b", found, {}).axes
+    (bars,) = axis.collections
+    assert list(bars.get_segments()[0][:, 1]) == pytest.approx([51.01, 100.0], abs=0.01)
+
+
+def test_figure_6_counts_the_responses_of_all_seeds(tmp_path):
+    write_evaluation(tmp_path / "a", [[1, 1]], tokens=[[3, 5]])
+    write_evaluation(tmp_path / "b", [[1, 0]], tokens=[[7, 5]])
+    cells = [Cell({"method": "pte"}, evaluation(tmp_path / name), "lengths") for name in ("a", "b")]
+    found = results.rows("figure6", cells, bin_width=3)
+    assert [(row.keys["bin"], row.samples) for row in found if row.ours and row.ours > 50] == [("1.0-2.0", 3)]
+
+
+def test_an_unknown_scale_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*hourly"):
+        render.checked("table1", "hourly", tmp_path)
+
+
+def test_the_deviations_are_below_the_table_on_the_page_and_in_the_manifest(plan_of_table1):
+    rendered = render.render("table1", "tiny", plan_of_table1 / "out")
+    text, markdown = page.html([rendered], "tiny"), rendered.shown.read_text()
+    manifest = json.loads((plan_of_table1 / "out" / "table1.json").read_text())
+    assert manifest["deviations"] == rendered.deviations != []
+    assert "Deviations from the paper:\n\n- Model: a <small> model.\n" in markdown
+    assert "<p>Deviations from the paper:</p><ul><li>Model: a &lt;small&gt; model.</li>" in text
+    assert '<tr class="n">' in text and "4 x 2" in text
+
+
+def test_the_page_has_the_differences(plan_of_table1, monkeypatch):
+    write_evaluation(plan_of_table1 / "runs" / "lora_c", [[1, 0], [0, 0], [0, 0], [0, 0]])
+    keys = {"model": MODEL, "method": "lora_c", "metric": "math500"}
+    cells = [*plan.cells("table1", "tiny"), Cell(keys, evaluation(plan_of_table1 / "runs" / "lora_c"), "pass@1")]
+    monkeypatch.setattr(plan, "cells", lambda item, scale: cells)
+    text = page.html([render.render("table1", "tiny", plan_of_table1 / "out")], "tiny")
+    assert "PTE minus the others, paired by problem</h3>" in text and "<td>+25.0 ±14.4</td>" in text

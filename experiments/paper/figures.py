@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.paper import histograms
+from experiments.paper.captions import caption
+from experiments.paper.layout import LAYOUTS, TITLE_OF_PANEL, label
 from experiments.paper.results import Row, bin_width
-from experiments.paper.tables import LAYOUTS, TITLE_OF_PANEL, caption, label
 
 # Okabe and Ito's colours, told apart with any kind of colour vision, and by their markers in grey.
 STYLES = [
@@ -54,7 +55,7 @@ def figure(item: str, rows: list[Row], stand_in: dict) -> Figure:
     else:
         out = _curves(item, rows)
     width = int(out.get_figwidth() * 14)  # characters in a line
-    note = "\n".join(line for text in caption(rows, stand_in, "left out") for line in textwrap.wrap(text, width))
+    note = "\n".join(line for text in caption(item, rows, stand_in, "left out") for line in textwrap.wrap(text, width))
     out.suptitle(LAYOUTS[item].title, x=0.01, ha="left", fontweight="bold")
     out.supxlabel(note, x=0.01, ha="left", fontsize=9)
     return out
@@ -110,7 +111,7 @@ def _panel(axis: Axes, item: str, rows: list[Row], looks: dict, ticks: dict[str,
         # A missing point is nan, so that the line is broken there instead of bridging it.
         paper = [nan if row is None or row.paper is None else row.paper for row in curve]
         ours = [nan if row is None or row.ours is None else row.ours for row in curve]
-        errors = [0.0 if row is None or row.se is None else row.se for row in curve]
+        errors = list(zip(*map(_error, curve), strict=True))  # two rows: below and above
         x = list(place.values())
         axis.plot(x, paper, "--", color=colour, marker=marker, mfc="none", ms=4, lw=1.2, alpha=0.75)
         axis.errorbar(x, ours, errors, color=colour, marker=marker, ms=5, lw=1.8, capsize=2.5)
@@ -119,6 +120,15 @@ def _panel(axis: Axes, item: str, rows: list[Row], looks: dict, ticks: dict[str,
     axis.set_xticks(list(place.values()), list(ticks.values()))
     axis.minorticks_off()
     axis.grid(alpha=0.25)
+
+
+def _error(row: Row | None) -> tuple[float, float]:
+    """How far the bar reaches below and above: the standard error, or the interval where the samples show none."""
+    if row is None or row.ours is None:
+        return 0.0, 0.0
+    if row.se or row.low is None:
+        return row.se or 0.0, row.se or 0.0
+    return row.ours - row.low, row.high - row.ours
 
 
 def _legend(figure: Figure, looks: dict[str, tuple[str, str]], beside: bool) -> None:

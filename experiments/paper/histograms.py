@@ -3,8 +3,8 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.paper.layout import label
 from experiments.paper.results import Row, bin_edges
-from experiments.paper.tables import label
 
 
 def figure(rows: list[Row], looks: dict[str, tuple[str, str]], bin_width: float) -> Figure:

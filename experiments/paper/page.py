@@ -13,19 +13,22 @@ from html import escape
 from pathlib import Path
 
 from experiments.paper import numbers, plan, tables
-from experiments.paper.render import Rendered, render
+from experiments.paper.captions import caption, not_the_papers
+from experiments.paper.layout import LAYOUTS
+from experiments.paper.render import Rendered, checked
 from experiments.paper.results import missing
 from pte_trl.runtime.manifest import environment
 
 CSS = """
 :root { color-scheme: light dark; --line: #8884; --loud: #b00020; --soft: #8882; }
 @media (prefers-color-scheme: dark) { :root { --loud: #ff8a80; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 0 auto; padding: 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; }
-th, td { padding: .2rem .7rem .2rem 0; text-align: left; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem .2rem 0; text-align: left; font-variant-numeric: tabular-nums; }
 thead th { border-bottom: 2px solid var(--line); } tr.paper td { border-top: 1px solid var(--line); }
-tr.ours td { font-weight: 600; } tr.diff td { opacity: .75; } td.slip { background: var(--soft); }
+tr.ours td { font-weight: 600; } tr.clean td, tr.diff td { opacity: .75; }
+tr.n td { border-top: 1px solid var(--line); font-size: .8rem; opacity: .75; } td.slip { background: var(--soft); }
 .loud { border: 2px solid var(--loud); color: var(--loud); padding: .5rem 1rem; font-weight: 600; }
 table.overview td:last-child { white-space: normal; }
 img { max-width: 100%; min-width: 44rem; height: auto; background: white; } pre { overflow-x: auto; font-size: .8rem; }
@@ -40,7 +43,7 @@ def html(rendered: list[Rendered], scale: str) -> str:
     about = " | ".join(f"{key} {value}" for key, value in environment().items())
     body = ["<h1>Progressive Thought Encoding: the paper beside ours</h1>"]
     if stand_in:
-        body.append(f'<p class="loud">{escape(tables.caption([], stand_in)[0])}</p>')
+        body.append(f'<p class="loud">{escape(not_the_papers(stand_in))}</p>')
     body += [
         f"<p>Scale: {escape(scale)}. Paper: arXiv 2602.16839, version 1. "
         "The paper contradicts itself about numbers with a shaded background; the notes say how.</p>",
@@ -62,7 +65,7 @@ def html(rendered: list[Rendered], scale: str) -> str:
 
 
 def _title(one: Rendered) -> str:
-    return escape(tables.LAYOUTS[one.item].title)
+    return escape(LAYOUTS[one.item].title)
 
 
 def _shown(rendered: list[Rendered]) -> set[str]:
@@ -84,22 +87,28 @@ def _overview(rendered: list[Rendered]) -> str:
 
 def _item(one: Rendered, stand_in: dict) -> str:
     head = f'<h2 id="{one.item}">{_title(one)}</h2>'
-    loud, *rest = [f"<p>{escape(text)}</p>" for text in tables.caption(one.rows, stand_in)]
+    loud, *rest = [f"<p>{escape(text)}</p>" for text in caption(one.item, one.rows, stand_in)]
     captions = "".join([loud.replace("<p>", '<p class="loud">') if stand_in else loud, *rest])
     cells = "".join(_table(one.item, section) for section in tables.sections(one.item, one.rows))
     if one.shown.suffix == ".png":
         image = base64.b64encode(one.shown.read_bytes()).decode()
         picture = f'<img alt="{_title(one)}" src="data:image/png;base64,{image}">'
         cells = f'<div class="wide">{picture}</div><details><summary>The numbers</summary>{cells}</details>'
-    notes = [
-        f'<li id="{one.item}-{n}">[{n}] {escape(text)}</li>' for n, text in enumerate(tables.footnotes(one.rows), 1)
-    ]
-    slips = f"<p>Slips of the paper:</p><ul>{''.join(notes)}</ul>" if notes else ""
-    if general := numbers.general_slips(one.item):
-        slips += f"<p>About the paper's numbers:</p>{_list(general)}"
     manifest = escape(json.dumps(one.manifest, indent=1))
     made_from = f"<details><summary>What it was made from</summary><pre>{manifest}</pre></details>"
-    return f'{head}{captions}{cells}<div class="notes">{slips}{made_from}</div>'
+    return f'{head}{captions}{cells}<div class="notes">{_notes(one)}{made_from}</div>'
+
+
+def _notes(one: Rendered) -> str:
+    """The lists below a table; a cell's mark [n] links to the n-th slip."""
+    slips = tables.footnotes(one.rows)
+    ids = {text: f' id="{one.item}-{n}"' for n, text in enumerate(slips, 1)}
+    marks = {text: f"[{n}] " for n, text in enumerate(slips, 1)}
+    out = ""
+    for heading, texts in tables.lists(one.deviations, slips, numbers.general_slips(one.item)):
+        lines = (f"<li{ids.get(text, '')}>{marks.get(text, '')}{escape(text)}</li>" for text in texts)
+        out += f"<p>{escape(heading)}:</p><ul>{''.join(lines)}</ul>"
+    return out
 
 
 def _list(texts) -> str:
@@ -124,10 +133,10 @@ def _cell(item: str, text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=("paper", "tiny"), default="paper")
+    parser.add_argument("--scale", default="paper")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    rendered = [render(item, args.scale, args.output) for item in plan.ITEMS]
+    rendered = [checked(item, args.scale, args.output) for item in plan.ITEMS]
     path = args.output / "index.html"
     path.write_text(html(rendered, args.scale), encoding="utf-8")
     absent = sum(len(missing(one.rows)) for one in rendered)

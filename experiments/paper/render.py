@@ -13,19 +13,24 @@ from importlib.metadata import version
 from pathlib import Path
 
 from experiments.paper import figures, plan, tables
+from experiments.paper.deviations import deviations
 from experiments.paper.results import Row, bin_width, done, missing, rows
 from pte_trl.runtime.manifest import environment, versions, write_json
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """An item as written: its rows, the file a reader opens, the CSV behind it, and the manifest's content."""
+    """An item as written: its rows, the file a reader opens, the CSV behind it, and the manifest's content.
+
+    `deviations` are those from the paper, a sentence or two each.
+    """
 
     item: str
     rows: list[Row]
     shown: Path
     table: Path
     manifest: dict
+    deviations: list[str]
 
     @property
     def started(self) -> bool:
@@ -41,16 +46,25 @@ def render(item: str, scale: str, output: Path) -> Rendered:
     """
     cells, stand_in = plan.cells(item, scale), plan.stand_in(scale)
     found = rows(item, cells, bin_width(stand_in))
+    differs = deviations(item, scale, cells, found, stand_in)
     output.mkdir(parents=True, exist_ok=True)
     if item.startswith("figure"):
         shown = figures.draw(item, found, stand_in, output / f"{item}.png")
     else:
         shown = output / f"{item}.md"
-        shown.write_text(tables.markdown(item, found, stand_in))
+        shown.write_text(tables.markdown(item, found, stand_in, differs))
     tables.write_csv(output / f"{item}.csv", item, found)
-    manifest = describe(item, scale, cells, found)
+    manifest = describe(item, scale, cells, found) | {"deviations": differs}
     write_json(output / f"{item}.json", manifest)
-    return Rendered(item, found, shown, output / f"{item}.csv", manifest)
+    return Rendered(item, found, shown, output / f"{item}.csv", manifest, differs)
+
+
+def checked(item: str, scale: str, output: Path) -> Rendered:
+    """`render` for a command line, where a ValueError is one line."""
+    try:
+        return render(item, scale, output)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def describe(item: str, scale: str, cells: list[plan.Cell], found: list[Row]) -> dict:
@@ -81,11 +95,11 @@ def _run(folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("items", nargs="+", choices=plan.ITEMS, metavar="ITEM", help=", ".join(plan.ITEMS))
-    parser.add_argument("--scale", choices=("paper", "tiny"), default="paper")
+    parser.add_argument("--scale", default="paper")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     for item in args.items:
-        rendered = render(item, args.scale, args.output)
+        rendered = checked(item, args.scale, args.output)
         print(rendered.shown.read_text() if rendered.shown.suffix == ".md" else rendered.shown)
         print(f"{item}: {len(missing(rendered.rows))} of {len(rendered.rows)} numbers missing; {rendered.table}")
 

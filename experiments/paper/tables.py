@@ -1,101 +1,32 @@
-"""Rows in the paper's layout: every line of a table thrice, as printed, as ours, and their difference.
+"""Rows in the paper's layout: every line of a table as printed, as ours, and their difference.
 
 One `Section` serves the terminal, GitHub and the HTML page; the flat CSV holds every cell in full precision.
 """
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.paper import numbers
+from experiments.paper.captions import caption
+from experiments.paper.differences import OTHERS, Difference, differences
+from experiments.paper.layout import LAYOUTS, groups, label, number, signed, title_of
 from experiments.paper.plan import EFFICIENCY
-from experiments.paper.results import Row, missing
+from experiments.paper.results import Row
+from pte_trl.evaluation.intervals import spread
 from pte_trl.markdown import table
 
-LABELS = {
-    "baseline": "Base",
-    "lora": "LoRA",
-    "lora_c": "LoRA_c",
-    "pte": "PTE",
-    "vanilla": "LoRA (vanilla)",
-    "attention_tflops_max": "TFLOPs max",
-    "gpu_mem_peak_pct": "mem peak %",
-    "gpu_mem_mean_pct": "mem mean %",
-    "math500": "MATH-500",
-    "math500_pass1": "MATH-500",
-    "olympiadbench": "Olympiad",
-    "minerva_math": "Minerva",
-    "amc23": "AMC23",
-    "aime24": "AIME24",
-    "aime25": "AIME25",
-    "aime24_pass16": "AIME24 @16",
-    "aime25_pass16": "AIME25 @16",
-    "avg": "average",
-    "global_only": "global only",
-    "pte_sliding_window": "PTE, sliding window",
-    "pte_h2o": "PTE, H2O",
-    "pte_pyramidkv": "PTE, PyramidKV",
-    "pte_headkv": "PTE, HeadKV",
-    **{f"global_{n}": f"{n} global tokens" for n in (16, 32, 48, 64)},
-    "global_0": "global-0 (S starts at 0)",
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How an item's key columns are spread over sections, lines and columns."""
-
-    title: str
-    column: str
-    line: tuple[str, ...] = ()
-    section: tuple[str, ...] = ()
-
-
-LAYOUTS = {
-    "table1": Layout("Table 1: efficiency of training, and accuracy", "metric", ("method",), ("model",)),
-    "table2": Layout(
-        "Table 2: AIME, pass@16 in percent, over cache windows", "cache_window", ("method",), ("dataset", "model")
-    ),
-    "table3": Layout(
-        "Table 3: longer rollouts in training, DeepSeek-R1-Distill-Llama-8B", "metric", ("method", "generation_length")
-    ),
-    "tableA1": Layout("Table A1: eviction ratios, MATH-500, pass@1 in percent, Qwen2.5-3B-Instruct", "eviction_ratio"),
-    "figure3": Layout("Figure 3: accuracy over windows", "window", ("method",), ("panel", "benchmark")),
-    "figureA1": Layout("Figure A1: accuracy over windows, Qwen2.5-3B-Instruct", "window", ("method",), ("benchmark",)),
-    "figure4a": Layout("Figure 4a: global tokens, MATH-500, Qwen2.5-3B-Instruct", "window", ("variant",)),
-    "figure4b": Layout("Figure 4b: eviction strategies, MATH-500, Qwen2.5-3B-Instruct", "window", ("strategy",)),
-    "figure5": Layout(
-        "Figure 5: longer generations, MATH-500, DeepSeek-R1-Distill-Llama-8B", "max_generation_length", ("method",)
-    ),
-    "figure6": Layout("Figure 6: lengths of correct responses, MATH-500", "bin", ("method",)),
-}
-
-TITLE_OF_PANEL = {"3a": "3a, Qwen2.5-7B-Instruct", "3b": "3b, DeepSeek-R1-Distill-Llama-8B"}
+FORMULA = "†"  # marks TFLOPs by the paper's formula; the list of deviations says which
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table as text: header, and lines as long as it."""
+    """A table as text: header, and lines as long as it. The column without a header has the kind of each line."""
 
     title: str
     header: list[str]
     lines: list[list[str]]
-
-
-def label(value: str) -> str:
-    """A key's value as a reader knows it."""
-    return LABELS.get(value, TITLE_OF_PANEL.get(value, value))
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    """At least one decimal, `digits` at most; more for what would read 0.0; "-" for None."""
-    if value is None:
-        return "-"
-    if value and abs(value) < 0.05:
-        return f"{value:.2g}"
-    text = f"{value:.{digits}f}"
-    return text[:-1] if digits == 2 and text.endswith("0") else text
 
 
 def footnotes(rows: Iterable[Row]) -> list[str]:
@@ -104,92 +35,148 @@ def footnotes(rows: Iterable[Row]) -> list[str]:
 
 
 def sections(item: str, rows: list[Row]) -> list[Section]:
-    """The paper's layout. A cell that the paper leaves blank is blank, a number of ours still to come is "-"."""
+    """The paper's layout. A cell that the paper leaves blank is blank, a number of ours still to come is "-".
+
+    Where both methods have scores, a second section has PTE's differences to the others.
+    """
     layout, notes, out = LAYOUTS[item], footnotes(rows), []
-    for title, within in _groups(rows, layout.section).items():
+    found = differences(rows)
+    for name, within in groups(rows, layout.section).items():
         columns = list(dict.fromkeys(row.keys[layout.column] for row in within))
         columns.sort(key=lambda column: column not in EFFICIENCY)  # Table 1's first line has none of them
         header = [*("length" if key == "generation_length" else key for key in layout.line), ""]
         lines = []
-        for name, members in _groups(within, layout.line).items():
+        for line, members in groups(within, layout.line).items():
             cells = {row.keys[layout.column]: row for row in members}
-            lines += _lines([label(part) for part in name], [cells.get(column) for column in columns], notes)
-        out.append(Section(", ".join(label(part) for part in title), header + [label(c) for c in columns], lines))
+            lines += _lines([label(part) for part in line], [cells.get(column) for column in columns], notes)
+        lines += _counts(layout.line, within, layout.column, columns)
+        out.append(Section(title_of(name), header + [label(column) for column in columns], lines))
+        here = [one for one in found if all(one.keys[key] == x for key, x in zip(layout.section, name, strict=True))]
+        if any(one.ours is not None for one in here):
+            out.append(_differences(item, title_of(name), here))
     return out
 
 
-def _groups(rows: Iterable[Row], keys: tuple[str, ...]) -> dict[tuple[str, ...], list[Row]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.keys[key] for key in keys), []).append(row)
-    return groups
+def _line(names: list[str], kind: str, cells: list, write: Callable) -> list[str]:
+    return [*names, kind, *("" if cell is None else write(cell) for cell in cells)]
 
 
 def _lines(names: list[str], cells: list[Row | None], notes: list[str]) -> list[list[str]]:
-    """Paper, ours and difference of one line of the paper; the difference only where there is one."""
+    """Paper, ours, clean and difference of one line of the paper; the last two only where there are any."""
 
     def paper(row: Row) -> str:
         marks = "".join(f"[{notes.index(text) + 1}]" for text in row.slips)
         return f"{number(row.paper, 2)} {marks}".rstrip()
 
     def ours(row: Row) -> str:
-        return number(row.ours) + ("" if row.se is None else f" ±{number(row.se)}")
+        formula = "" if row.by_formula is None else f"({number(row.by_formula)} {FORMULA})"
+        return " ".join(filter(None, [number(row.ours), spread(row.se, row.bounds, number), formula]))
+
+    def clean(row: Row) -> str:
+        return "" if row.clean is None else number(row.clean)
 
     def difference(row: Row) -> str:
-        return "" if row.difference is None else f"{round(row.difference, 9) + 0.0:+.1f}"  # equal is +0.0
+        return "" if row.difference is None else signed(row.difference)
 
-    def line(names: list[str], kind: str, write) -> list[str]:
-        return [*names, kind, *("" if row is None else write(row) for row in cells)]
-
-    empty = [""] * len(names)
-    out = [line(names, "paper", paper), line(empty, "ours", ours)]
-    if any(row is not None and row.difference is not None for row in cells):
-        out.append(line(empty, "diff", difference))
+    empty, there = [""] * len(names), [row for row in cells if row is not None]
+    out = [_line(names, "paper", cells, paper), _line(empty, "ours", cells, ours)]
+    if any(row.clean is not None for row in there):
+        out.append(_line(empty, "clean", cells, clean))
+    if any(row.difference is not None for row in there):
+        out.append(_line(empty, "diff", cells, difference))
     return out
 
 
-def caption(rows: list[Row], stand_in: dict, absence: str = "marked -") -> list[str]:
-    """What a reader must know before the numbers: whose they are, what is missing, what they rest on."""
-    out = (
-        [f"NOT THE PAPER'S MODELS: ours is {stand_in['model']}. {stand_in.get('note', '')}".strip()]
-        if stand_in
-        else []
-    )
-    absent = len(missing(rows))
-    total = f"of {len(rows)} numbers of ours"
-    out.append(f"Missing: {absent} {total}, {absence}." if absent else f"Missing: none {total}.")
-    counts = sorted({(row.problems, row.samples) for row in rows if row.problems})
-    if counts:
-        out.append("Ours: " + ", ".join(f"{p} problems x {s} samples" for p, s in counts) + "; ± is a standard error.")
-    if memory := sorted({row.memory_of for row in rows if row.memory_of}):
-        out.append(f"Memory of ours: {'; '.join(memory)}.")
-    return out
+def _counts(keys: tuple[str, ...], rows: list[Row], column: str, columns: list[str]) -> list[list[str]]:
+    """A line with what each column rests on, problems x samples; nothing where there are no scores."""
+
+    def count(row: Row) -> str:
+        seeds = f" x {row.seeds} seeds" if row.seeds > 1 else ""
+        clean = "" if row.clean_problems in (None, row.problems) else f" ({row.clean_problems} clean)"
+        return f"{row.problems} x {row.samples}{seeds}{clean}"
+
+    found = {name: {count(row): None for row in rows if row.keys[column] == name and row.problems} for name in columns}
+    if not any(found.values()):
+        return []
+    return [_line([""] * len(keys), "n", [" / ".join(found[name]) for name in columns], str)]
 
 
-def markdown(item: str, rows: list[Row], stand_in: dict) -> str:
-    """The whole table as Markdown that also reads in a terminal."""
-    head, *rest = caption(rows, stand_in)
+def _differences(item: str, title: str, found: list[Difference]) -> Section:
+    """PTE minus the others: the paper's, and ours with its error. Columns are those of the scores."""
+    layout = LAYOUTS[item]
+    columns = list(dict.fromkeys(one.keys[layout.column] for one in found))
+    keys = tuple(key for key in layout.line if key != "method")
+
+    def ours(one: Difference) -> str:
+        error = "" if one.se is None else f" ±{number(one.se)}" if one.se else " (no problem differs)"
+        short = f" ({one.parts[0]} of {one.parts[1]})" if one.parts and 0 < one.parts[0] < one.parts[1] else ""
+        return "-" if one.ours is None else f"{signed(one.ours)}{error}{short}"
+
+    def paper(one: Difference) -> str:
+        return "-" if one.paper is None else signed(one.paper)
+
+    lines = []
+    by_line: dict[tuple, dict[str, Difference]] = {}
+    for one in found:
+        name = (one.other, *(one.keys[key] for key in keys))
+        by_line.setdefault(name, {})[one.keys[layout.column]] = one
+    for name, cells in sorted(by_line.items(), key=lambda pair: OTHERS.index(pair[0][0])):
+        if all(one.ours is None for one in cells.values()):
+            continue
+        names = [f"PTE - {label(name[0])}", *map(label, name[1:])]
+        values = [cells.get(column) for column in columns]
+        lines += [_line(names, "paper", values, paper), _line([""] * len(names), "ours", values, ours)]
+    header = ["method", *("length" if key == "generation_length" else key for key in keys), ""]
+    title = ", ".join(filter(None, [title, "PTE minus the others, paired by problem"]))
+    return Section(title, header + [label(column) for column in columns], lines)
+
+
+def markdown(item: str, rows: list[Row], stand_in: dict, deviations: list[str] = ()) -> str:
+    """The whole table as Markdown that also reads in a terminal.
+
+    Args:
+        deviations: from the paper, to be listed below the table.
+    """
+    head, *rest = caption(item, rows, stand_in)
     out = [f"## {LAYOUTS[item].title}", "", f"**{head}**" if stand_in else head, *(f"\n{line}" for line in rest), ""]
     for section in sections(item, rows):
         out += [f"### {section.title}", ""] if section.title else []
         out += [table(section.header, section.lines, padded=True), ""]
-    if notes := footnotes(rows):
-        out += ["Slips of the paper:", "", *(f"- [{n}] {text}" for n, text in enumerate(notes, 1)), ""]
-    if general := numbers.general_slips(item):
-        out += ["About the paper's numbers:", "", *(f"- {text}" for text in general), ""]
+    notes = [f"[{n}] {text}" for n, text in enumerate(footnotes(rows), 1)]
+    for heading, texts in lists(deviations, notes, numbers.general_slips(item)):
+        out += [f"{heading}:", "", *(f"- {text}" for text in texts), ""]
     return "\n".join(out).rstrip() + "\n"
 
 
+def lists(deviations: Iterable[str], slips: list[str], general: list[str]) -> list[tuple[str, list[str]]]:
+    """What stands below a table: heading and lines, of each list that has any."""
+    found = {"Deviations from the paper": [*deviations], "Slips of the paper": slips}
+    found["About the paper's numbers"] = general
+    return [(heading, texts) for heading, texts in found.items() if texts]
+
+
 # `metric` is a key column of two tables already, and there names the column rather than what is measured.
-NUMBERS = ("paper", "ours", "difference", "se", "problems", "samples", "at", "memory_of", "folder")
+NUMBERS = (
+    *("paper", "ours", "difference", "se", "low", "high", "problems", "samples", "seeds", "clean", "clean_problems"),
+    *("by_formula", "at", "memory_of", "folder"),
+)
 
 
 def write_csv(path: Path, item: str, rows: list[Row]) -> None:
-    """One line per cell: its keys, then paper, ours, difference, and what they rest on; empty where there is none."""
-    columns = [*numbers.KEYS[item], "measure", *NUMBERS, "slips"]
+    """One line per cell: its keys, then paper, ours, difference, and what they rest on; empty where there is none.
+
+    PTE's lines have its paired differences to the other methods as well, `minus_METHOD` and their errors.
+    """
+    pairs = {(tuple(one.keys.items()), one.other): one for one in differences(rows)}
+    others = [other for other in OTHERS if any(other == name for _, name in pairs)]
+    minus = [name for other in others for name in (f"minus_{other}", f"minus_{other}_se")]
+    columns = [*numbers.KEYS[item], "measure", *NUMBERS, *minus, "slips"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             plain = {name: getattr(row, name) for name in NUMBERS}
+            for other in others:
+                if one := pairs.get((tuple(row.keys.items()), other)):
+                    plain |= {f"minus_{other}": one.ours, f"minus_{other}_se": one.se}
             writer.writerow({**row.keys, "measure": row.metric, **plain, "slips": " | ".join(row.slips)})
