@@ -270,7 +270,7 @@ def test_which_recipe_fits_a_gpu(tmp_path):
     assert recipes.fit(str(recipe), [], 1e12).verdict.startswith("needs a GPU")
     tight = replace(big, free=int(peak))  # the smallest GPU counts, and not all of its memory
     fit = recipes.fit(str(recipe), [big, tight], 0)
-    need = re.search(r"does not fit each GPU, .* takes (\d+\.\d) GB with rollout_batch_size: 16", fit.verdict)
+    need = re.search(r"does not fit each GPU, .* takes (\d+\.\d) GB with per_device_train_batch_size: 2", fit.verdict)
     assert need and float(need[1]) * 1e9 < 0.9 * peak - CONTEXT
     assert recipes.fit(QWEN, [replace(big, free=int(4e9))], 0).verdict == "does not fit each GPU, 1.6 GB"
     recipe.write_text(Path(QWEN).read_text().replace("replay: segments ", "replay: auto "))
