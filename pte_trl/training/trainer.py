@@ -74,7 +74,8 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
 
     def _settle(self, longest_prompt: int | None) -> None:
         self.replay = settled(self, longest_prompt)
-        self.settings = self.settings | {"replay_chosen": str(self.replay)}
+        if self.bounded:
+            self.settings = self.settings | {"replay_chosen": str(self.replay)}
 
     # ---- rollout -------------------------------------------------------------------------------------------
 
