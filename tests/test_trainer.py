@@ -223,9 +223,10 @@ def test_segments_with_dropout_are_refused(tmp_path):
 
 
 def test_auto_is_one_pass_on_a_cpu_and_stands_in_the_settings(tmp_path):
-    trainer = trainer_for(tmp_path, max_steps=1)
+    trainer = trainer_for(tmp_path, max_steps=1, rollout_batch_size=4)
     assert trainer.args.replay == "auto"
     trainer.train()
+    assert trainer.engine_cache.engine is not None  # of a stated size, which stays in one pass
     assert trainer.replay == Replay(why="no GPU")
     assert trainer.settings["replay"] == "auto" and trainer.settings["replay_chosen"] == "one_pass (auto: no GPU)"
     assert not differences(trainer.settings, trainer.settings | {"replay_chosen": "segments"})
@@ -233,7 +234,7 @@ def test_auto_is_one_pass_on_a_cpu_and_stands_in_the_settings(tmp_path):
 
 def test_auto_is_settled_by_the_rank_with_the_least_memory(tmp_path, monkeypatch):
     """What a GPU has free is given here; the choice, and the training under it, are real."""
-    trainer = trainer_for(tmp_path, max_steps=1, beta=0.1)
+    trainer = trainer_for(tmp_path, max_steps=1, beta=0.1, rollout_batch_size=4)
     seen, score = [], GRPOTrainer._get_per_token_logps_and_entropies
     monkeypatch.setattr(
         GRPOTrainer,
@@ -246,6 +247,7 @@ def test_auto_is_settled_by_the_rank_with_the_least_memory(tmp_path, monkeypatch
     trainer.train()
     assert (trainer.replay.kind, trainer.replay.offload) == ("segments", True)
     assert seen == [1]  # the reference scores sample by sample
+    assert trainer.engine_cache.engine is None  # nor does the rollout's cache stay beside the segments
     assert max(logged(trainer, "mismatch/max")) < 1e-4 and logged(trainer, "kl")
     stated = trainer_for(tmp_path, replay="one_pass")
     assert replays.settled(stated, 12) == Replay()
