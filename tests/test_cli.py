@@ -135,6 +135,12 @@ def test_recipes_are_thin_and_know_nothing_of_each_other():
         assert len(path.read_text().splitlines()) < 25, path
 
 
+def test_estimate_without_the_repository_asks_for_a_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.import_module("pte_trl.estimate.__main__"), "RECIPES", tmp_path / "recipes")
+    with pytest.raises(SystemExit, match="error: --model: must be given, since the recipes that the tables are of"):
+        estimate_main([])
+
+
 def test_estimate_prints_the_job_of_its_flags(capsys):
     estimate_main(
         ["--model", "qwen2.5-7b", "--completion", "16384", "--ranks", "1", "--replay", "segments", "--offload"]
