@@ -154,9 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         if model is None and given:
             raise ValueError(f"{', '.join('--' + key for key in given)}: only with --model")
         if model is None and not RECIPES.is_dir():
-            raise ValueError(
-                "--model: must be given, since the repository's recipes, which the tables are of, are not here"
-            )
+            raise ValueError("--model: must be given, since the recipes that the tables are of are not here")
         if model is None:
             print(tables())
             return
