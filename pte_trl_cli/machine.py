@@ -10,9 +10,6 @@ import psutil
 import torch
 
 GB = 1e9
-# What an estimate leaves out on a GPU (docs/scaling.md): its context, and fragmentation as a share of the memory.
-CONTEXT = 2 * GB
-FRAGMENTS = 0.1
 
 
 @dataclass(frozen=True)

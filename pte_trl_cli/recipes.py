@@ -8,13 +8,14 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 
 from pte_trl.adapter.fit import check_supported
+from pte_trl.estimate.choice import CONTEXT, FRAGMENTS, affordable, with_replay
 from pte_trl.estimate.terms import SHAPES, Job, count, estimate
 from pte_trl.runtime.startup import longest_schedule
 from pte_trl.settings.parsing import parse, read_recipe
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill import PteDistillConfig
-from pte_trl_cli.machine import CONTEXT, FRAGMENTS, GB, Gpu
+from pte_trl_cli.machine import GB, Gpu
 
 # Models whose shape the package has, by the names that recipes give them.
 KNOWN = {
@@ -71,23 +72,25 @@ def is_distillation(path: str) -> bool:
     return "distill" in Path(path).stem or bool(only & set(read_recipe("config", path)))
 
 
-def job_of(path: str, device: str, ranks: int = 1) -> Job:
-    """The memory estimate's input for a GRPO recipe.
+def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) -> Job:
+    """The memory estimate's input for a GRPO recipe; `replay: auto` counts as one pass.
 
     Args:
         device: "cuda" or "cpu".
         ranks: GPUs, each with all the weights (DDP).
+        flags: of the command line, on top of the recipe.
 
     Raises:
         ValueError: what the recipe's parser refuses, or a model that is not supported or whose shape is not known.
     """
-    script, args = parse((RecipeArguments, PteGRPOConfig), ["--config", path, *ANYWHERE])
+    script, args = parse((RecipeArguments, PteGRPOConfig), ["--config", path, *flags, *ANYWHERE])
     config = config_of(script.model_name_or_path)
     if args.method != "lora":
         check_supported(config)
     dtype = getattr(torch, "bfloat16" if script.dtype == "auto" else script.dtype)
     per_rollout = args.per_device_train_batch_size * args.steps_per_generation
-    at_once = args.rollout_batch_size if isinstance(args.rollout_batch_size, int) else per_rollout
+    in_parts = args.method != "lora" and isinstance(args.rollout_batch_size, int)
+    at_once = args.rollout_batch_size if in_parts else per_rollout
     return Job(
         config=config,
         parameters=count(config),
@@ -102,9 +105,11 @@ def job_of(path: str, device: str, ranks: int = 1) -> Job:
         dtype=dtype,
         ranks=ranks,
         checkpointing=args.gradient_checkpointing,
-        replay=args.replay,
+        replay="one_pass" if args.replay == "auto" else args.replay,
         segment_length=args.segment_length,
         offload=args.offload_cache,
+        reference=args.beta != 0,
+        engine_stays=in_parts,
         state_rank=script.rank,
         blockwise=script.attn_implementation == "blockwise",
         device=device,
@@ -121,21 +126,24 @@ def fit(path: str, found: list[Gpu], free: float) -> Fit:
     try:
         if is_distillation(path):
             return Fit(path, None, "not estimated: a distillation")
-        on_cpu = bool(read_recipe("config", path).get("use_cpu", False))
+        recipe = read_recipe("config", path)
+        on_cpu = bool(recipe.get("use_cpu", False))
         ranks = 1 if on_cpu else max(1, len(found))
         job = job_of(path, "cpu" if on_cpu else "cuda", ranks)
     except (ValueError, OSError) as error:
         return Fit(path, None, " ".join(str(error).split()))
-    peak = estimate(job)["peak"]
     if not on_cpu and not found:
-        return Fit(path, peak, "needs a GPU of that size; there is none here")
+        return Fit(path, estimate(job)["peak"], "needs a GPU of that size; there is none here")
     room = free if on_cpu else (1 - FRAGMENTS) * min(gpu.free for gpu in found) - CONTEXT
+    if not on_cpu and job.method != "lora" and recipe.get("replay", "auto") == "auto":
+        job = with_replay(job, affordable(job, room))  # as the run will choose
+    peak = estimate(job)["peak"]
     return Fit(path, peak, verdict(job, peak, room, "the free memory" if on_cpu else "each GPU"))
 
 
 def verdict(job: Job, peak: float, room: float, where: str) -> str:
     if peak <= room:
-        return f"fits {where}, {room / GB:.1f} GB"
+        return f"fits {where}, {room / GB:.1f} GB{', in segments' if job.replay == 'segments' else ''}"
     options = [(words, replace(job, **_smaller(job, changes))) for words, changes in SMALLER]
     if job.ranks > 1:
         options.append(("accelerate_configs/zero3.yaml", replace(job, sharding="zero3")))

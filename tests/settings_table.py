@@ -167,7 +167,7 @@ BOUNDED_RUNS = {
         "rollout_batch_size": 2,
         "entropy_coef": 0.5,
     },
-    "budget": {"window": None, "budget": 40, "resume": "never"},
+    "budget": {"window": None, "budget": 40, "resume": "never", "replay": "one_pass"},
 }
 
 # Refused for the bounded methods: a value, which the sentence repeats. training/unsupported.py has the reasons.

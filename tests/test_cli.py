@@ -18,8 +18,10 @@ import pytest
 from huggingface_hub import constants
 
 import pte_trl_cli
+from pte_trl.estimate.__main__ import job as given_job
 from pte_trl.estimate.__main__ import main as estimate_main
 from pte_trl.estimate.__main__ import paper_job
+from pte_trl.estimate.choice import CONTEXT
 from pte_trl.estimate.terms import estimate
 from pte_trl_cli import COMMANDS, doctor, machine, main, recipes, versions
 from pte_trl_cli.machine import Gpu
@@ -133,12 +135,18 @@ def test_recipes_are_thin_and_know_nothing_of_each_other():
         assert len(path.read_text().splitlines()) < 25, path
 
 
+def test_estimate_without_the_repository_asks_for_a_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.import_module("pte_trl.estimate.__main__"), "RECIPES", tmp_path / "recipes")
+    with pytest.raises(SystemExit, match="error: --model: must be given, since the recipes that the tables are of"):
+        estimate_main([])
+
+
 def test_estimate_prints_the_job_of_its_flags(capsys):
     estimate_main(
         ["--model", "qwen2.5-7b", "--completion", "16384", "--ranks", "1", "--replay", "segments", "--offload"]
     )
     line = capsys.readouterr().out.splitlines()[2]
-    terms = estimate(paper_job("qwen2.5-7b", "pte", completion=16384, ranks=1, replay="segments", offload=True))
+    terms = estimate(given_job("qwen2.5-7b", "pte", completion=16384, ranks=1, replay="segments", offload=True))
     assert line.startswith("| qwen2.5-7b, pte |") and line.endswith(f" {terms['peak'] / 1e9:.1f} |")
     for argv, sentence in {
         ("--ranks", "2"): "error: --ranks: only with --model",
@@ -247,26 +255,34 @@ def test_the_rows_of_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "micro_batch"),
-    [("qwen3b", "qwen2.5-3b", 8), ("qwen7b", "qwen2.5-7b", 4), ("llama8b", "llama-8b", 4)],
+    ("name", "shape", "micro_batch", "at_once"),
+    [("qwen3b", "qwen2.5-3b", 8, 64), ("qwen7b", "qwen2.5-7b", 4, 32), ("llama8b", "llama-8b", 4, 32)],
 )
-def test_a_recipe_is_estimated_by_what_it_says(name, shape, micro_batch):
-    """Read from the file, against the same recipe stated by hand."""
+def test_a_recipe_is_estimated_by_what_it_says(name, shape, micro_batch, at_once):
+    """Read from the file, by the doctor and by the tables, against the same recipe stated by hand."""
     job = recipes.job_of(str(ROOT / f"recipes/{name}.yaml"), "cuda", ranks=8)
-    written = paper_job(shape, "pte", micro_batch=micro_batch)
+    sizes = {"micro_batch": micro_batch, "rollout_batch": at_once}
+    written = given_job(shape, "pte", replay="segments", reference=True, engine_stays=True, **sizes)
     assert estimate(job) == pytest.approx(estimate(written), rel=1e-9)
+    assert estimate(paper_job(shape, "pte")) == pytest.approx(estimate(written), rel=1e-9)
 
 
-def test_which_recipe_fits_a_gpu():
-    peak = estimate(recipes.job_of(QWEN, "cuda"))["peak"]
+def test_which_recipe_fits_a_gpu(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Path(QWEN).read_text().replace("replay: segments ", "replay: one_pass "))
+    peak = estimate(recipes.job_of(str(recipe), "cuda"))["peak"]
     big = Gpu("big", int(80e9), int(80e9))
-    assert recipes.fit(QWEN, [big], 0).verdict == "fits each GPU, 70.0 GB"
-    assert recipes.fit(QWEN, [], 1e12).verdict.startswith("needs a GPU")
+    assert recipes.fit(str(recipe), [big], 0).verdict == "fits each GPU, 70.0 GB"
+    assert recipes.fit(str(recipe), [], 1e12).verdict.startswith("needs a GPU")
     tight = replace(big, free=int(peak))  # the smallest GPU counts, and not all of its memory
-    fit = recipes.fit(QWEN, [big, tight], 0)
+    fit = recipes.fit(str(recipe), [big, tight], 0)
     need = re.search(r"does not fit each GPU, .* takes (\d+\.\d) GB with per_device_train_batch_size: 2", fit.verdict)
-    assert need and float(need[1]) * 1e9 < 0.9 * peak - machine.CONTEXT
+    assert need and float(need[1]) * 1e9 < 0.9 * peak - CONTEXT
     assert recipes.fit(QWEN, [replace(big, free=int(4e9))], 0).verdict == "does not fit each GPU, 1.6 GB"
+    recipe.write_text(Path(QWEN).read_text().replace("replay: segments ", "replay: auto "))
+    assert recipes.fit(str(recipe), [big], 0).verdict == "fits each GPU, 70.0 GB"
+    fit = recipes.fit(str(recipe), [tight], 0)  # where one pass does not fit, the run will choose segments
+    assert fit.verdict.endswith(" GB, in segments") and fit.peak < peak
     larger = str(ROOT / "recipes/qwen7b.yaml")  # whose weights alone are 15 GB
     fit = recipes.fit(larger, [replace(big, free=int(21e9))] * 4, 0)
     assert "accelerate_configs/" in fit.verdict or "GB with" in fit.verdict

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +12,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from trl.trainer.utils import add_fused_lm_head
 
+from benchmarks import estimated
 from benchmarks.measure import Peak
+from experiments.paper import memory
 from experiments.tiny.model import build_tokenizer
 from pte_trl import PteConfig
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
-from pte_trl.estimate.__main__ import paper_job
+from pte_trl.estimate.__main__ import job as given_job
+from pte_trl.estimate.__main__ import tables
+from pte_trl.estimate.choice import CONTEXT, Replay, affordable, step_bytes, with_replay
 from pte_trl.estimate.terms import (
     SHAPES,
     Job,
@@ -31,12 +34,12 @@ from pte_trl.estimate.terms import (
     rollout_cache,
     segments,
     training,
+    without_graph,
 )
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
 from pte_trl.runtime.startup import job_of
-from tests.forked import python
 from tests.models import tiny
 from tests.test_trainer import trainer_for
 
@@ -158,6 +161,21 @@ def test_activations_of_segments(dtype, shape, method, checkpointing):
     assert segments(job) == pytest.approx(counted(step), rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", CELLS, ids=str)
+def test_activations_of_the_reference(dtype):
+    for shape in SHAPES_TRIED:
+        job = small_job(shape, "pte", dtype)
+        model = model_of(job)
+        inputs = inputs_of(replace(job, method="lora", schedule=None), model)
+
+        @torch.no_grad()
+        def step(job=job, model=model, inputs=inputs):
+            with autocast(job), model.disable_adapter():
+                model.get_base_model().model(**inputs)
+
+        assert without_graph(job, job.micro_batch) == pytest.approx(counted(step), rel=0.1), shape
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_step_with_its_head(method):
     """Whole: the head is larger than a layer here, as it is with a small model and a large vocabulary."""
@@ -180,7 +198,7 @@ def test_a_training_step_with_its_head(method):
     [
         ("pte", {}),
         pytest.param("lora", {}, marks=pytest.mark.thorough),
-        pytest.param("pte", {"replay": "segments"}, marks=pytest.mark.thorough),
+        pytest.param("pte", {"replay": "segments", "beta": 0.1}, marks=pytest.mark.thorough),
     ],
 )
 def test_a_step_inside_the_trainer(tmp_path, method, changes):
@@ -257,7 +275,7 @@ def test_the_models_are_counted_whole(shape, billions):
 
 def test_longer_completions_cost_a_bounded_rollout_nothing_and_segments_little():
     def terms(method, completion, **changes):
-        return estimate(paper_job("qwen2.5-3b", method, completion=completion, ranks=1, **changes))
+        return estimate(given_job("qwen2.5-3b", method, completion=completion, ranks=1, **changes))
 
     assert terms("pte", 16384)["rollout"] == terms("pte", 4096)["rollout"]
     assert terms("lora", 16384)["rollout"] > 2.5 * terms("lora", 4096)["rollout"]
@@ -268,20 +286,62 @@ def test_longer_completions_cost_a_bounded_rollout_nothing_and_segments_little()
 
 def test_a_window_belongs_to_bounded_methods():
     with pytest.raises(ValueError, match="only method=lora has none"):
-        replace(paper_job("tiny", "pte"), schedule=None)
+        replace(given_job("tiny", "pte"), schedule=None)
     with pytest.raises(ValueError, match="sharding='zero9': allowed are"):
-        paper_job("tiny", "pte", sharding="zero9")
+        given_job("tiny", "pte", sharding="zero9")
 
 
-def test_the_page_shows_what_the_command_prints():
-    done = subprocess.run(
-        [python(), "-m", "pte_trl.estimate"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+def test_the_replay_that_a_gpu_has_room_for():
+    """The fastest that fits, at the very byte where each one ends."""
+    job = given_job("qwen2.5-3b", "pte", completion=6144)
+    one, segmented, offloaded = Replay(), Replay("segments"), Replay("segments", offload=True)
+    need = {each: step_bytes(with_replay(job, each)) for each in (one, segmented, offloaded)}
+    assert need[one] > need[segmented] > need[offloaded]
+    for room, expected in {
+        need[one]: one,
+        need[one] - 1: segmented,
+        need[segmented]: segmented,
+        need[segmented] - 1: offloaded,
+        0.0: offloaded,
+    }.items():
+        chosen = affordable(job, room)
+        assert (chosen.kind, chosen.offload) == (expected.kind, expected.offload)
+        assert f"one pass takes {need[one] / 1e9:.1f} GB, {room / 1e9:.1f} GB are free" in chosen.why
+
+
+def test_what_a_rollout_leaves_while_training():
+    """A stated `rollout_batch_size` keeps the engine in one pass alone; segments and shared weights let it go."""
+    job = given_job("qwen2.5-3b", "pte")
+    kept = replace(job, engine_stays=True)
+    assert step_bytes(kept) == step_bytes(job) + rollout_cache(job)
+    assert step_bytes(replace(kept, replay="segments")) == step_bytes(replace(job, replay="segments"))
+    assert step_bytes(replace(kept, sharding="zero3")) == step_bytes(replace(job, sharding="zero3"))
+
+
+def test_recorded_counts_agree_with_the_estimate():
+    rows = estimated.rows()
+    assert {row[0] for row in rows} == {"tiny", "qwen2.5-3b"} and len({row[1] for row in rows}) > 3
+    for shape, length, arm, counted_bytes, computed in rows:
+        assert computed == pytest.approx(counted_bytes, rel=0.05), (shape, length, arm)
+
+
+def test_the_paper_s_claim_in_the_plan():
+    """PTE's peak is below LoRA's by what Table 1 says, and the same at every length of Table 3."""
+    shares = memory.paper_shares()
+    for model in memory.MODELS:
+        peaks = {m: estimate(memory.planned(model, m, memory.LENGTH))["peak"] for m in ("lora", "pte")}
+        theirs = {m: shares[model, m, memory.LENGTH] for m in peaks}
+        assert peaks["pte"] / peaks["lora"] <= theirs["pte"] / theirs["lora"]
+        assert peaks["lora"] < 0.9 * memory.CARD - CONTEXT
+    lengths = [estimate(memory.planned(model, "pte", length))["peak"] for length in memory.LENGTHS]
+    assert max(lengths) < 1.01 * min(lengths)
+
+
+PAGES = {"pte_trl.estimate": tables, "experiments.paper.memory": memory.page, "benchmarks.estimated": estimated.page}
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_the_page_shows_what_the_command_prints(command):
     page = (ROOT / "docs/scaling.md").read_text()
-    shown = re.search(r"<!-- python -m pte_trl\.estimate -->\n(.*?)<!-- end -->", page, re.DOTALL)[1]
-    assert shown.strip() == done.stdout.strip()
+    shown = re.search(rf"<!-- python -m {re.escape(command)} -->\n(.*?)<!-- end -->", page, re.DOTALL)[1]
+    assert shown.strip() == PAGES[command]().strip()

@@ -55,7 +55,7 @@ def test_the_other_settings_of_the_paper():
     assert {(r.budget, r.max_new_tokens) for r in sources("figure5", "paper")} == {(1024, n) for n in lengths}
     runs = {r.run: r.options for r in sources("table3", "paper") if isinstance(r, TrainingRun)}
     assert set(runs) == {"lora", "lora-6144", "pte", "pte-4096", "pte-5120", "pte-6144"}
-    assert runs["pte-4096"][-2:] == ("--max_completion_length", "4096")
+    assert runs["pte-4096"][-4:] == ("--max_completion_length", "4096", "--offload_cache", "true")
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -41,6 +41,7 @@ def test_the_values_the_paper_states(path):
     assert (args.learning_rate, args.max_grad_norm, args.max_completion_length) == (1e-5, 1.0, 3072)
     assert (script.rank, script.num_global_tokens, args.evict_ratio, args.window) == (32, 32, 0.25, "auto")
     assert script.dataset_name == "dapo_math_17k"
+    assert args.replay == "segments"  # stated, so that a reproduction does not depend on the card
 
 
 def test_the_command_line_beats_the_recipe():

@@ -10,8 +10,12 @@ from trl import GRPOTrainer
 
 from experiments.tiny.model import build, build_tokenizer
 from pte_trl.cache.schedule import Schedule
+from pte_trl.estimate.choice import Replay
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.ring import aligned
+from pte_trl.runtime.resume import differences
+from pte_trl.runtime.sharding import check_engine
+from pte_trl.training import replays
 from pte_trl.training import trainer as trainer_module
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.calibrate import longest_prompt
@@ -230,6 +234,54 @@ def test_segments_with_dropout_are_refused(tmp_path):
     model = with_pte(model_of(len(build_tokenizer())), dropout=0.1)
     with pytest.raises(ValueError, match="replay='segments': dropout in"):
         trainer_for(tmp_path, model=model, peft=False, replay="segments")
+
+
+# ---- replay: auto ----------------------------------------------------------------------------------------------
+
+
+def test_auto_is_one_pass_on_a_cpu_and_stands_in_the_settings(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=1, rollout_batch_size=4)
+    assert trainer.args.replay == "auto"
+    trainer.train()
+    assert trainer.engine_cache.engine is not None  # of a stated size, which stays in one pass
+    assert trainer.replay == Replay(why="no GPU")
+    assert trainer.settings["replay"] == "auto" and trainer.settings["replay_chosen"] == "one_pass (auto: no GPU)"
+    assert not differences(trainer.settings, trainer.settings | {"replay_chosen": "segments"})
+
+
+def test_auto_is_settled_by_the_rank_with_the_least_memory(tmp_path, monkeypatch):
+    """What a GPU has free is given here; the choice, and the training under it, are real."""
+    trainer = trainer_for(tmp_path, max_steps=1, beta=0.1, rollout_batch_size=4)
+    seen, score = [], GRPOTrainer._get_per_token_logps_and_entropies
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_get_per_token_logps_and_entropies",
+        lambda *args, batch_size=None, **rest: seen.append(batch_size) or score(*args, batch_size=batch_size, **rest),
+    )
+    monkeypatch.setattr(replays, "usable", lambda device: 1e12)
+    assert replays.settled(trainer, 12).kind == "one_pass"
+    monkeypatch.setattr(replays, "gather_object", lambda rooms: [*rooms, 0.0])
+    trainer.train()
+    assert (trainer.replay.kind, trainer.replay.offload) == ("segments", True)
+    assert seen == [1]  # the reference scores sample by sample
+    assert trainer.engine_cache.engine is None  # nor does the rollout's cache stay beside the segments
+    assert max(logged(trainer, "mismatch/max")) < 1e-4 and logged(trainer, "kl")
+    stated = trainer_for(tmp_path, replay="one_pass")
+    assert replays.settled(stated, 12) == Replay()
+
+
+@pytest.mark.parametrize("engine", [None, "ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2"])
+def test_auto_takes_segments_only_where_they_are_allowed(tmp_path, engine, monkeypatch):
+    args = PteGRPOConfig(output_dir=str(tmp_path), window=8, replay="segments", use_cpu=True, report_to="none")
+    try:
+        check_engine(args, engine)
+        allowed = True
+    except ValueError:
+        allowed = False
+    model = with_pte(model_of(len(build_tokenizer())))
+    assert (replays.segments_refused(args, engine, model) is None) == allowed
+    dropping = with_pte(model_of(len(build_tokenizer())), dropout=0.1)
+    assert "dropout in" in replays.segments_refused(args, None, dropping)
 
 
 def test_an_adapter_to_start_from_is_not_its_own_reference(tmp_path):

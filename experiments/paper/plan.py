@@ -99,8 +99,11 @@ def options_of(run: str, scale: str) -> tuple[str, ...]:
     elif length != LENGTH:
         options += ["--max_completion_length", str(length)]
     if scale == "paper" and method == "lora":
-        # TRL decodes a whole generation batch at once: with the full cache, 64 completions would not fit in 40 GB.
-        options += ["--steps_per_generation", "2"]
+        # TRL decodes a whole generation batch at once: as many completions as the recipes decode under a window, or
+        # half as many of the longer ones, which would not fit in 40 GB (docs/scaling.md).
+        options += ["--replay", "one_pass", "--steps_per_generation", "8" if length == LENGTH else "4"]
+    elif scale == "paper" and length != LENGTH:
+        options += ["--offload_cache", "true"]  # the peak is then the same at every length
     return tuple(options)
 
 

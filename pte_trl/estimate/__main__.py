@@ -1,6 +1,6 @@
 """Memory of the paper's recipes on one GPU, by method, engine and setting; or of one job.
 
-    python -m pte_trl.estimate                                          # the tables of docs/scaling.md
+    python -m pte_trl.estimate                         # the tables of docs/scaling.md, read from recipes/
     python -m pte_trl.estimate --model qwen2.5-7b --completion 16384 --replay segments --offload
     python -m pte_trl.estimate --model FOLDER --ranks 4 --sharding zero3 --micro_batch 2
 
@@ -20,33 +20,38 @@ from pte_trl.adapter import PteConfig
 from pte_trl.cache.schedule import Schedule
 from pte_trl.estimate.terms import SHAPES, SHARDINGS, Job, count, estimate
 from pte_trl.settings.limits import COUNT, METHODS, check_value
+from pte_trl.settings.parsing import read_recipe
 
-MODELS = {"qwen2.5-3b": "Qwen2.5-3B", "qwen2.5-7b": "Qwen2.5-7B", "llama-8b": "DeepSeek-R1-Distill-Llama-8B"}
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # of the repository; not in the wheel
+MODELS = {
+    "qwen2.5-3b": ("qwen3b", "Qwen2.5-3B"),
+    "qwen2.5-7b": ("qwen7b", "Qwen2.5-7B"),
+    "llama-8b": ("llama8b", "DeepSeek-R1-Distill-Llama-8B"),
+}
 
-# The paper's recipes on eight GPUs: W is the longest prompt, rollouts are of all 64 completions at once.
-PAPER = {"prompt": 512, "completion": 3072, "micro_batch": 8, "rollout_batch": 64, "num_generations": 8, "ranks": 8}
+# What a job of flags has where they say nothing else.
+GIVEN = {"prompt": 512, "completion": 3072, "micro_batch": 4, "rollout_batch": 32, "num_generations": 8, "ranks": 8}
 
 ENGINES = {"none": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
-SMALLER = {"micro_batch": 2, "rollout_batch": 16}
-
-LONG = SMALLER | {"completion": 16384, "ranks": 1}
-
+ONE_PASS, OFFLOADED = {"replay": "one_pass"}, {"replay": "segments", "offload": True}
+LONG = {"completion": 16384, "ranks": 1}
 CHANGES = {
     "the recipe": {},
+    "`replay: one_pass`": ONE_PASS,
+    "`offload_cache: true`": OFFLOADED,
+    "`rollout_batch_size: 64`": {"rollout_batch": 64},
     "`per_device_train_batch_size: 2`, `gradient_accumulation_steps: 32`": {"micro_batch": 2},
-    "`rollout_batch_size: 16`": {"rollout_batch": 16},
-    "both": SMALLER,
-    "both, ZeRO-3": SMALLER | {"sharding": "zero3"},
-    "both, FSDP2": SMALLER | {"sharding": "fsdp2"},
-    "both, one GPU, `max_completion_length: 16384`": LONG,
-    "the same, `replay: segments`": LONG | {"replay": "segments"},
-    "the same, `offload_cache: true`": LONG | {"replay": "segments", "offload": True},
+    "ZeRO-3": {"sharding": "zero3"},
+    "FSDP2": {"sharding": "fsdp2"},
+    "one GPU, `max_completion_length: 16384`": LONG,
+    "the same, `replay: one_pass`": LONG | ONE_PASS,
+    "the same, `offload_cache: true`": LONG | OFFLOADED,
 }
 
 
-def paper_job(shape: str | Path, method: str, window: int | None = None, **changes) -> Job:
-    """The recipe of one of the paper's models, with changes.
+def job(shape: str | Path, method: str, window: int | None = None, **changes) -> Job:
+    """A job as `GIVEN` has it, rank and modules as in the paper's recipes, with changes.
 
     Args:
         shape: a folder of `SHAPES`, or any folder with a config.json.
@@ -55,7 +60,31 @@ def paper_job(shape: str | Path, method: str, window: int | None = None, **chang
     config = AutoConfig.from_pretrained(SHAPES / shape)  # an absolute path stays as it is
     adapter = PteConfig() if method == "pte" else LoraConfig(r=32, target_modules=["q_proj", "o_proj"])
     schedule = None if method == "lora" and window is None else Schedule(window or 512)
-    return Job(config, count(config), count(config, adapter), method, schedule=schedule, **PAPER | changes)
+    return Job(config, count(config), count(config, adapter), method, schedule=schedule, **GIVEN | changes)
+
+
+def paper_job(shape: str, method: str, **changes) -> Job:
+    """The recipe of one of the paper's models on eight GPUs, its method exchanged, with changes.
+
+    W is the longest prompt. Lora has the full cache and decodes all completions of a step at once, as TRL does.
+
+    Raises:
+        ValueError: outside the repository, where the recipes are.
+    """
+    recipe = read_recipe("config", str(RECIPES / f"{MODELS[shape][0]}.yaml"))
+    per_device = recipe["per_device_train_batch_size"]
+    read = {
+        "prompt": recipe["max_prompt_tokens"],
+        "completion": recipe["max_completion_length"],
+        "micro_batch": per_device,
+        "rollout_batch": per_device * recipe["gradient_accumulation_steps"],
+        "num_generations": recipe["num_generations"],
+        "reference": recipe["beta"] != 0,
+    }
+    if method != "lora":
+        read |= {"rollout_batch": recipe["rollout_batch_size"], "engine_stays": True}
+        read |= {"replay": recipe["replay"], "offload": recipe.get("offload_cache", False)}
+    return job(shape, method, **read | changes)
 
 
 def table(jobs: dict[str, Job]) -> str:
@@ -72,7 +101,7 @@ def table(jobs: dict[str, Job]) -> str:
 def tables() -> str:
     """The three models by method and engine, then one change at a time."""
     lines = []
-    for shape, title in MODELS.items():
+    for shape, (_, title) in MODELS.items():
         jobs = {}
         for method in ("lora", "lora_c", "pte"):
             job = paper_job(shape, method)
@@ -83,7 +112,7 @@ def tables() -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; what is not given is as in the paper's recipes.
+    """The command line; what is not given is as in `GIVEN`.
 
     Raises:
         ValueError: a model that is neither a known shape nor a folder, or a number out of its range.
@@ -124,11 +153,13 @@ def main(argv: list[str] | None = None) -> None:
         model, method = given.pop("model", None), given.pop("method")
         if model is None and given:
             raise ValueError(f"{', '.join('--' + key for key in given)}: only with --model")
+        if model is None and not RECIPES.is_dir():
+            raise ValueError("--model: must be given, since the recipes that the tables are of are not here")
         if model is None:
             print(tables())
             return
         shape = Path(model).resolve() if (Path(model) / "config.json").is_file() else model
-        print(table({f"{model}, {method}": paper_job(shape, method, **given)}))
+        print(table({f"{model}, {method}": job(shape, method, **given)}))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

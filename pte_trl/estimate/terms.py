@@ -52,6 +52,9 @@ class Job:
         ranks, sharding: GPUs, and what they divide among themselves, one of SHARDINGS.
         checkpointing: gradient checkpointing.
         replay, segment_length, offload: as in a recipe.
+        reference: whether the KL term's reference model scores the completions, too (beta above 0).
+        engine_stays: whether a rollout's cache stays while training, as it does under a stated `rollout_batch_size`
+            in one pass, unless the engine shares out the weights.
         state_rank: r and n_g of PTE, taken as equal.
         blockwise: replays by `pte_trl.replay.attention`, not by SDPA over the whole mask.
         device: "cuda", or "cpu", where the fused head has no kernels of its own.
@@ -74,6 +77,8 @@ class Job:
     replay: str = "one_pass"
     segment_length: int | None = None
     offload: bool = False
+    reference: bool = False
+    engine_stays: bool = False
     state_rank: int = 32
     blockwise: bool = True
     device: str = "cuda"
@@ -104,13 +109,18 @@ class Job:
 # ---- what stays on the GPU -------------------------------------------------------------------------------------
 
 
+COUNTED: dict[tuple[str, str], int] = {}  # a model takes half a second, and tables ask for the same ones again
+
+
 def count(config: PretrainedConfig, adapter=None) -> int:
     """Parameters of a model, or of an adapter on it, counted without making them; tied weights count once."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        if adapter is None:
-            return sum(p.numel() for p in model.parameters())
-        return sum(p.numel() for p in get_peft_model(model, adapter).parameters() if p.requires_grad)
+    key = config.to_json_string(), repr(adapter)
+    if key not in COUNTED:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            counted = model if adapter is None else get_peft_model(model, adapter)
+            COUNTED[key] = sum(p.numel() for p in counted.parameters() if adapter is None or p.requires_grad)
+    return COUNTED[key]
 
 
 def persistent(job: Job) -> dict[str, float]:
@@ -230,15 +240,27 @@ def segments(job: Job) -> float:
     return job.micro_batch * kept + max(cost(*run) for run in runs)
 
 
+def without_graph(job: Job, rows: int) -> float:
+    """A forward of m whole texts under the full cache: m T (3 I + 4.5 d) e, the inside of one layer."""
+    _, d, inner, *_ = job.sizes
+    return rows * (job.prompt + job.completion) * (3 * inner + 4.5 * d) * job.dtype.itemsize
+
+
+def reference(job: Job) -> float:
+    """The reference model's forward, or its head; one sample at a time with segments, or it would be the largest."""
+    rows = 1 if job.replay == "segments" else job.micro_batch
+    return max(without_graph(job, rows), head(job, rows * job.completion)) if job.reference else 0.0
+
+
 def training(job: Job) -> float:
     """Beyond what stays: the head, or the layers' backward, which come after one another in one pass."""
     if job.replay == "segments":
-        return segments(job)
+        return max(segments(job), reference(job))
     # On a GPU the head's kernel scores the completion alone; elsewhere every place.
     tokens = job.micro_batch * (job.completion if job.device == "cuda" else job.prompt + job.completion - 1)
     layers, d = job.sizes[:2]
     inputs = job.micro_batch * layers * (job.prompt + job.completion) * d * job.dtype.itemsize
-    return max(one_pass(job), inputs + head(job, tokens))
+    return max(one_pass(job), inputs + head(job, tokens), reference(job))
 
 
 # ---- a rollout -------------------------------------------------------------------------------------------------
@@ -270,8 +292,14 @@ def rollout(job: Job) -> float:
     return rollout_cache(job) + max(prefill, (16 + job.dtype.itemsize) * job.rollout_batch * vocabulary)
 
 
+def training_peak(job: Job) -> float:
+    """A training step beyond what stays, with what it gathers and what the rollout leaves."""
+    stays = job.engine_stays and job.replay == "one_pass" and job.sharding not in ("zero3", "fsdp2")
+    return training(job) + gathered(job, False) + (rollout_cache(job) if stays else 0)
+
+
 def estimate(job: Job) -> dict[str, float]:
     """Bytes of every term, and of `peak`, their sum with the larger of a training step and a rollout."""
     stays = persistent(job)
-    steps = {"training": training(job) + gathered(job, False), "rollout": rollout(job) + gathered(job, True)}
+    steps = {"training": training_peak(job), "rollout": rollout(job) + gathered(job, True)}
     return stays | steps | {"peak": sum(stays.values()) + max(steps.values())}

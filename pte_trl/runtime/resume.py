@@ -20,7 +20,7 @@ LEFT = ("adapter_config.json", "adapter_model.safetensors", "efficiency.json", "
 # A run may resume under other values of these: they change neither what is sampled nor what is learnt from it.
 FREE = re.compile(
     r"max_steps|num_train_epochs|output_dir|resume|resume_from_checkpoint|run_name|report_to|project|trackio_.*|hub_.*|push_.*"
-    r"|save_.*|log.*|eval_.*|versions|do_.*|disable_tqdm|num_completions_to_print|ddp_timeout|dataloader_.*|grader_.*|offload_cache"
+    r"|save_.*|log.*|eval_.*|versions|do_.*|disable_tqdm|num_completions_to_print|ddp_timeout|dataloader_.*|grader_.*|offload_cache|replay_chosen"
     r"|trust_remote_code|data_dir"
 )
 

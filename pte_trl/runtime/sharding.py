@@ -96,8 +96,9 @@ def whole_weights(model: nn.Module):
 
 def rollout_engine_must_go(trainer) -> bool:
     """Whether training wants the rollout engine's memory, or the weights will lie elsewhere in the next rollout."""
-    backend = distributed_backend(trainer)
-    return backend.is_zero3 or backend.is_fsdp or trainer.args.rollout_batch_size == "auto"
+    backend, replay = distributed_backend(trainer), getattr(trainer, "replay", None)
+    short = trainer.args.rollout_batch_size == "auto" or (replay and replay.kind == "segments")
+    return backend.is_zero3 or backend.is_fsdp or short
 
 
 def call_inside(wrapper: nn.Module, module: nn.Module, function: Callable, **inputs):

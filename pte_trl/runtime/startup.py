@@ -53,13 +53,14 @@ def dtypes(parameters: list[nn.Parameter]) -> str:
     return " and ".join(f"{size / 1e6:.4g} M {name}" for name, size in counts.most_common()) or "none"
 
 
-def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
+def job_of(trainer, engine: str | None, max_prompt_tokens: int) -> Job:
     """The memory estimate's input for a trainer."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     sizes = [(p.requires_grad, local_and_whole(p)[1]) for p in model.parameters()]
     trainable = sum(size for wanted, size in sizes if wanted)
     per_rollout = args.per_device_train_batch_size * args.steps_per_generation
-    at_once = args.rollout_batch_size if isinstance(args.rollout_batch_size, int) else per_rollout
+    in_parts = args.method != "lora" and isinstance(args.rollout_batch_size, int)
+    at_once = args.rollout_batch_size if in_parts else per_rollout
     return Job(
         config=model.config,
         parameters=sum(size for _, size in sizes) - trainable,
@@ -75,9 +76,11 @@ def job_of(trainer, engine: str, max_prompt_tokens: int) -> Job:
         ranks=trainer.accelerator.num_processes,
         sharding=SHARDINGS.get(engine, "none"),
         checkpointing=args.gradient_checkpointing,
-        replay=args.replay,
+        replay=trainer.replay.kind,
         segment_length=args.segment_length,
-        offload=args.offload_cache,
+        offload=trainer.replay.offload,
+        reference=args.beta != 0,
+        engine_stays=in_parts,
         state_rank=next((c.rank for c in getattr(model, "peft_config", {}).values() if hasattr(c, "rank")), 32),
         blockwise=attention_of(model.config) == "blockwise",
         device=trainer.accelerator.device.type,
@@ -165,7 +168,7 @@ def describe(trainer, engine: str, max_prompt_tokens: int | None) -> dict[str, s
         "prompts a step": f"{batch / per_prompt:g}, {per_prompt} completions each",
         "cache": kept,
         "evictions": evictions,
-        "replay": "none, TRL scores" if args.method == "lora" else getattr(args, "replay", "one_pass"),
+        "replay": "none, TRL scores" if args.method == "lora" else str(getattr(trainer, "replay", "one_pass")),
         "rollout": rollout_line(args),
         "peak memory": memory_line(trainer, engine, max_prompt_tokens),
         "tracker": ", ".join(args.report_to) or "none",

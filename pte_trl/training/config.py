@@ -67,7 +67,10 @@ class BoundedTrainingConfig(CacheArguments):
 class PteGRPOConfig(BoundedTrainingConfig, GRPOConfig):
     """TRL's `GRPOConfig` with the method, its cache policy and its way of scoring."""
 
-    replay: str = field(default="one_pass", metadata={"help": "one_pass, or segments (memory of one segment)."})
+    replay: str = field(
+        default="auto",
+        metadata={"help": "one_pass; segments (memory of one segment); auto: one_pass where the GPU has room for it."},
+    )
     segment_length: int | None = field(default=None, metadata={"help": "Split longer segments (replay: segments)."})
     offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
 
@@ -118,7 +121,8 @@ def check_replay(args: PteGRPOConfig) -> None:
     if args.replay == "segments":
         if args.method == "lora":
             raise ValueError(
-                "replay='segments': method=lora keeps the full cache, so there are no segments between evictions"
+                "replay='segments': method=lora keeps the full cache, so there are no segments between evictions; "
+                "allowed are one_pass and auto"
             )
         return
     for key in ("segment_length", "offload_cache"):

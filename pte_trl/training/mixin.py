@@ -65,9 +65,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         self.engine_cache, self.max_prompt_tokens = EngineCache(), None
         for layer in pte_layers(self.model):
             layer.watch_updates = True
-        backend = distributed_backend(self)
-        zero, fsdp = backend.zero_stage, backend.fsdp_version
-        check_engine(self.args, f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None)
+        check_engine(self.args, self.engine)
         prepare_engine(self)
         # Ctrl-C interrupts a Python session as usual; the recipes' scripts save a checkpoint at it, too.
         self.stop = StopOnTerm(batch_steps(self.args), [signal.SIGTERM])
@@ -81,6 +79,16 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
     @property
     def bounded(self) -> bool:
         return self.args.method != "lora"
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that divides the model, as `pte_trl.runtime.launch.Launch` names it; None for DDP and one GPU."""
+        backend = distributed_backend(self)
+        zero, fsdp = backend.zero_stage, backend.fsdp_version
+        return f"ZeRO-{zero}" if zero else f"FSDP{fsdp}" if fsdp else None
+
+    def _settle(self, longest_prompt: int | None) -> None:
+        """What a trainer decides once, with its model and its data there, before it begins or resumes."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Trains, as TRL's `train` does.
@@ -109,6 +117,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         if checkpoint is None and is_fresh(self):
             calibrate_encoders(self)
         self._guard.max_prompt_tokens = self._longest_prompt()
+        self._settle(self._guard.max_prompt_tokens)
         try:
             result = super().train(checkpoint, *args, **kwargs)
         finally:

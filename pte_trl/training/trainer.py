@@ -7,7 +7,7 @@ it is scored. The reference model of the KL term is the base with the full cache
 
 import torch
 from accelerate.logging import get_logger
-from torch import Tensor, nn
+from torch import Tensor
 from trl import GRPOTrainer
 
 from pte_trl.adapter.model import adapters_disabled
@@ -20,6 +20,7 @@ from pte_trl.training.finite import FiniteGrpo
 from pte_trl.training.generation import trainer_rollout
 from pte_trl.training.metrics import GrpoMetrics
 from pte_trl.training.mixin import BoundedTrainer
+from pte_trl.training.replays import check_dropout, dropouts, settled, stated
 
 logger = get_logger(__name__)
 
@@ -59,29 +60,22 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
         if self.bounded and "ref" in getattr(self.model, "peft_config", {}):
             # TRL would take the adapter that training starts from as the reference; eq. 3 takes the base model.
             self.model.delete_adapter("ref")
-        self._check_dropout()
-
-    def _check_dropout(self) -> None:
-        """Segment-wise scoring runs the model again inside backward, where nothing may be random.
-
-        In one pass dropout is allowed, with a warning: log-probs in training then differ from the sampled ones.
-        """
-        random = [
-            f"{name}{'' if isinstance(module, nn.Dropout) else '.attention_dropout'}"
-            for name, module in self.model.named_modules()
-            if (module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0))
-        ]
-        if random and self.args.replay == "segments":
-            raise ValueError(
-                f"replay='segments': dropout in {random[0]} would differ between the two passes; set it to 0"
-            )
-        if random and self.bounded:
+        self.replay = stated(self.args)
+        if self.replay.kind == "segments":
+            check_dropout(self.model)
+        # In one pass a dropout of the user's stands, but training then is not on the log-probs that were sampled.
+        if self.bounded and (random := dropouts(self.model)):
             logger.warning(
                 "dropout in %d modules, first %s: log-probs in training differ from the sampled ones (mismatch/mean); "
                 "with 0 they agree",
                 len(random),
                 random[0],
             )
+
+    def _settle(self, longest_prompt: int | None) -> None:
+        self.replay = settled(self, longest_prompt)
+        if self.bounded:
+            self.settings = self.settings | {"replay_chosen": str(self.replay)}
 
     # ---- rollout -------------------------------------------------------------------------------------------
 
@@ -126,6 +120,8 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
         **kwargs,
     ):
         if not self.bounded or adapters_disabled(self.accelerator.unwrap_model(model)):
+            if self.replay.kind == "segments":
+                batch_size = 1  # of the reference model; its forward over whole texts would be the larger memory
             found = super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -156,8 +152,8 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
         """(batch, completion) log-probs and entropies, by one forward or segment by segment."""
         unwrapped, schedules = self.accelerator.unwrap_model(model), self.args.cache_policy.schedules(windows)
         with self.accelerator.autocast():
-            if self.args.replay == "segments":
-                options = {"segment_length": self.args.segment_length, "offload": self.args.offload_cache}
+            if self.replay.kind == "segments":
+                options = {"segment_length": self.args.segment_length, "offload": self.replay.offload}
 
                 def segments(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
                     return segment_logps(unwrapped, input_ids, attention_mask, prompt, schedules, **options)

@@ -1,0 +1,64 @@
+"""Bytes counted in training steps beside what `pte_trl.estimate` computes for them; nothing is run.
+
+    python -m benchmarks.estimated        # the newest records of `benchmarks.memory` and `benchmarks.step`
+
+Both are of one sample, beyond weights and optimizer: activations, and the gradients of the adapter.
+"""
+
+import json
+
+import torch
+
+from benchmarks.common import RECORDS
+from pte_trl import markdown
+from pte_trl.estimate.__main__ import job
+from pte_trl.estimate.terms import persistent, training
+
+COUNTED = {"memory": "peak MB", "step": "step MB"}
+ARMS = {"lora, full cache": ("lora", "one_pass")}
+ARMS |= {f"{method}, one pass": (method, "one_pass") for method in ("lora_c", "pte")}
+ARMS |= {"pte, segments": ("pte", "segments")}
+HEAD = ("shape", "new tokens", "arm", "counted, MB", "computed, MB", "computed over counted")
+
+
+def computed(settings: dict, arm: str, completion: int) -> float:
+    """Bytes of a step of one arm of a recorded benchmark."""
+    method, replay = ARMS[arm]
+    found = job(
+        settings["shape"],
+        method,
+        window=None if method == "lora" else settings["window"],
+        prompt=settings["prompt"],
+        completion=completion,
+        micro_batch=1,
+        ranks=1,
+        dtype=getattr(torch, settings["dtype"]),
+        replay=replay,
+        offload=settings["offload"],
+        device=settings["device"],
+    )
+    return training(found) + persistent(found)["gradients"]
+
+
+def rows() -> list[tuple]:
+    """Shape, new tokens, arm, bytes counted and bytes computed."""
+    found = []
+    for name, column in COUNTED.items():
+        newest = json.loads((RECORDS / f"{name}.json").read_text())[-1]
+        settings = newest["settings"]
+        for row in newest["rows"]:
+            arm, length = row["arm"], row["completion"]
+            found.append((settings["shape"], length, arm, row[column] * 1e6, computed(settings, arm, length)))
+    return found
+
+
+def page() -> str:
+    cells = [
+        (shape, str(length), arm, f"{counted / 1e6:,.0f}", f"{size / 1e6:,.0f}", f"{size / counted:.2f}")
+        for shape, length, arm, counted, size in rows()
+    ]
+    return markdown.table(HEAD, cells)
+
+
+if __name__ == "__main__":
+    print(page())
