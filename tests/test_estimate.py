@@ -40,6 +40,7 @@ from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
 from pte_trl.runtime.startup import job_of
+from tests.grids import grid
 from tests.models import tiny
 from tests.test_trainer import trainer_for
 
@@ -161,19 +162,18 @@ def test_activations_of_segments(dtype, shape, method, checkpointing):
     assert segments(job) == pytest.approx(counted(step), rel=0.1)
 
 
-@pytest.mark.parametrize("dtype", CELLS, ids=str)
-def test_activations_of_the_reference(dtype):
-    for shape in SHAPES_TRIED:
-        job = small_job(shape, "pte", dtype)
-        model = model_of(job)
-        inputs = inputs_of(replace(job, method="lora", schedule=None), model)
+@grid(shape=SHAPES_TRIED, dtype=PRECISIONS)
+def test_activations_of_the_reference(shape, dtype):
+    job = small_job(shape, "pte", dtype)
+    model = model_of(job)
+    inputs = inputs_of(replace(job, method="lora", schedule=None), model)
 
-        @torch.no_grad()
-        def step(job=job, model=model, inputs=inputs):
-            with autocast(job), model.disable_adapter():
-                model.get_base_model().model(**inputs)
+    @torch.no_grad()
+    def step():
+        with autocast(job), model.disable_adapter():
+            model.get_base_model().model(**inputs)
 
-        assert without_graph(job, job.micro_batch) == pytest.approx(counted(step), rel=0.1), shape
+    assert without_graph(job, job.micro_batch) == pytest.approx(counted(step), rel=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
