@@ -85,7 +85,8 @@ def check_room(name: str, problems: Dataset, tokenizer: PreTrainedTokenizerBase,
 
 
 def prompt_tokens(problems: Dataset, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments) -> list[list[int]]:
-    prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
+    role = args.system_prompt_role
+    prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt, system_prompt_role=role)["prompt"]
     return [tokens_of(prompt, tokenizer, args.chat_template_kwargs) for prompt in prompts]
 
 
