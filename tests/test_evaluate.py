@@ -48,6 +48,8 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     model, tokenizer = build(seed=0)
     tokenizer.save_pretrained(folder / "model")
+    # It draws from 900 tokens alike: with these, completions end after some 30 of them, each after another number.
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(300, 330)]
     model.save_pretrained(folder / "model")
     adapted = get_peft_model(model, PteConfig(rank=4, num_global_tokens=4))
     randomise_up(adapted)
@@ -127,10 +129,10 @@ def test_chunks_are_as_large_as_they_may_be_and_as_many_for_every_process(evicti
     options = {"model_name_or_path": "m", "output_dir": "o", "benchmarks": ["b"], "window": 8, "eviction": eviction}
     for samples in (1, 7, 480, 2500, 10_784):
         for processes in (1, 2, 8):
-            for rows, length in ((1, 65_536), (64, 3072), (64, 65_536), (512, 65_536)):
-                args = EvaluationArguments(**options, batch_size=rows, max_new_tokens=length)
+            for batch, length in ((1, 65_536), (64, 3072), (64, 65_536), (512, 65_536)):
+                args = EvaluationArguments(**options, batch_size=batch, max_new_tokens=length)
                 size = chunk_size(samples, processes, args)
-                most = max(rows, min(refills * rows, CHUNK_TOKENS // length))
+                most = max(batch, min(refills * batch, CHUNK_TOKENS // length))
                 assert 1 <= size <= most
                 chunks = -(-samples // size)
                 share = -(-chunks // processes)  # of the process that has the most
@@ -143,7 +145,8 @@ def test_a_shorter_evaluation_can_be_cut_from_a_longer_one(setting, finished, tm
     main(argv(setting, tmp_path, max_new_tokens=24))
     long, short = read_records(finished / "sums"), read_records(tmp_path / "sums")
     assert short == prefix_records(long, 24, load_tokenizer(ModelSource(model_name_or_path=str(setting / "model"))))
-    assert {r["finish_reason"] for r in short} == {"length", "stop"} and short != long
+    assert {r["finish_reason"] for r in short} == {"length", "stop"}
+    assert any(r["tokens"] > 24 for r in long), "nothing is cut"
 
 
 def test_a_second_run_does_nothing_and_a_lost_sample_alone_is_made_again(setting, finished, tmp_path, capsys):

@@ -1,10 +1,8 @@
 """One long run holds every shorter one: the same tokens, and the same records once they are cut and graded again."""
 
-import json
-
 import pytest
 
-from experiments.tiny.model import build_tokenizer
+from experiments.tiny.model import build, build_tokenizer
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.evaluation.prefix import NOT_PREFIXES, main, prefix_records
 from pte_trl.evaluation.records import read_records, write_records
@@ -136,15 +134,13 @@ def test_what_cannot_be_cut_is_refused(tokenizer, message):
 
 
 def test_the_command_shows_every_length(tokenizer, tmp_path, capsys):
-    from experiments.tiny.model import build
-
     build(seed=0)[0].save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     row = record(tokenizer, r"so \boxed{7}", model_name_or_path=str(tmp_path / "model"))
     (tmp_path / "out").mkdir()
     write_records(tmp_path / "out", [row])
-    main([str(tmp_path / "out"), "--lengths", "2", str(row["tokens"]), "--json"])
-    shown = json.loads(capsys.readouterr().out)
+    shown = main([str(tmp_path / "out"), "--lengths", "2", str(row["tokens"])])
+    assert " at 2 | 1 x 1 " in capsys.readouterr().out
     assert {name.rpartition(" ")[2]: one["pass@1"] for name, one in shown.items()} == {"2": 0, str(row["tokens"]): 1}
     assert read_records(tmp_path / "out") == [row | {"schema": 1}], "the records are left as they are"
     with pytest.raises(SystemExit, match=r"^error: length=65: the records have max_new_tokens=64"):
