@@ -347,9 +347,16 @@ def test_a_folder_of_the_r1_distillate_reads_and_thinks_as_its_authors_advise(tm
     assert tokenizer.decode(completion, skip_special_tokens=True) == "I add 7.\n</think>\n\nThe answer is 7."
 
 
-def test_a_prefix_is_any_text_and_is_added_once(tmp_path, byte_level):
+ENDS_IN_A_LINE_BREAK = (
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}\n"  # the last one is never rendered
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, ENDS_IN_A_LINE_BREAK])
+def test_a_prefix_is_any_text_and_is_added_once(tmp_path, byte_level, template):
     for number, prefix in enumerate(["<think>\n", "{{ x }}{% y %} \"quoted\" 'so' \\n 🙂"]):
-        script = folder(tmp_path / str(number), byte_level)
+        script = folder(tmp_path / str(number), byte_level, template=template)
         script.generation_prefix = prefix
         tokenizer = load_tokenizer(script)
         text = tokenizer.decode(tokens_of(make_prompt("1+1?", None, chat=True), tokenizer))
