@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("pte_trl.evaluation.script", "run benchmarks, one record per sample"),
     "metrics": ("pte_trl.evaluation.metrics", "pass@1, pass@k and rates of finished evaluations"),
     "regrade": ("pte_trl.evaluation.regrade", "grade finished records again, without generating"),
+    "prefix": ("pte_trl.evaluation.prefix", "metrics of shorter runs, cut from a long one"),
     "generate": ("pte_trl.evaluation.generate", "answer questions under a bounded cache"),
     "inspect": ("pte_trl.inspect.__main__", "plot what the state of a PTE adapter keeps"),
     "estimate": ("pte_trl.estimate.__main__", "peak memory per GPU, from configurations"),

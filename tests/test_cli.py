@@ -82,7 +82,13 @@ def test_help_of_a_command_names_it_and_its_flags(command, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert f"usage: pte-trl {command} " in shown
     flag = {"train": "--window", "distill": "--sample_to", "evaluate": "--benchmarks", "metrics": "--json"}
-    flag |= {"regrade": "--answer_after", "generate": "--question", "inspect": "--evict_ratio", "estimate": "--ranks"}
+    flag |= {
+        "regrade": "--answer_after",
+        "prefix": "--lengths",
+        "generate": "--question",
+        "inspect": "--evict_ratio",
+        "estimate": "--ranks",
+    }
     assert flag[command] in shown
 
 
@@ -92,6 +98,7 @@ REFUSED = {
     ("evaluate", "--model_name_or_path", "./no", "--output_dir", "o", "--benchmarks", "amc23"): "no such folder",
     ("metrics", "nowhere"): "error: no records.jsonl below nowhere",
     ("regrade", "nowhere"): "error: no records.jsonl below nowhere",
+    ("prefix", "nowhere", "--lengths", "8"): "error: no records.jsonl below nowhere",
     ("generate", "--model_name_or_path", "m", "--window", "8"): "question=None, file=None: give exactly one",
     ("inspect", "./nowhere"): "nowhere",
     ("estimate", "--model", "nowhere"): "error: model='nowhere': no folder with a config.json; known are ",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peft import get_peft_model
@@ -18,14 +19,22 @@ from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl import PteConfig
 from pte_trl.cache.eviction import STRATEGIES
 from pte_trl.cache.policy import CachePolicy
+from pte_trl.data.prompts import tokens_of
 from pte_trl.evaluation.benchmarks import load_benchmark
-from pte_trl.evaluation.config import EvaluationArguments, ModelSource, short_name
+from pte_trl.evaluation.config import FROM_RECIPE, EvaluationArguments, ModelSource, short_name
+from pte_trl.evaluation.generate import GenerateArguments, prepare
+from pte_trl.evaluation.prefix import prefix_records
 from pte_trl.evaluation.records import SCHEMA, read_records
 from pte_trl.evaluation.regrade import main as regrade_command
 from pte_trl.evaluation.regrade import regrade
-from pte_trl.evaluation.runner import sample_window, seed_of
+from pte_trl.evaluation.runner import CHUNK_TOKENS, REFILLS, chunk_size, prompt_tokens, sample_window, seed_of
 from pte_trl.evaluation.script import main
+from pte_trl.models.tokens import load_tokenizer
+from pte_trl.rollouts.rollout import rollout
 from pte_trl.runtime.ownership import own
+from pte_trl.settings.parsing import read_recipe
+from pte_trl.training.arguments import RecipeArguments
+from pte_trl.training.run import load_data
 from tests.forked import python
 from tests.models import randomise_up
 
@@ -39,6 +48,8 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     model, tokenizer = build(seed=0)
     tokenizer.save_pretrained(folder / "model")
+    # It draws from 900 tokens alike: with these, half of the completions end, each after another number of tokens.
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(200, 212)]
     model.save_pretrained(folder / "model")
     adapted = get_peft_model(model, PteConfig(rank=4, num_global_tokens=4))
     randomise_up(adapted)
@@ -97,6 +108,46 @@ def test_every_sample_is_a_record_with_its_settings(setting, finished):
 def test_another_batch_size_gives_the_same_records(setting, finished, tmp_path):
     main(argv(setting, tmp_path, batch_size=64))
     assert content(tmp_path) == content(finished)
+
+
+def test_a_row_that_has_ended_takes_the_next_sample(setting, finished, tmp_path, monkeypatch):
+    """Two rows decode all samples of a window that a chunk has, and the records are the same."""
+    calls = []
+
+    def counted(model, prompts, policy, **options):
+        calls.append((len(prompts), options["batch_size"]))
+        return rollout(model, prompts, policy, **options)
+
+    monkeypatch.setattr("pte_trl.evaluation.runner.rollout", counted)
+    main(argv(setting, tmp_path, batch_size=2))
+    assert sum(samples for samples, _ in calls) == PROBLEMS * SAMPLES
+    assert {rows for _, rows in calls} == {2} and max(calls)[0] > 2
+    assert content(tmp_path) == content(finished)
+
+
+@pytest.mark.parametrize(("eviction", "refills"), [("sliding_window", REFILLS), ("h2o", 1)])
+def test_chunks_are_as_large_as_they_may_be_and_as_many_for_every_process(eviction, refills):
+    options = {"model_name_or_path": "m", "output_dir": "o", "benchmarks": ["b"], "window": 8, "eviction": eviction}
+    for samples in (1, 7, 480, 2500, 10_784):
+        for processes in (1, 2, 8):
+            for batch, length in ((1, 65_536), (64, 3072), (64, 65_536), (512, 65_536)):
+                args = EvaluationArguments(**options, batch_size=batch, max_new_tokens=length)
+                size = chunk_size(samples, processes, args)
+                most = max(batch, min(refills * batch, CHUNK_TOKENS // length))
+                assert 1 <= size <= most
+                chunks = -(-samples // size)
+                share = -(-chunks // processes)  # of the process that has the most
+                assert share * size < 2 * samples / processes + processes or chunks <= processes
+                assert size == most or (share - 1) * most * processes < samples
+
+
+def test_a_shorter_evaluation_can_be_cut_from_a_longer_one(setting, finished, tmp_path):
+    """Record by record the same: text, verdict, evictions, how it ended, and the settings."""
+    main(argv(setting, tmp_path, max_new_tokens=24))
+    long, short = read_records(finished / "sums"), read_records(tmp_path / "sums")
+    assert short == prefix_records(long, 24, load_tokenizer(ModelSource(model_name_or_path=str(setting / "model"))))
+    assert {r["finish_reason"] for r in short} == {"length", "stop"}
+    assert any(r["tokens"] > 24 for r in long), "nothing is cut"
 
 
 def test_a_second_run_does_nothing_and_a_lost_sample_alone_is_made_again(setting, finished, tmp_path, capsys):
@@ -366,6 +417,70 @@ def test_what_is_graded_comes_from_the_recipe_unless_it_is_said(tmp_path):
     assert EvaluationArguments(**given).answer_after == "</think>"
     assert EvaluationArguments(**given, answer_after="</t>").answer_after == "</t>"
     assert not hasattr(ModelSource(recipe=given["recipe"]), "answer_after")
+
+
+GIVEN = {
+    "model_name_or_path": "m",
+    "dtype": "float32",
+    "attn_implementation": "sdpa",
+    "trust_remote_code": True,
+    "system_prompt": "Think.",
+    "system_prompt_role": "user",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "generation_prefix": "<think>\n",
+    "data_dir": "d",
+    "answer_after": "</think>",
+    "temperature": 0.3,
+    "top_p": 0.9,
+}
+
+
+@pytest.mark.parametrize("key", FROM_RECIPE)
+def test_every_shared_key_comes_from_the_recipe_unless_it_is_said(tmp_path, key):
+    """The recipe's own `temperature` and `top_p` are the training's."""
+    of_recipe = {theirs: GIVEN[ours] for ours, theirs in FROM_RECIPE.items()} | {"temperature": 1.0, "top_p": 1.0}
+    (tmp_path / "r.yaml").write_text(json.dumps(of_recipe))
+    evaluation = {"recipe": str(tmp_path / "r.yaml"), "output_dir": "o", "benchmarks": ["math500"]}
+    assert getattr(EvaluationArguments(**evaluation), key) == GIVEN[key]
+    other = {"trust_remote_code": False, "temperature": 0.0, "top_p": 0.5, "dtype": "float16"}.get(key)
+    other = other if other is not None else {"chat_template_kwargs": {}, "system_prompt_role": "system"}.get(key, "x")
+    assert getattr(EvaluationArguments(**evaluation, **{key: other}), key) == other
+    if key != "answer_after":
+        asked = GenerateArguments(recipe=evaluation["recipe"], question="?", window=8)
+        assert getattr(asked, key) == GIVEN[key]
+
+
+@pytest.mark.parametrize("name", ["qwen3b", "qwen7b", "llama8b"])
+def test_the_papers_recipes_say_how_they_are_evaluated(name):
+    path = ROOT / f"recipes/{name}.yaml"
+    args = EvaluationArguments(recipe=str(path), output_dir="o", benchmarks=["math500"])
+    assert (args.temperature, args.top_p) == (0.6, 0.95)
+    assert {"eval_temperature", "eval_top_p"} <= set(read_recipe("recipe", str(path)))
+    thinks = ("user", "<think>\n") if name == "llama8b" else ("system", None)
+    assert (args.system_prompt_role, args.generation_prefix) == thinks
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_training_evaluation_and_generate_make_the_same_prompt(setting, tmp_path, role, chat):
+    prompt = {"system_prompt": "Think.", "system_prompt_role": role}
+    prompt |= {"generation_prefix": "<think>\n"} if chat else {}
+    prompt |= {"model_name_or_path": str(setting / "model")}
+    question = "1+1?"
+    (tmp_path / "one.jsonl").write_text(json.dumps({"problem": question, "answer": "2"}) + "\n")
+    script = RecipeArguments(**prompt, dataset_name=str(tmp_path / "one.jsonl"), decontaminate=False)
+    tokenizer = load_tokenizer(script)
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    (trained,) = load_data(script, SimpleNamespace(chat_template_kwargs=None), tokenizer)["prompt"]
+    args = EvaluationArguments(**prompt, output_dir="o", benchmarks=[script.dataset_name])
+    (evaluated,) = prompt_tokens(load_benchmark(script.dataset_name), tokenizer, args)
+    asked, _ = prepare(tokenizer, question, GenerateArguments(**prompt, question=question, window=8))
+    assert tokens_of(trained, tokenizer) == evaluated == asked
+    said = f"{question}\nThink." if role == "user" else f"Think.\n{question}"
+    if chat:
+        said = f"user\n{said}" if role == "user" else f"system\nThink.<|im_end|>\n<|im_start|>user\n{question}"
+        said = f"<|im_start|>{said}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert tokenizer.decode(asked) == said
 
 
 def test_text_is_no_leave_to_run_code(tmp_path):

@@ -110,8 +110,8 @@ def test_the_text_is_the_evaluation_s_whatever_the_checkpoint_says(model, hostil
     evaluation = Evaluation("sums", problems, tokenizer, args, Accelerator(cpu=True), grader=None)
     evaluation.model = loaded
     (sample,) = evaluation.samples()
-    texts, *_ = evaluation._generate([type(sample)(0, 0, options.get("seed", 0), sample.window)])
-    assert texts == [written]
+    (made,) = evaluation._generate([type(sample)(0, 0, options.get("seed", 0), sample.window)])
+    assert made.text == written
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])

@@ -5,13 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+import trl
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from experiments.tiny.model import build_tokenizer
 from pte_trl.compat.transformers import template_variables as variables
-from pte_trl.data.prompts import build_prompts
-from pte_trl.models.tokens import PLAIN, PROBES, check_template, load_tokenizer
+from pte_trl.data.prompts import build_prompts, tokens_of
+from pte_trl.models.template import PROBLEM, ROLES, check_template, make_prompt
+from pte_trl.models.tokens import PLAIN, PROBES, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -204,7 +206,7 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path, byte_level, family):
     [
         (RAISES, "the chat template takes no system message .Conversation roles must alternate"),
         (NO_SYSTEM, "the chat template takes no system message .System role not supported"),
-        (DROPS, "the chat template drops it; leave system_prompt out, or begin each problem with it"),
+        (DROPS, "the chat template drops it; system_prompt_role: user puts it behind each problem"),
     ],
 )
 def test_a_template_without_a_system_message(tmp_path, byte_level, template, message):
@@ -279,3 +281,105 @@ def test_the_projects_own_tokenizer_is_what_it_was(tmp_path, capsys):
     script = SimpleNamespace(model_name_or_path=str(tmp_path), system_prompt="Think.", chat_template_kwargs=None)
     assert load_tokenizer(script).get_vocab() == build_tokenizer().get_vocab()
     assert "Qwen2Tokenizer adds <|endoftext|> to the folder's tokenizer.json" in capsys.readouterr().out
+
+
+# ---- the templates that models have: TRL ships copies ----------------------------------------------------------
+
+SHIPPED = Path(trl.__file__).parent / "chat_templates"
+FAMILY_TEMPLATES = (
+    *("qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3", "llama3_1", "llama3_2", "deepseek_r1_distill", "mistral"),
+)
+SYSTEM_PROMPT = "Please reason step by step."
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("name", FAMILY_TEMPLATES)
+def test_problem_and_instruction_arrive_behind_one_bos_token(tmp_path, byte_level, name, role):
+    template = RAISES if name == "mistral" else (SHIPPED / f"{name}.jinja").read_text()
+    script = folder(tmp_path / "model", byte_level, template=template)
+    script.system_prompt, script.system_prompt_role = SYSTEM_PROMPT, role
+    if name == "mistral" and role == "system":
+        with pytest.raises(ValueError, match=r"takes no system message .*; system_prompt_role: user puts it behind"):
+            load_tokenizer(script)
+        return
+    tokenizer = load_tokenizer(script)
+    ids = tokens_of(make_prompt(PROBLEM, SYSTEM_PROMPT, role, chat=True), tokenizer)
+    text = tokenizer.decode(ids)
+    assert text.count(PROBLEM) == text.count(SYSTEM_PROMPT) == 1
+    assert ids.count(tokenizer.bos_token_id) == ("bos_token" in template)
+    assert (f"{PROBLEM}\n{SYSTEM_PROMPT}" in text) == (role == "user")
+
+
+BOS, USER, ASSISTANT, EOS = (
+    f"<\N{FULLWIDTH VERTICAL LINE}{name}\N{FULLWIDTH VERTICAL LINE}>"
+    for name in ("begin▁of▁sentence", "User", "Assistant", "end▁of▁sentence")
+)
+R1 = (SHIPPED / "deepseek_r1_distill.jinja").read_text()
+R1_TEMPLATES = {"now": R1, "first": R1.replace("<think>\\n'}}", "'}}") + "\n"}
+
+
+@pytest.fixture(scope="module")
+def r1(byte_level):
+    """DeepSeek-R1-Distill-Llama's tokenizer but for its size: its special tokens, and <think> among the others."""
+    core = Tokenizer.from_str(byte_level.to_str())
+    core.add_special_tokens([BOS, EOS])
+    core.add_tokens([AddedToken(t, normalized=False) for t in (USER, ASSISTANT, "<think>", "</think>")])
+    core.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, core.token_to_id(BOS))])
+    return core
+
+
+@pytest.mark.parametrize("version", R1_TEMPLATES)
+def test_a_folder_of_the_r1_distillate_reads_and_thinks_as_its_authors_advise(tmp_path, r1, version, capsys):
+    names = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "tokenizer_class": "LlamaTokenizerFast"}
+    script = folder(tmp_path / "model", r1, template=R1_TEMPLATES[version], add_bos_token=True, **names)
+    assert R1_TEMPLATES["first"] != R1
+    script.system_prompt, script.system_prompt_role = SYSTEM_PROMPT, "user"
+    script.generation_prefix, script.answer_after = "<think>\n", "</think>"
+    tokenizer = load_tokenizer(script)
+    assert "'Pleasereasonstepbystep," in capsys.readouterr().out, "transformers reads it right by itself now"
+    prompt = make_prompt(PROBLEM, SYSTEM_PROMPT, "user", chat=True)
+    ids = tokens_of(prompt, tokenizer)
+    assert ids == r1.encode(tokenizer.decode(ids), add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == f"{BOS}{USER}{PROBLEM}\n{SYSTEM_PROMPT}{ASSISTANT}<think>\n"
+    ended = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "7"}], tokenize=False)
+    assert ended.endswith(f"{ASSISTANT}7{EOS}"), "the prefix is part of prompts alone"
+    completion = tokenizer("I add 7.\n</think>\n\nThe answer is 7.", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(completion, skip_special_tokens=True) == "I add 7.\n</think>\n\nThe answer is 7."
+
+
+ENDS_IN_A_LINE_BREAK = (
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}\n"  # the last one is never rendered
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, ENDS_IN_A_LINE_BREAK])
+def test_a_prefix_is_any_text_and_is_added_once(tmp_path, byte_level, template):
+    for number, prefix in enumerate(["<think>\n", "{{ x }}{% y %} \"quoted\" 'so' \\n 🙂"]):
+        script = folder(tmp_path / str(number), byte_level, template=template)
+        script.generation_prefix = prefix
+        tokenizer = load_tokenizer(script)
+        text = tokenizer.decode(tokens_of(make_prompt("1+1?", None, chat=True), tokenizer))
+        assert text.endswith(f"<|im_start|>assistant\n{prefix}")
+        tokenizer.save_pretrained(tmp_path / str(number))
+        assert load_tokenizer(script).chat_template == tokenizer.chat_template
+    script = folder(tmp_path / "none", byte_level, template=None)
+    script.generation_prefix = "<think>\n"
+    with pytest.raises(ValueError, match=r"^generation_prefix='<think>\\n': the tokenizer has no chat template"):
+        load_tokenizer(script)
+
+
+def test_what_is_graded_is_what_was_written(tmp_path, byte_level, r1, capsys):
+    """TRL would hand rewards a completion without its thought; decoding leaves special tokens out."""
+    template = {"defaults": {"role": "assistant"}, "fields": {"content": {"kind": "text"}}}
+    script = folder(tmp_path / "split", byte_level, response_template=template)
+    assert load_tokenizer(script).response_template == template
+    script.answer_after = None
+    assert load_tokenizer(script).response_template is None
+    assert "the response_template of its tokenizer is not used" in capsys.readouterr().out
+    core = Tokenizer.from_str(r1.to_str())
+    core.add_special_tokens(["</think>"])
+    script = folder(tmp_path / "special", core, bos_token=BOS, eos_token=EOS, pad_token=EOS)
+    script.answer_after = "</think>"
+    with pytest.raises(ValueError, match=r"^answer_after='</think>': is a special token of this tokenizer"):
+        load_tokenizer(script)

@@ -49,7 +49,8 @@ def prepare_smollm2() -> None:
 
 def accuracy(model, tokenizer, problems, script, args, window: int, name: str) -> tuple[float, list[str]]:
     """Share of test problems solved under `window`, sampled at the training temperature, and the completions."""
-    prompts = build_prompts(problems, tokenizer, system_prompt=script.system_prompt)
+    role = script.system_prompt_role
+    prompts = build_prompts(problems, tokenizer, system_prompt=script.system_prompt, system_prompt_role=role)
     texts = []
     torch.manual_seed(0)
     for start in tqdm(range(0, len(prompts), 50), desc=f"evaluating {name}"):

@@ -4,7 +4,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pte_trl.models.tokens import check_template
+from pte_trl.models.template import check_template, make_prompt
 
 
 def build_prompts(
@@ -12,6 +12,7 @@ def build_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     system_prompt: str | None = None,
+    system_prompt_role: str = "system",
     max_prompt_tokens: int | None = None,
     num_proc: int | None = None,
     chat_template_kwargs: dict | None = None,
@@ -21,7 +22,8 @@ def build_prompts(
     Args:
         dataset: columns id, problem, answer.
         tokenizer: with a chat template the prompts are conversations, without one plain text.
-        system_prompt: a system message, or the first line of the plain text.
+        system_prompt: an instruction for every problem; without a chat template a line of the plain text.
+        system_prompt_role: "system" for a message before the problem's, "user" for the last line of the problem's.
         max_prompt_tokens: longer prompts are dropped, and their number is printed. Counted as GRPOTrainer feeds
             them: the whole template, with the header of the answer to come (`_tokenize_prompts`, trl 1.16).
         num_proc: processes to tokenize in; a fast tokenizer needs none.
@@ -31,14 +33,15 @@ def build_prompts(
         Columns id, answer and prompt: [{"role": ..., "content": ...}, ...] or str.
 
     Raises:
-        ValueError: a limit below 1, or one that no prompt meets; a chat template that cannot be used (`tokens.py`).
+        ValueError: a limit below 1, or one that no prompt meets; a chat template that cannot be used (`template.py`).
     """
     if max_prompt_tokens is not None and max_prompt_tokens < 1:
         raise ValueError(f"max_prompt_tokens={max_prompt_tokens}: must be at least 1")
-    check_template(tokenizer, system_prompt, chat_template_kwargs)
+    check_template(tokenizer, system_prompt, chat_template_kwargs, role=system_prompt_role)
 
     def add_prompts(batch: dict[str, list]) -> dict[str, list]:
-        return {"prompt": [make_prompt(problem, system_prompt, chat=chat) for problem in batch["problem"]]}
+        problems = batch["problem"]
+        return {"prompt": [make_prompt(problem, system_prompt, system_prompt_role, chat=chat) for problem in problems]}
 
     def add_lengths(batch: dict[str, list]) -> dict[str, list]:
         if chat:
@@ -56,13 +59,6 @@ def build_prompts(
         return prompts
     lengths = prompts.map(add_lengths, batched=True, num_proc=num_proc, remove_columns=prompts.column_names)["length"]
     return drop_long(prompts, list(lengths), max_prompt_tokens)
-
-
-def make_prompt(problem: str, system_prompt: str | None, *, chat: bool) -> str | list[dict[str, str]]:
-    if not chat:
-        return f"{system_prompt}\n{problem}" if system_prompt else problem
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": problem}]
 
 
 def drop_long(prompts: Dataset, lengths: list[int], limit: int) -> Dataset:

@@ -12,16 +12,22 @@ from pte_trl.rewards.grader import check_answer_after
 from pte_trl.settings.limits import COUNT, check_values
 from pte_trl.settings.parsing import read_recipe
 
-FROM_RECIPE = (
-    "model_name_or_path",
-    "dtype",
-    "attn_implementation",
-    "trust_remote_code",
-    "system_prompt",
-    "chat_template_kwargs",
-    "data_dir",
-    "answer_after",
+# A key here -> the key of a training recipe that gives it where no flag does.
+SAME = (
+    *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "system_prompt"),
+    *("system_prompt_role", "chat_template_kwargs", "generation_prefix", "data_dir", "answer_after"),
 )
+FROM_RECIPE = {key: key for key in SAME} | {"temperature": "eval_temperature", "top_p": "eval_top_p"}
+# Where neither gives one. Not stated in the paper; temperature and top-p are those of DeepSeek-R1's own evaluation
+# (arXiv 2501.12948), whose distillate is one of the paper's models.
+DEFAULTS = {
+    "dtype": "bfloat16",
+    "attn_implementation": "blockwise",
+    "trust_remote_code": False,
+    "system_prompt_role": "system",
+    "temperature": 0.6,
+    "top_p": 0.95,
+}
 # What decides the text of a sample, and what of it is graded. A folder has one set of them, and so has every record.
 RECORDED = (
     "model_name_or_path",
@@ -29,7 +35,9 @@ RECORDED = (
     "dtype",
     "attn_implementation",
     "system_prompt",
+    "system_prompt_role",
     "chat_template_kwargs",
+    "generation_prefix",
     "budget",
     "window",
     "evict_ratio",
@@ -51,7 +59,10 @@ def short_name(benchmark: str) -> str:
 
 @dataclass
 class ModelSource:
-    """The model to sample from; what is not given is taken from a training recipe, so that both prompt it alike."""
+    """The model and how to sample from it; what is not given is taken from a training recipe.
+
+    So both prompt the model alike. The recipe's `temperature` is the training's; its `eval_temperature` is taken.
+    """
 
     recipe: str | None = field(default=None, metadata={"help": "Training recipe: model, precision, system prompt."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the base model."})
@@ -61,23 +72,29 @@ class ModelSource:
     trust_remote_code: bool | None = field(
         default=None, metadata={"help": "Run Python code that comes with the model."}
     )
-    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
+    system_prompt: str | None = field(default=None, metadata={"help": "Instruction for every problem."})
+    system_prompt_role: str | None = field(default=None, metadata={"help": "system, or user: behind the problem."})
+    generation_prefix: str | None = field(
+        default=None, metadata={"help": "What every answer begins with, such as <think>; a part of the prompt."}
+    )
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "More for the chat template, as JSON: '{\"enable_thinking\": false}'."}
     )
     data_dir: str | None = field(
         default=None, metadata={"help": "Folder of files NAME.jsonl, .csv, ...; no hub then."}
     )
+    temperature: float | None = field(default=None, metadata={"help": "0 is greedy; left out: eval_temperature, 0.6."})
+    top_p: float | None = field(default=None, metadata={"help": "Nucleus, 1 for all; left out: eval_top_p, 0.95."})
 
     def __post_init__(self):
         if self.recipe is not None:
             values = read_recipe("recipe", self.recipe)
-            for key in FROM_RECIPE:
-                if getattr(self, key, "no such key") is None and key in values:
-                    setattr(self, key, values[key])
-        self.dtype = self.dtype or "bfloat16"
-        self.attn_implementation = self.attn_implementation or "blockwise"
-        self.trust_remote_code = False if self.trust_remote_code is None else self.trust_remote_code
+            for key, theirs in FROM_RECIPE.items():
+                if getattr(self, key, "no such key") is None and theirs in values:
+                    setattr(self, key, values[theirs])
+        for key, value in DEFAULTS.items():
+            if getattr(self, key) in (None, ""):
+                setattr(self, key, value)
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
         check_values(self, window=COUNT)
@@ -98,8 +115,6 @@ class EvaluationArguments(ModelSource, CacheArguments):
     backend: str = field(default="transformers", metadata={"help": "transformers, or vllm (full cache only)."})
     max_new_tokens: int = field(default=3072, metadata={"help": "Completion tokens at most."})
     samples: int = field(default=1, metadata={"help": "Completions per problem."})
-    temperature: float = field(default=0.6, metadata={"help": "0 is greedy."})
-    top_p: float = field(default=0.95, metadata={"help": "Nucleus; 1 for all."})
     seed: int = field(default=0, metadata={"help": "Every sample's own seed follows from it."})
     batch_size: int = field(default=64, metadata={"help": "Completions decoded together, per process."})
 

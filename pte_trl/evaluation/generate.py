@@ -16,11 +16,12 @@ from pte_trl.cache.arguments import CacheArguments
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.schedule import Schedule
 from pte_trl.data.needs import check_needs
-from pte_trl.data.prompts import make_prompt, tokens_of
+from pte_trl.data.prompts import tokens_of
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.evaluation.loading import check_evaluation_model, load_for_evaluation
 from pte_trl.evaluation.runner import rounded
 from pte_trl.models.generation_config import eos_token_ids
+from pte_trl.models.template import make_prompt
 from pte_trl.models.tokens import load_tokenizer
 from pte_trl.rollouts.sampling import Sampling
 from pte_trl.rollouts.streaming import stream
@@ -35,8 +36,6 @@ class GenerateArguments(ModelSource, CacheArguments):
     question: str | None = field(default=None, metadata={"help": "What to ask."})
     file: str | None = field(default=None, metadata={"help": "Or a text file with a question on every line."})
     max_new_tokens: int = field(default=3072, metadata={"help": "Answer tokens at most."})
-    temperature: float = field(default=0.6, metadata={"help": "0 is greedy."})
-    top_p: float = field(default=0.95, metadata={"help": "Nucleus; 1 for all."})
     seed: int = field(default=0, metadata={"help": "Of the sampling, the same for every question."})
     ignore_eos: bool = field(default=False, metadata={"help": "Go on to max_new_tokens, to look at long texts."})
     status_every: int = field(default=256, metadata={"help": "Tokens between two lines about the cache."})
@@ -117,7 +116,8 @@ def prepare(tokenizer: PreTrainedTokenizerBase, question: str, args: GenerateArg
     Raises:
         ValueError: the budget leaves none.
     """
-    prompt = make_prompt(question, args.system_prompt, chat=tokenizer.chat_template is not None)
+    chat = tokenizer.chat_template is not None
+    prompt = make_prompt(question, args.system_prompt, args.system_prompt_role, chat=chat)
     ids = tokens_of(prompt, tokenizer, args.chat_template_kwargs)
     policy, length = args.cache_policy, rounded(len(ids))
     if not policy.fits(length):

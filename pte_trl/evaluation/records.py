@@ -32,6 +32,7 @@ class Record(TypedDict):
         problem_id, sample: which completion of which problem; no two records share both.
         correct, reason, extracted, gold: the verdict (see `Verdict`) and what the answer was compared with.
         completion, tokens: the text, and the number of its tokens.
+        completion_ids: the tokens themselves, from which `prefix.py` makes the records of a shorter run.
         finish_reason: "stop", "length", or "no_room" where the prompt fills the budget.
         evictions: how often tokens left the cache.
         contaminated, gold_note: of the problem, see `load_benchmark`.
@@ -57,6 +58,7 @@ class Record(TypedDict):
     extracted: NotRequired[str | None]
     prompt: NotRequired[str]
     prompt_tokens: NotRequired[int]
+    completion_ids: NotRequired[list[int]]
     sample_seed: NotRequired[int]
     sample_window: NotRequired[int | None]
     answer_after: NotRequired[str | None]

@@ -1,14 +1,16 @@
 """Problems -> completions -> verdicts -> records, on any number of processes.
 
-The samples of a benchmark are put into batches by their prompts' length, and every process takes every n-th batch.
-What is on disk already is not done again. A sample has a seed of its own and a window that follows from its own
-prompt, and batches are the same whatever was done before: neither a kill nor the number of processes changes a record.
-Another batch size does so only by the rounding of another batch.
+The samples of a benchmark are sorted by their prompts' length and divided into chunks, and every process takes every
+n-th chunk. Within a chunk, a row whose completion has ended takes the next sample. What is on disk already is not done
+again. A sample has a seed of its own and a window that follows from its own prompt, and chunks are the same whatever
+was done before, so a kill changes no record. Another batch size or number of processes does so only by the rounding of
+other batches.
 """
 
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -34,6 +36,8 @@ from pte_trl.runtime.identity import adapter_identity, base_identity, template_i
 from pte_trl.runtime.together import on_main
 
 PACKAGES = ("pte_trl", "torch", "transformers")  # their versions are in every record, and those of the judges
+REFILLS = 8  # a chunk has so many times `batch_size` samples at most: more keep the rows busier, and a kill loses more
+CHUNK_TOKENS = 1 << 24  # and so many tokens: their random numbers, ids and log-probs take 20 bytes each
 ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window, hence a batch
 
 
@@ -45,6 +49,18 @@ class Sample:
     number: int
     seed: int
     window: int | None
+
+
+class Completion(NamedTuple):
+    """What became of a sample: text, token ids, and how it ended, as in a `Record`."""
+
+    text: str
+    ids: list[int]
+    finish_reason: str
+    evictions: int
+
+
+NO_ROOM = Completion("", [], "no_room", 0)
 
 
 def seed_of(seed: int, benchmark: str, problem_id: str, number: int) -> int:
@@ -66,6 +82,15 @@ def sample_window(policy: CachePolicy, prompt_tokens: int) -> int | None:
     return policy.schedule(length).window if policy.fits(length) else 0
 
 
+def chunk_size(samples: int, processes: int, args: EvaluationArguments) -> int:
+    """Samples that are handed to the engine together, so that every process gets the same number of chunks."""
+    # The other strategies run on the reference implementation, which decodes all samples that it is given at once.
+    refills = REFILLS if args.eviction == "sliding_window" else 1
+    most = args.batch_size * max(1, min(refills, CHUNK_TOKENS // (args.batch_size * args.max_new_tokens)))
+    chunks = processes * -(-samples // (processes * most))
+    return -(-samples // chunks)
+
+
 def check_room(name: str, problems: Dataset, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments) -> None:
     """Says how many prompts leave no room in the budget, before anything is loaded.
 
@@ -85,7 +110,8 @@ def check_room(name: str, problems: Dataset, tokenizer: PreTrainedTokenizerBase,
 
 
 def prompt_tokens(problems: Dataset, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments) -> list[list[int]]:
-    prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt)["prompt"]
+    role = args.system_prompt_role
+    prompts = build_prompts(problems, tokenizer, system_prompt=args.system_prompt, system_prompt_role=role)["prompt"]
     return [tokens_of(prompt, tokenizer, args.chat_template_kwargs) for prompt in prompts]
 
 
@@ -160,13 +186,13 @@ class Evaluation:
             return read_records(self.folder)
         if done:
             self.accelerator.print(f"{self.folder}: {len(done)} of {len(order)} samples are there")
-        # Batches are those of the whole evaluation, whatever is there: in low precision another batch is another text.
-        batches = [b for b in self.batches(everything) if not all(self._key(sample) in done for sample in b)]
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        # Chunks are those of the whole evaluation, whatever is there: in low precision another batch is another text.
+        chunks = [c for c in self.chunks(everything, ranks) if not all(self._key(sample) in done for sample in c)]
         show = not self.accelerator.is_main_process
         with self.parts.writing(rank):
-            for batch in tqdm(batches[rank::ranks], desc=f"evaluating {self.name}", unit="batch", disable=show):
-                rows = self._rows(batch)
+            for chunk in tqdm(chunks[rank::ranks], desc=f"evaluating {self.name}", unit="chunk", disable=show):
+                rows = self._rows(chunk)
                 self.parts.append(rank, [r for r in rows if (r["problem_id"], r["sample"]) not in done])
         self.accelerator.wait_for_everyone()
         on_main(lambda: self.parts.merge(order) and None)
@@ -186,14 +212,11 @@ class Evaluation:
             for n in range(self.args.samples)
         ]
 
-    def batches(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Samples of one window together, longest prompts first (what does not fit in memory fails at once)."""
+    def chunks(self, samples: list[Sample], processes: int = 1) -> list[list[Sample]]:
+        """What is sampled by one call each, longest prompts first: what does not fit in memory fails at once."""
         ordered = sorted(samples, key=lambda s: -len(self.prompt_ids[s.problem]))
-        by_window: dict[int | None, list[Sample]] = {}
-        for sample in ordered:
-            by_window.setdefault(sample.window, []).append(sample)
-        size = self.args.batch_size
-        return [group[i : i + size] for group in by_window.values() for i in range(0, len(group), size)]
+        size = chunk_size(len(samples), processes, self.args)
+        return [ordered[at : at + size] for at in range(0, len(ordered), size)]
 
     def _check(self, expected: set[tuple[str, int]]) -> tuple[set[tuple[str, int]], bool]:
         complete = (self.folder / COMPLETE).is_file()
@@ -213,19 +236,22 @@ class Evaluation:
             )
         return done, complete
 
-    def _rows(self, batch: list[Sample]) -> list[Record]:
-        """Generates and grades one batch."""
-        texts, tokens, finished, evictions = self._generate(batch)
-        golds = [self.problems[s.problem]["answer"] for s in batch]
-        verdicts = self.grader.grade(golds, texts)
-        return [
-            self._row(sample, *made)
-            for sample, *made in zip(batch, texts, tokens, finished, evictions, verdicts, strict=True)
-        ]
+    def _rows(self, chunk: list[Sample]) -> list[Record]:
+        """Generates and grades one chunk."""
+        by_window: dict[int | None, list[Sample]] = {}
+        for sample in chunk:
+            by_window.setdefault(sample.window, []).append(sample)
+        made: dict[Sample, Completion] = {}
+        for group in by_window.values():
+            made.update(zip(group, self._generate(group), strict=True))
+        golds = [self.problems[sample.problem]["answer"] for sample in made]
+        verdicts = self.grader.grade(golds, [completion.text for completion in made.values()])
+        return [self._row(*one, verdict) for one, verdict in zip(made.items(), verdicts, strict=True)]
 
-    def _generate(self, batch: list[Sample]) -> tuple[list[str], list[int], list[str], list[int]]:
+    def _generate(self, batch: list[Sample]) -> list[Completion]:
+        """Completions of samples with the same window."""
         if batch[0].window == 0:
-            return [""] * len(batch), [0] * len(batch), ["no_room"] * len(batch), [0] * len(batch)
+            return [NO_ROOM] * len(batch)
         args, ends = self.args, eos_token_ids(self.model, self.tokenizer)
         prompts, seeds = [self.prompt_ids[s.problem] for s in batch], [s.seed for s in batch]
         if args.backend == "vllm":
@@ -242,6 +268,7 @@ class Evaluation:
             eos_token_ids=ends,
             pad_token_id=self.tokenizer.pad_token_id,
             seeds=seeds,
+            batch_size=args.batch_size,
             engine_cache=self.engine_cache,
         )
         sums = torch.tensor([[sum(row)] for row in result.logprobs])  # of numbers below 0: finite only if all are
@@ -257,19 +284,19 @@ class Evaluation:
         )
         return self._finish(result.completion_ids, result.evictions)
 
-    def _finish(self, ids: list[list[int]], evictions: list[int]) -> tuple[list[str], list[int], list[str], list[int]]:
+    def _finish(self, ids: list[list[int]], evictions: list[int]) -> list[Completion]:
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         ends = eos_token_ids(self.model, self.tokenizer)
-        finished = ["stop" if row[-1] in ends else "length" for row in ids]
-        return texts, [len(row) for row in ids], finished, evictions
+        reasons = ["stop" if row[-1] in ends else "length" for row in ids]
+        return list(map(Completion, texts, ids, reasons, evictions))
 
-    def _row(self, sample: Sample, text: str, tokens: int, finished: str, evictions: int, verdict: Verdict) -> Record:
+    def _row(self, sample: Sample, completion: Completion, verdict: Verdict) -> Record:
         problem = self.problems[sample.problem]
         return {
             "problem_id": problem["id"],
             "sample": sample.number,
             "prompt": self.texts[sample.problem],
-            "completion": text,
+            "completion": completion.text,
             "correct": verdict.correct,
             "reason": verdict.reason,
             "extracted": verdict.extracted,
@@ -277,9 +304,10 @@ class Evaluation:
             "gold_note": problem["gold_note"],
             "contaminated": problem["contaminated"],
             "prompt_tokens": len(self.prompt_ids[sample.problem]),
-            "tokens": tokens,
-            "evictions": evictions,
-            "finish_reason": finished,
+            "tokens": len(completion.ids),
+            "completion_ids": completion.ids,
+            "evictions": completion.evictions,
+            "finish_reason": completion.finish_reason,
             "sample_seed": sample.seed,
             "sample_window": sample.window,
             "schema": SCHEMA,

@@ -1,22 +1,18 @@
-"""A model's tokenizer and chat template, refused before the weights load where text would not survive them.
+"""A model's tokenizer, refused before the weights load where text would not survive it.
 
     tokenizer = load_tokenizer(script)             # of `script.model_name_or_path`
-    check_template(tokenizer, system_prompt)       # as often as one likes: nothing is changed
 
 A tokenizer can be wrong without a word: transformers 5 builds some from the class that the folder names, and not from
 the folder's own tokenizer.json. What is read and written then is not what the model was trained on.
 """
 
-import inspect
 from pathlib import Path
 
 import huggingface_hub
-from accelerate import PartialState
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pte_trl.compat.transformers import template_variables
+from pte_trl.models.template import begin_answers, check_template, say
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -30,23 +26,20 @@ PROBES = (
 PLAIN = 3  # so many of them are ASCII
 
 
-def say(sentence: str) -> None:
-    """On the main process."""
-    PartialState().print(sentence, flush=True)
-
-
 def load_tokenizer(
     script, trust_remote_code: bool = False, key: str = "model_name_or_path"
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the left, with a pad token; what a user would not expect is printed.
 
     Args:
-        script: with `model_name_or_path`, and where there are such fields `system_prompt`, `chat_template_kwargs`.
+        script: with `model_name_or_path`, and where there are such fields `system_prompt`, `system_prompt_role`,
+            `chat_template_kwargs`, `generation_prefix` and `answer_after`.
         key: the setting that names the model, for errors.
 
     Raises:
         ValueError: no tokenizer files, none that can be loaded, no token that ends a text, tokens that the model has
-            no embedding for, text that does not survive, or a chat template that cannot be used.
+            no embedding for, text that does not survive, a chat template that cannot be used, or an `answer_after`
+            that no decoded completion would have.
     """
     name = script.model_name_or_path
     key = f"{key}={name!r}"
@@ -61,11 +54,14 @@ def load_tokenizer(
     check_special(tokenizer, key)
     check_vocabulary(tokenizer, name, key, trust_remote_code)
     check_round_trip(tokenizer, key)
+    if hasattr(script, "answer_after"):  # completions will be graded, and no tools are called
+        check_decoding(tokenizer, key, script.answer_after)
     if tokenizer.chat_template is None:
         say(f"{key}: its tokenizer has no chat template, so prompts are plain text")
-    check_template(
-        tokenizer, getattr(script, "system_prompt", None), getattr(script, "chat_template_kwargs", None), verbose=True
-    )
+    options = getattr(script, "chat_template_kwargs", None)
+    role = getattr(script, "system_prompt_role", None) or "system"
+    check_template(tokenizer, getattr(script, "system_prompt", None), options, verbose=True, role=role)
+    begin_answers(tokenizer, getattr(script, "generation_prefix", None), options)
     return tokenizer
 
 
@@ -181,95 +177,24 @@ def unknown_of(backend: Tokenizer | None) -> int | None:
     return None if token is None else backend.token_to_id(token)
 
 
-# ---- the chat template -----------------------------------------------------------------------------------------
+def check_decoding(tokenizer: PreTrainedTokenizerBase, key: str, answer_after: str | None) -> None:
+    """A completion is graded as the model wrote it, its thought included.
 
-PROBLEM = "What is $\\frac{1}{2}+7$?\nShow your work."
-
-
-def check_template(
-    tokenizer: PreTrainedTokenizerBase,
-    system_prompt: str | None = None,
-    chat_template_kwargs: dict | None = None,
-    verbose: bool = False,
-) -> None:
-    """Renders a prompt as training and evaluation will.
-
-    Args:
-        verbose: print what has no effect.
+    TRL splits completions by the tokenizer's response_template, where there is one, and rewards see the answer
+    without `</think>`; an evaluation sees the whole text. So there is none.
 
     Raises:
-        ValueError: arguments of the wrong kind, a template that fails, one that drops the problem or the system
-            message, or two tokens in front that begin a text.
+        ValueError: decoding leaves out `answer_after`, since it is a special token; every answer would count as wrong.
     """
-    options = check_options(tokenizer, chat_template_kwargs)
-    if tokenizer.chat_template is None:
-        if verbose and options:
-            say(f"chat_template_kwargs={options!r}: there is no chat template that could read it")
+    for name in ("response_template", "response_schema"):
+        if getattr(tokenizer, name, None) is not None:
+            setattr(tokenizer, name, None)
+            say(f"{key}: the {name} of its tokenizer is not used; completions are graded as they were written")
+    if answer_after is None:
         return
-    user = {"role": "user", "content": PROBLEM}
-    try:
-        text = render(tokenizer, [user], options)
-    except Exception as error:  # a template is a program: it may raise anything
-        raise ValueError(f"the chat template cannot be rendered for one problem ({described(error)})") from error
-    if PROBLEM not in text:
-        raise ValueError(f"the chat template drops the problem: {PROBLEM!r} is rendered as {text[-200:]!r}")
-    if system_prompt:
-        system = {"role": "system", "content": system_prompt}
-        remedy = "leave system_prompt out, or begin each problem with it"
-        try:
-            text = render(tokenizer, [system, user], options)
-        except Exception as error:
-            raise ValueError(
-                f"system_prompt={system_prompt[:60]!r}: the chat template takes no system message "
-                f"({described(error)}); {remedy}"
-            ) from error
-        if system_prompt.strip() not in text:
-            raise ValueError(f"system_prompt={system_prompt[:60]!r}: the chat template drops it; {remedy}")
-        if PROBLEM not in text:
-            raise ValueError("the chat template drops the problem that follows a system message")
-    check_beginning(tokenizer, [user], options, verbose)
-    if verbose:
-        idle = sorted(set(options) - template_variables(tokenizer.get_chat_template()))
-        if idle:
-            say(f"chat_template_kwargs: the chat template does not look at {', '.join(idle)}")
-
-
-def check_options(tokenizer: PreTrainedTokenizerBase, options: dict | None) -> dict:
-    """chat_template_kwargs as a dictionary of what only the template reads."""
-    if options is None:
-        return {}
-    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+    ids = tokenizer(answer_after, add_special_tokens=False)["input_ids"]
+    if answer_after.strip() not in tokenizer.decode(ids, skip_special_tokens=True):
         raise ValueError(
-            f"chat_template_kwargs={options!r}: is a {type(options).__name__}; allowed is a mapping of names to "
-            "values, such as {enable_thinking: false}"
+            f"answer_after={answer_after!r}: is a special token of this tokenizer, so no decoded completion has it; "
+            "allowed is text that decoding keeps, or leaving it out"
         )
-    taken = [name for name in options if name in inspect.signature(tokenizer.apply_chat_template).parameters]
-    taken += [name for name in ("messages", "kwargs") if name in options]
-    if taken:
-        raise ValueError(f"chat_template_kwargs={options!r}: {', '.join(taken)} is set by the trainer itself")
-    return options
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], options: dict) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-
-
-def described(error: Exception) -> str:
-    """What a template said by itself, else the error with its kind."""
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"
-
-
-def check_beginning(tokenizer: PreTrainedTokenizerBase, messages: list[dict], options: dict, verbose: bool) -> None:
-    """One token that begins the text: not two, and if the model knows one, one."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return
-    ids = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True, **options
-    )
-    ids = ids["input_ids"]
-    if ids[:2] == [bos, bos]:
-        raise ValueError(f"the chat template begins a prompt with {tokenizer.bos_token!r} twice")
-    if verbose and bos not in ids and tokenizer("1")["input_ids"][:1] == [bos]:
-        say(f"the chat template begins no prompt with {tokenizer.bos_token!r}, as the tokenizer does with plain text")

@@ -147,6 +147,9 @@ LIMITS: dict[str, Limit] = {
     "grader_time_limit": POSITIVE,
     **dict.fromkeys(("max_new_tokens", "samples", "batch_size", "status_every"), COUNT),
     "backend": choice("transformers", "vllm"),
+    "system_prompt_role": choice("system", "user"),
+    "eval_temperature": NOT_NEGATIVE,
+    "eval_top_p": POSITIVE_SHARE,
 }
 
 

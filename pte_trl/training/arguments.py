@@ -43,7 +43,11 @@ class RecipeArguments:
     problem_column: str | None = field(default=None, metadata={"help": "Column of the problem."})
     answer_column: str | None = field(default=None, metadata={"help": "Column of the gold answer."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
-    system_prompt: str | None = field(default=None, metadata={"help": "System message of the chat template."})
+    system_prompt: str | None = field(default=None, metadata={"help": "Instruction for every problem."})
+    system_prompt_role: str = field(default="system", metadata={"help": "system, or user: behind the problem."})
+    generation_prefix: str | None = field(
+        default=None, metadata={"help": "What every answer begins with, such as <think>; a part of the prompt."}
+    )
     max_prompt_tokens: int = field(default=1024, metadata={"help": "Longer prompts are dropped and counted."})
     decontaminate: bool = field(default=True, metadata={"help": "Drop problems that overlap with the benchmarks."})
 
@@ -66,6 +70,9 @@ class RecipeArguments:
     answer_after: str | None = field(
         default=None, metadata={"help": "Grade only what follows this text, such as </think>; without it, no answer."}
     )
+    # Read by recipes/evaluate.py and recipes/generate.py; `temperature` is the training's.
+    eval_temperature: float | None = field(default=None, metadata={"help": "Temperature of evaluations."})
+    eval_top_p: float | None = field(default=None, metadata={"help": "Nucleus of evaluations."})
 
     def __post_init__(self):
         check_values(self)

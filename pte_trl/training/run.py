@@ -122,6 +122,7 @@ def load_data(script, args, tokenizer: PreTrainedTokenizerBase, grader=None) -> 
         problems,
         tokenizer,
         system_prompt=script.system_prompt,
+        system_prompt_role=script.system_prompt_role,
         max_prompt_tokens=script.max_prompt_tokens,
         chat_template_kwargs=args.chat_template_kwargs,
     )
