@@ -4,10 +4,11 @@
 #   sbatch --nodes=2 --gpus-per-node=8 recipes/slurm.sh recipes/qwen7b.yaml
 #   sbatch --nodes=1 --gpus-per-node=8 recipes/slurm.sh recipes/qwen3b.yaml --method lora_c --output_dir outputs/lora_c
 #
-# The recipe comes first, then flags of the training script. ACCELERATE_CONFIG names another config than DDP's for one
-# node and ZeRO-2's for several; VENV another environment than .venv. The repository and its outputs must lie where
-# every node can read them. Slurm sends SIGTERM five minutes before the time is up; --requeue puts a job back that lost
-# a node, and the same command goes on from its newest checkpoint.
+# The recipe comes first, then flags of the training script. The recipe's global_batch (512 in the paper's) is that of
+# all nodes together. ACCELERATE_CONFIG names another config than DDP's for one node and ZeRO-2's for several; VENV
+# another environment than .venv. The repository and its outputs must lie where every node can read them. Slurm sends
+# SIGTERM five minutes before the time is up; --requeue puts a job back that lost a node, and the same command goes on
+# from its newest checkpoint.
 #SBATCH --job-name=pte_trl
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32

@@ -37,7 +37,7 @@ def test_every_recipe_parses_and_every_line_has_its_reason(path):
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_the_values_the_paper_states(path):
     script, args = parse_recipe(["--config", str(path), *CPU])
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 512
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == args.global_batch == 512
     assert (args.learning_rate, args.max_grad_norm, args.max_completion_length) == (1e-5, 1.0, 3072)
     assert (script.rank, script.num_global_tokens, args.evict_ratio, args.window) == (32, 32, 0.25, "auto")
     assert script.dataset_name == "dapo_math_17k"
@@ -57,6 +57,7 @@ def recipe(tmp_path, **changes) -> list[str]:
     return ["--config", str(path)]
 
 
+GLOBAL = {"gradient_accumulation_steps": None}
 BAD = [
     ({"window": 0}, "window=0"),
     ({"window": "wide"}, "window='wide'"),
@@ -85,6 +86,12 @@ BAD = [
     ({"save_strategy": False}, "save_strategy=False.* not in quotes"),
     ({"windw": 16}, "windw=16: no such key"),
     ({"per_device_train_batch_size": 3}, "divisible"),
+    (GLOBAL | {"global_batch": 192}, "global_batch=192: 1 processes .* take 128 .* allowed are multiples of 128"),
+    (
+        {"global_batch": 256},
+        "global_batch=256, gradient_accumulation_steps=1: give one .* gradient_accumulation_steps=2",
+    ),
+    (GLOBAL | {"global_batch": 0}, "global_batch=0: must be an integer of at least 1"),
 ]
 
 
@@ -92,6 +99,42 @@ BAD = [
 def test_a_bad_recipe_names_key_value_and_what_is_allowed(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(recipe(tmp_path, **changes))
+
+
+def batch_of(args) -> int:
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8, 16])
+@pytest.mark.parametrize("config", [PteGRPOConfig, PteDistillConfig])
+def test_the_global_batch_is_kept_on_any_number_of_processes(monkeypatch, tmp_path, config, processes):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    settings = {"output_dir": str(tmp_path), "window": 8, "use_cpu": True, "bf16": False, "global_batch": 64}
+    for micro in (1, 2, 4):
+        args = config(**settings, per_device_train_batch_size=micro)
+        assert batch_of(args) * processes == 64
+        # What follows is the same when it is said as well, as a config that is made again from its own values does.
+        again = config(
+            **settings, per_device_train_batch_size=micro, gradient_accumulation_steps=batch_of(args) // micro
+        )
+        assert again.gradient_accumulation_steps == args.gradient_accumulation_steps
+        with pytest.raises(
+            ValueError,
+            match=f"^global_batch=64, gradient_accumulation_steps=3: give one .*={64 // micro // processes}",
+        ):
+            config(**settings, per_device_train_batch_size=micro, gradient_accumulation_steps=3)
+    with pytest.raises(
+        ValueError, match=f"^global_batch=64: {processes} processes with .*=3 take {3 * processes} comp"
+    ):
+        config(**settings, per_device_train_batch_size=3)
+
+
+def test_a_flag_for_the_accumulation_takes_the_place_of_the_recipes_global_batch():
+    command = ["--config", str(PAPER[0]), *CPU]
+    _, args = parse_recipe([*command, "--gradient_accumulation_steps", "4"])
+    assert (args.global_batch, batch_of(args)) == (None, 32)
+    _, args = parse_recipe([*command, "--per_device_train_batch_size", "2", "--global_batch", "64"])
+    assert (args.gradient_accumulation_steps, batch_of(args)) == (32, 64)
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

@@ -204,6 +204,8 @@ def test_the_table_of_a_trainer(tmp_path):
     job = job_of(trainer, "single", 12)
     assert (job.rollout_batch, job.micro_batch, job.state_rank, job.schedule) == (2, 8, 4, Schedule(8))
     assert job.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    asked = describe(trainer_for(tmp_path, global_batch=16), "single", 12)["global batch"]
+    assert asked == f"{shown['global batch']}, global_batch=16"
 
 
 def test_where_rollouts_come_from_in_words(tmp_path):

@@ -82,8 +82,11 @@ def logged(trainer, name):
         {"gradient_accumulation_steps": 2},
         {"steps_per_generation": 4, "num_iterations": 2, "beta": 0.1, "max_steps": 4},
         {"window": None, "budget": 24, "temperature": 0.6, "gradient_checkpointing": False},
+        # Prompts of 1 to 11 tokens: a micro-batch of two groups has two windows.
+        {"window": "auto", "gradient_accumulation_steps": 2},
+        {"window": "auto", "replay": "segments"},
     ],
-    ids=["plain", "accumulated", "off-policy with KL", "budget"],
+    ids=["plain", "accumulated", "off-policy with KL", "budget", "auto", "auto, segments"],
 )
 def test_the_replay_scores_what_was_sampled(tmp_path, method, batching):
     trainer = trainer_for(tmp_path, method, **batching)
