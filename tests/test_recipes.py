@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from pte_trl.settings.parsing import parse, read_recipe
 from pte_trl.training.arguments import RecipeArguments, parse_recipe
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill import PteDistillConfig
+from pte_trl.training.global_batch import accumulation_steps, set_accumulation
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,27 +108,65 @@ def batch_of(args) -> int:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8, 16])
-@pytest.mark.parametrize("config", [PteGRPOConfig, PteDistillConfig])
-def test_the_global_batch_is_kept_on_any_number_of_processes(monkeypatch, tmp_path, config, processes):
+def test_the_global_batch_is_kept_on_any_number_of_processes(monkeypatch, processes):
+    """By the launcher's variable; test_startup.py has a real launch."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    settings = {"output_dir": str(tmp_path), "window": 8, "use_cpu": True, "bf16": False, "global_batch": 64}
-    for micro in (1, 2, 4):
-        args = config(**settings, per_device_train_batch_size=micro)
-        assert batch_of(args) * processes == 64
-        # What follows is the same when it is said as well, as a config that is made again from its own values does.
-        again = config(
-            **settings, per_device_train_batch_size=micro, gradient_accumulation_steps=batch_of(args) // micro
+
+    def steps(micro: int, given: int | None = None, global_batch: int | None = 64) -> int:
+        args = SimpleNamespace(
+            global_batch=global_batch, per_device_train_batch_size=micro, gradient_accumulation_steps=given
         )
-        assert again.gradient_accumulation_steps == args.gradient_accumulation_steps
+        set_accumulation(args)
+        return args.gradient_accumulation_steps
+
+    for micro in (1, 2, 4):
+        needed = steps(micro)
+        assert needed * micro * processes == 64 and steps(micro, given=needed) == needed
         with pytest.raises(
-            ValueError,
-            match=f"^global_batch=64, gradient_accumulation_steps=3: give one .*={64 // micro // processes}",
+            ValueError, match=f"^global_batch=64, gradient_accumulation_steps=3: give one .*={needed}, "
         ):
-            config(**settings, per_device_train_batch_size=micro, gradient_accumulation_steps=3)
+            steps(micro, given=3)
     with pytest.raises(
         ValueError, match=f"^global_batch=64: {processes} processes with .*=3 take {3 * processes} comp"
     ):
-        config(**settings, per_device_train_batch_size=3)
+        steps(3)
+    assert (steps(3, global_batch=None), steps(3, given=5, global_batch=None)) == (1, 5)
+
+
+@pytest.mark.parametrize("config", [PteGRPOConfig, PteDistillConfig])
+def test_both_trainers_have_a_global_batch(tmp_path, config):
+    settings = {"output_dir": str(tmp_path), "window": 8, "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = config(**settings, global_batch=64)
+    assert batch_of(args) == 64
+    assert config(**settings).gradient_accumulation_steps == 1
+
+
+LAUNCHES = re.compile(r"(.*)(?:grpo_pte\.py --config|slurm\.sh) (recipes/(?:qwen|llama)\w+\.yaml)([^\n`]*)")
+
+
+def launches() -> list[tuple[str, str, str, Path]]:
+    """What stands before a recipe of the paper, the recipe, flags, and the file, of every line that launches one."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "recipes/slurm.sh"]
+    files += [*PAPER, *(ROOT / "accelerate_configs").glob("*.yaml")]
+    texts = {path: re.sub(r"\\\n#? *", "", path.read_text()) for path in files}
+    return [(*found, path) for path, text in texts.items() for found in LAUNCHES.findall(text)]
+
+
+def gpus_of(before: str, path: Path) -> int:
+    """As many as a launch line names, by itself or by its config; 8 where it names none."""
+    nodes, gpus = (re.search(rf"--(?:{name})[= ](\d+)", before) for name in ("nodes", "gpus-per-node|num_processes"))
+    config = ROOT / "accelerate_configs/ddp.yaml" if path.parent.name != "accelerate_configs" else path
+    counted = yaml.safe_load(config.read_text())["num_processes"]
+    return (int(nodes[1]) if nodes else 1) * int(gpus[1]) if gpus else counted
+
+
+def test_every_launch_of_a_paper_recipe_has_its_global_batch():
+    found = launches()
+    assert {16, 8} <= {gpus_of(before, path) for before, _, _, path in found} and len(found) > 8
+    for before, path, flags, file in found:
+        _, args = parse_recipe(["--config", str(ROOT / path), *flags.split("#")[0].split(), *CPU])
+        assert args.global_batch == 512, (file, flags)
+        accumulation_steps(512, args.per_device_train_batch_size, gpus_of(before, file))
 
 
 def test_a_flag_for_the_accumulation_takes_the_place_of_the_recipes_global_batch():
