@@ -137,9 +137,8 @@ class Engine:
             """Integers; made once and only written in place from then on, since graphs read them where they lie."""
             return torch.zeros(*shape, dtype=torch.long, device=self.device)
 
-        # Of every row, (rows,): its sample, the token to feed next, tokens sampled so far, the prompt's tokens, and
-        # whether it has not ended.
-        self.sample, self.token, self.count, self.length = (zeros(rows) for _ in range(4))
+        # Of every row, (rows,): its sample, the token to feed next, tokens sampled so far, and whether it has not ended.
+        self.sample, self.token, self.count = (zeros(rows) for _ in range(3))
         self.alive = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self.row_numbers = torch.arange(rows, device=self.device)
         # What the next eviction takes: the rows, the oldest thought of each, and how many leave.
@@ -222,7 +221,7 @@ class Engine:
         """Makes `rows` the first ones, in this order, and the only ones in use."""
         index, size = self._index(rows), len(rows)
         self.cache.gather(index)
-        for state in (self.sample, self.token, self.count, self.length, self.alive):
+        for state in (self.sample, self.token, self.count, self.alive):
             state[:size] = state[index]
         self.rows = [self.rows[row] for row in rows]
         self.active = size
@@ -238,7 +237,7 @@ class Engine:
             self._index(getattr(new, name) for new in started.values()) for name in ("sample", "length", "ring")
         )
         self.cache.start(index, length, ring)
-        self.sample[index], self.length[index], self.count[index], self.alive[index] = sample, length, 0, True
+        self.sample[index], self.count[index], self.alive[index] = sample, 0, True
         for row, new in started.items():
             self.rows[row] = new
         self._draw(index, torch.stack([self.first_logits[new.prompt] for new in started.values()]))
@@ -316,7 +315,7 @@ class Engine:
             layer.aim(rows, place, limit)
         mask = mask_for(self.model, self.cache.seen[:active, None, None, :limit])
         # Positions count the tokens fed, not the places held, so they keep growing through evictions.
-        position = (self.length[:active] + thought).unsqueeze(1)
+        position = (self.cache.prompt[:active] + thought).unsqueeze(1)
         self._draw(rows, self._forward(self.token[:active].unsqueeze(1), mask, position, self.cache))
 
     def _draw(self, rows: Tensor, logits: Tensor) -> None:
