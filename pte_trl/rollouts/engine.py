@@ -137,7 +137,7 @@ class Engine:
             """Integers; made once and only written in place from then on, since graphs read them where they lie."""
             return torch.zeros(*shape, dtype=torch.long, device=self.device)
 
-        # Of every row, (rows,): its sample, the token to feed next, tokens sampled so far, and whether it has not ended.
+        # Of every row, (rows,): its sample, the token to feed next, tokens sampled so far, and whether it goes on.
         self.sample, self.token, self.count = (zeros(rows) for _ in range(3))
         self.alive = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self.row_numbers = torch.arange(rows, device=self.device)
