@@ -12,6 +12,7 @@ from experiments.tiny.model import build, build_tokenizer
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.rewards.grader import has_boxed
+from pte_trl.training import calibrate
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.trainer import PteGRPOTrainer
@@ -264,3 +265,13 @@ def test_the_tiny_model_of_the_demo_is_supported(tmp_path):
     trainer = trainer_for(tmp_path, model=model, max_steps=1)
     trainer.train()
     assert max(logged(trainer, "mismatch/max")) < 1e-4
+
+
+def test_encoders_are_calibrated_at_the_mean_eviction(tmp_path, monkeypatch):
+    """Every prompt has a W of its own, and so an E."""
+    seen, measure = [], calibrate.measure
+    trainer = trainer_for(tmp_path, window="auto", evict_ratio=1.0)
+    monkeypatch.setattr(calibrate, "measure", lambda *args, **options: seen.append(args) or measure(*args, **options))
+    calibrate.calibrate_encoders(trainer)
+    ((_, _, mask, evict),) = seen
+    assert evict == round(mask.sum().item() / len(mask)) < mask.shape[1]
