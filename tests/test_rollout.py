@@ -127,13 +127,13 @@ def test_shared_prefills_and_a_shrinking_batch_change_nothing(eviction, method):
 @pytest.mark.parametrize("eviction", STRATEGIES)
 def test_every_strategy_gives_each_row_its_own_window(eviction):
     model, policy = with_pte(tiny("llama", torch.float64)), CachePolicy(budget=13, eviction=eviction)
-    together = sample(model, policy=policy, seeds=[1, 2, 3])
+    together = sample(model, policy=policy, seeds=[1, 2, 3], eos_token_ids=[-1])
     assert together.windows == [8, 11, 10]
     for at, prompt in enumerate(PROMPTS):
-        alone = sample(model, [prompt], policy, seeds=[at + 1])
+        alone = sample(model, [prompt], policy, seeds=[at + 1], eos_token_ids=[-1])
         assert alone.completion_ids == [together.completion_ids[at]] and alone.evictions == [together.evictions[at]]
         assert alone.logprobs[0] == pytest.approx(together.logprobs[at], abs=1e-6)
-    assert max(together.evictions) > 5
+    assert min(together.evictions) > 3
 
 
 def test_every_token_is_computed_once_and_no_more(monkeypatch):
