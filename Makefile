@@ -98,9 +98,6 @@ else
 .NOTPARALLEL:  # one run uses every GPU
 GPUS ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),8)
 LAUNCH := $(VENV)/bin/accelerate launch --config_file $(ACCELERATE) --num_processes $(GPUS)
-# The paper's global batch of 512 completions, on however many GPUs.
-ACCUMULATION = $(or $(filter-out 0,$(shell echo $$((512 % ($(1) * $(GPUS)) ? 0 : 512 / ($(1) * $(GPUS)))))),$(error \
-  GPUS=$(GPUS): 512 completions cannot be shared by them in parts of $(1)))
 TRAIN_ARGS := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 # Completions per GPU: of an 8B model with 3,072 cached tokens each they take 13 GB of cache.
 BATCH ?= 32

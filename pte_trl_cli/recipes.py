@@ -15,6 +15,7 @@ from pte_trl.settings.parsing import parse, read_recipe
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill import PteDistillConfig
+from pte_trl.training.global_batch import accumulation_steps
 from pte_trl_cli.machine import GB, Gpu
 
 # Models whose shape the package has, by the names that recipes give them.
@@ -89,6 +90,10 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
         check_supported(config)
     dtype = getattr(torch, "bfloat16" if script.dtype == "auto" else script.dtype)
     per_rollout = args.per_device_train_batch_size * args.steps_per_generation
+    if args.global_batch is not None and not args.given & {"steps_per_generation", "generation_batch_size"}:
+        # The recipe was read for one process; on several, each has its share of the global batch in a rollout.
+        micro_batches = accumulation_steps(args.global_batch, args.per_device_train_batch_size, ranks)
+        per_rollout = args.per_device_train_batch_size * micro_batches
     in_parts = args.method != "lora" and isinstance(args.rollout_batch_size, int)
     at_once = args.rollout_batch_size if in_parts else per_rollout
     return Job(

@@ -95,10 +95,9 @@ class Probe:
 
 
 def joined(parts: list[Rollout]) -> Rollout:
-    """Several rollouts of one window as one."""
-    lists = {
-        key: [x for part in parts for x in getattr(part, key)] for key in ("completion_ids", "logprobs", "evictions")
-    }
+    """Several rollouts as one."""
+    keys = ("completion_ids", "logprobs", "windows", "evictions")
+    lists = {key: [x for part in parts for x in getattr(part, key)] for key in keys}
     return replace(parts[0], **lists, seconds=sum(part.seconds for part in parts))
 
 

@@ -60,6 +60,7 @@ SHARED_RUNS = {
         "temperature": 0.8,
         "max_completion_length": 14,
         "per_device_train_batch_size": 2,
+        "global_batch": 4,
         "remove_unused_columns": True,
         "model_init_kwargs": {"dtype": "float32"},
         "trust_remote_code": True,

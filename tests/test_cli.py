@@ -277,12 +277,12 @@ def test_a_recipe_is_estimated_by_what_it_says(name, shape, micro_batch, at_once
 def test_which_recipe_fits_a_gpu(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(Path(QWEN).read_text().replace("replay: segments ", "replay: one_pass "))
-    peak = estimate(recipes.job_of(str(recipe), "cuda"))["peak"]
+    peak = estimate(recipes.job_of(str(recipe), "cuda", ranks=8))["peak"]
     big = Gpu("big", int(80e9), int(80e9))
     assert recipes.fit(str(recipe), [big], 0).verdict == "fits each GPU, 70.0 GB"
     assert recipes.fit(str(recipe), [], 1e12).verdict.startswith("needs a GPU")
     tight = replace(big, free=int(peak))  # the smallest GPU counts, and not all of its memory
-    fit = recipes.fit(str(recipe), [big, tight], 0)
+    fit = recipes.fit(str(recipe), [*[big] * 7, tight], 0)
     need = re.search(r"does not fit each GPU, .* takes (\d+\.\d) GB with per_device_train_batch_size: 2", fit.verdict)
     assert need and float(need[1]) * 1e9 < 0.9 * peak - CONTEXT
     assert recipes.fit(QWEN, [replace(big, free=int(4e9))], 0).verdict == "does not fit each GPU, 1.6 GB"
@@ -305,6 +305,7 @@ def test_what_cannot_be_estimated_says_why(tmp_path):
     big, other = Gpu("big", int(80e9), int(79e9)), tmp_path / "other.yaml"
     other.write_text(Path(QWEN).read_text().replace("Qwen/Qwen2.5-3B-Instruct", "a/b"))
     assert "model_name_or_path='a/b' is no folder here" in recipes.fit(str(other), [big], 0).verdict
+    assert recipes.fit(QWEN, [big] * 3, 0).verdict.startswith("global_batch=512: 3 processes with ")
     other.write_text("windw: 3\n")
     assert recipes.fit(str(other), [big], 0).verdict == "windw=3: no such key; --help lists those there are"
     assert "no such file" in recipes.fit(str(tmp_path / "none.yaml"), [big], 0).verdict

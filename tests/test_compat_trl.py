@@ -166,6 +166,24 @@ def test_scores_of_trl(tmp_path):
     assert aux is None
 
 
+@about("trl.micro_batches_of", "trl.replace_micro_batches")
+def test_micro_batches_of_trl(tmp_path):
+    """`_prepare_inputs` makes them of a rollout, and gives them out by the count of the steps."""
+    trainer = trainer_for(tmp_path, "lora", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert trl.micro_batches_of(trainer) is None
+    trainer.model.train()
+    given = trainer._prepare_inputs(rows_of(trainer))
+    made = trl.micro_batches_of(trainer)
+    assert len(made) == 2 and given is made[0] and len(given["completion_ids"]) == 4
+    trainer._step += 1
+    assert trainer._prepare_inputs(rows_of(trainer)) is made[1] and trl.micro_batches_of(trainer) is made
+    others = [{"others": 0}, {"others": 1}]
+    assert trl.replace_micro_batches(trainer, others) is others[1] is trainer._prepare_inputs(rows_of(trainer))
+    trainer._step += 1
+    trainer._prepare_inputs(rows_of(trainer))
+    assert trl.micro_batches_of(trainer) is not others, "a new rollout is a new list"
+
+
 # ---- PEFT --------------------------------------------------------------------------------------------------------
 
 

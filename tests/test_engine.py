@@ -5,9 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts import engine
 from pte_trl.rollouts.batching import EngineCache, auto_batch_size, cache_bytes, halving
-from pte_trl.rollouts.engine import Engine
+from pte_trl.rollouts.engine import Engine, Room
 from pte_trl.rollouts.ring import aligned
 from pte_trl.rollouts.rollout import rollout
 from tests.grids import grid
@@ -53,6 +54,59 @@ def test_odd_windows(window, ratio):
     model = with_pte(tiny("qwen2", torch.float64))
     options = {"policy": CachePolicy(window, evict_ratio=ratio)}
     assert_same(sampled(model, batch_size=4, **options), sampled(model, reference=True, **options))
+
+
+# Of the eleven prompts; windows that never fill are among them.
+WINDOWS = [1, 9, 4, 4, 13, 100, 1, 4, 9, 13, 1]
+BATCHINGS = {"pte": (None, 1, 0.25), "lora_c": (4, 4, 0.25), "pte, whitened": (3, 1, 0.9)}
+
+
+def cells():
+    """Every model with every batching (rows, steps between two looks, evict_ratio); those of BATCHINGS always run."""
+    for model in MODELS:
+        for batching in BATCHINGS.values():
+            always = BATCHINGS.get(model) == batching
+            yield pytest.param(model, *batching, marks=[] if always else [pytest.mark.thorough])
+
+
+@pytest.mark.parametrize(("model", "rows", "look", "ratio"), cells())
+def test_rows_of_several_windows_are_the_reference_implementation(monkeypatch, model, rows, look, ratio):
+    """The reference implementation decodes the rows of each window for themselves."""
+    monkeypatch.setitem(engine.SYNC_EVERY, "cpu", look)
+    model = MODELS[model](tiny("llama", torch.float64))
+    options = {"policy": CachePolicy("auto", evict_ratio=ratio), "windows": WINDOWS, "eos_token_ids": [40, 41]}
+    found, plain = sampled(model, batch_size=rows, **options), sampled(model, reference=True, **options)
+    assert found.windows == plain.windows == WINDOWS
+    assert_same(found, plain)
+    evicted = {window for window, evictions in zip(WINDOWS, found.evictions, strict=True) if evictions}
+    assert len(evicted) > 2, "too few evictions to tell windows apart: choose other seeds"
+
+
+def test_a_row_among_other_windows_is_the_row_alone():
+    """On one engine, kept from batch to batch, and on one that a lone prompt has to itself."""
+    model, kept = with_pte(tiny("llama", torch.float64), whiten=True), EngineCache()
+    options = {"policy": CachePolicy("auto"), "windows": WINDOWS, "batch_size": 4, "engine_cache": kept}
+    together = sampled(model, **options)
+    turned = sampled(
+        model, PROMPTS[::-1], **options | {"windows": WINDOWS[::-1], "seeds": [*range(len(PROMPTS))][::-1]}
+    )
+    assert turned.completion_ids[::-1] == together.completion_ids and turned.evictions[::-1] == together.evictions
+    for at, prompt in enumerate(PROMPTS):
+        alone = sampled(model, [prompt], policy=CachePolicy(WINDOWS[at]), seeds=[at])
+        assert alone.completion_ids == [together.completion_ids[at]] and alone.evictions == [together.evictions[at]]
+        assert alone.logprobs[0] == pytest.approx(together.logprobs[at], abs=1e-6)
+
+
+def test_a_batch_takes_the_places_of_its_longest_row():
+    """Prompts of 5, 2 and 3 tokens under one budget: a wide window lies behind a short prompt."""
+    model, kept = tiny("llama"), EngineCache()
+    sampled(model, policy=CachePolicy(budget=16), engine_cache=kept)
+    assert (kept.engine.cache.places, kept.engine.cache.evict_at_most) == (16, Schedule(16 - 2).evict)
+    before = kept.engine
+    sampled(model, policy=CachePolicy("auto"), engine_cache=kept)
+    assert kept.engine is before and aligned(5 + 5) == 16, "it has room for these, too"
+    sampled(model, policy=CachePolicy(15), engine_cache=kept)
+    assert kept.engine is not before and kept.engine.cache.places == aligned(5 + 15) == 32
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -169,11 +223,12 @@ def test_the_size_follows_from_the_memory_that_is_free():
     held = sampled(model, [[1, 2, 3]], eos_token_ids=[-1], max_new_tokens=40)
     one = cache_bytes(model.config, aligned(3 + 6), model.dtype)
     assert one == held.cache_bytes
-    assert auto_batch_size(model, 3, 6, 40, free=10 * one) == 6
-    assert auto_batch_size(model, 3, 10**6, 6, free=10 * one) == 6  # no ring longer than the completion
-    assert auto_batch_size(model, 3, 6, 40, free=0) == 1
-    assert auto_batch_size(model, 3, 6, 40) is None  # a CPU
-    assert_same(sampled(model, batch_size="auto"), sampled(model, reference=True))
+    places = Room.needed([3, 2], [Schedule(6), Schedule(7)], 40).places
+    assert places == Room.needed([3], [Schedule(10**6)], 6).places == 16  # no ring longer than the completion
+    assert auto_batch_size(model, places, free=10 * one) == 6
+    assert auto_batch_size(model, places, free=0) == 1
+    assert auto_batch_size(model, places) is None  # a CPU
+    assert_same(sampled(model, batch_size="auto"), sampled(model, reference=True), within=1e-5)
 
 
 def test_short_memory_halves_the_rows_and_loses_nothing(monkeypatch, capsys):

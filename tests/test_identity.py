@@ -194,3 +194,13 @@ def test_a_distillation_is_not_the_finished_run_of_a_grpo(tmp_path):
     script = RecipeArguments(model_name_or_path="m")
     settings = [recipe_settings(script, cls(**common)) for cls in (PteGRPOConfig, PteDistillConfig)]
     assert "config_class: 'PteGRPOConfig' -> 'PteDistillConfig'" in differences(*settings)
+
+
+def test_what_follows_from_the_global_batch_is_no_other_setting():
+    """A finished run of eight processes is the same run for four."""
+    eight = {"global_batch": 512, "gradient_accumulation_steps": 8, "steps_per_generation": 8, "seed": 1}
+    four = eight | {"gradient_accumulation_steps": 16, "steps_per_generation": 16}
+    assert differences(eight, four) == []
+    assert differences(eight, four | {"global_batch": 256, "seed": 2}) == ["global_batch: 512 -> 256", "seed: 1 -> 2"]
+    before = {key: value for key, value in eight.items() if key != "global_batch"}
+    assert len(differences(before, four)) == 2

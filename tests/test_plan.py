@@ -1,7 +1,6 @@
 """The plan is the paper's set-up: what has to be trained and evaluated for every table and figure."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from experiments.rules import Run, makefile, options, python
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.settings.parsing import parse
 from pte_trl.training.arguments import parse_recipe
+from pte_trl.training.global_batch import accumulation_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = ("paper", "tiny")
@@ -25,9 +25,7 @@ def sources(item: str, scale: str) -> list:
 def commands(scale: str, script: str) -> list[list[str]]:
     """Arguments of every command of the plan that runs a script; make's variables are left out."""
     found = dict.fromkeys(argv for run in rules(scale) for argv in run.commands if script in argv)
-    batch = re.compile(r"\$\(call ACCUMULATION,(\d+)\)")
-    words = [[batch.sub(lambda m: str(512 // (8 * int(m[1]))), word) for word in argv[2:]] for argv in found]
-    return [[word for word in argv if not word.startswith("$(")] for argv in words]
+    return [[word for word in argv[2:] if not word.startswith("$(")] for argv in found]
 
 
 def test_table_1_at_the_papers_scale():
@@ -78,7 +76,7 @@ def test_every_command_of_the_plan_parses(scale, monkeypatch):
         variant = args.output_dir.rsplit("/", 1)[1]
         assert args.method == variant.partition("-")[0]
         if scale == "paper":
-            assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 512
+            assert args.per_device_train_batch_size * args.gradient_accumulation_steps == args.global_batch == 512
         assert script.use_global_tokens == (variant != "pte-global_0")
         assert script.encode_evicted == (variant != "pte-global_only")
     for argv in evaluation:
@@ -99,13 +97,22 @@ def test_make_plans_every_item(scale, tmp_path):
     assert not (tmp_path / "outputs" / scale / "train").exists()
 
 
-def test_the_global_batch_is_the_papers_on_any_number_of_gpus(tmp_path):
-    for gpus in (1, 4, 8):
-        done = plan_of("reproduce-tableA1", "paper", tmp_path, f"GPUS={gpus}")
-        assert f"--num_processes {gpus} " in done.stdout
-        assert f"--gradient_accumulation_steps {512 // (8 * gpus)} " in done.stdout
-    done = plan_of("reproduce-tableA1", "paper", tmp_path, "GPUS=3")
-    assert done.returncode != 0 and "GPUS=3: 512 completions cannot be shared" in done.stderr
+def test_a_rollout_of_lora_spans_no_optimizer_step(monkeypatch):
+    """It decodes two micro-batches at once, on however many GPUs share the paper's global batch."""
+    monkeypatch.chdir(ROOT)
+    for argv in commands("paper", "recipes/grpo_pte.py"):
+        _, args = parse_recipe([*argv, "--use_cpu", "true", "--bf16", "false"])
+        if args.method == "lora":
+            assert args.steps_per_generation == 2
+            for gpus in (1, 2, 8, 16, 32):
+                assert accumulation_steps(args.global_batch, args.per_device_train_batch_size, gpus) % 2 == 0
+        else:
+            assert args.steps_per_generation == args.gradient_accumulation_steps
+
+
+def test_make_launches_on_as_many_gpus_as_it_is_told(tmp_path):
+    done = plan_of("reproduce-tableA1", "paper", tmp_path, "GPUS=4")
+    assert "--num_processes 4 " in done.stdout and "accumulation" not in done.stdout
 
 
 def without_make() -> dict[str, str]:

@@ -23,7 +23,7 @@ def test_a_window_is_the_same_for_every_prompt():
     assert CachePolicy(16, evict_ratio=0.5).schedule(100).evict == 8
 
 
-def test_auto_is_the_longest_prompt():
+def test_auto_is_the_length_of_the_prompt():
     assert CachePolicy("auto").schedule(100) == Schedule(100)
     assert CachePolicy("auto").schedule(0) == Schedule(1)
 
@@ -85,18 +85,36 @@ def test_every_strategy_goes_by_its_name_or_as_an_object(eviction):
     assert CachePolicy(8, eviction=STRATEGIES[eviction]()).schedule(5) == Schedule(8)
 
 
-def test_a_rollout_takes_its_window_from_the_longest_prompt():
-    model, prompts = with_pte(tiny("llama")), [[5, 6, 7, 8, 9], [10, 11]]
+GROUPS = [[5 + i] * length for i, length in enumerate((3, 9, 1, 5, 12, 2, 7, 4, 6, 8, 11, 3, 10, 2, 5, 13))]
+
+
+@pytest.mark.parametrize("policy", [CachePolicy("auto"), CachePolicy(budget=16)], ids=["auto", "budget"])
+def test_the_window_of_a_prompt_is_the_same_on_any_number_of_gpus(policy):
+    """Sixteen prompts with two completions each, on 1, 8 and 16 ranks that decode their share for themselves."""
+    model, prompts, found = tiny("llama"), [prompt for prompt in GROUPS for _ in range(2)], []
+    for ranks in (1, 8, 16):
+        share, windows, completions = len(prompts) // ranks, [], []
+        for at in range(0, len(prompts), share):
+            options = {"max_new_tokens": 8, "eos_token_ids": [-1], "pad_token_id": 0}
+            some = rollout(model, prompts[at : at + share], policy, seeds=list(range(at, at + share)), **options)
+            windows, completions = windows + some.windows, completions + some.completion_ids
+        found.append((windows, completions))
+    expected = [len(prompt) if policy.window == "auto" else 16 - len(prompt) for prompt in prompts]
+    assert found[0] == found[1] == found[2] and found[0][0] == expected
+
+
+def test_a_policy_is_its_windows():
+    model, prompts = with_pte(tiny("llama")), [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
     options = {"max_new_tokens": 12, "eos_token_ids": [-1], "pad_token_id": 0, "seeds": [1, 2]}
     found = {policy: rollout(model, prompts, policy, **options) for policy in (CachePolicy("auto"), FULL_CACHE)}
     assert found[CachePolicy("auto")] != found[FULL_CACHE]
     for policy in (CachePolicy(5), CachePolicy(budget=10)):
         same = rollout(model, prompts, policy, **options)
-        assert (same.window, same.evictions) == (5, [Schedule(5).evictions(11)] * 2)
+        assert (same.windows, same.evictions) == ([5, 5], [Schedule(5).evictions(11)] * 2)
         assert same.completion_ids == found[CachePolicy("auto")].completion_ids
     assert found[FULL_CACHE].evictions == [0, 0]
     with pytest.raises(ValueError, match="budget=5: nothing is left for the thought"):
-        rollout(model, prompts, CachePolicy(budget=5), **options)
+        rollout(model, [[5], *prompts[1:]], CachePolicy(budget=5), **options)
 
 
 # ---- config classes ------------------------------------------------------------------------------------------------

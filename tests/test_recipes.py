@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from pte_trl.settings.parsing import parse, read_recipe
 from pte_trl.training.arguments import RecipeArguments, parse_recipe
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill import PteDistillConfig
+from pte_trl.training.global_batch import accumulation_steps, set_accumulation
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,7 @@ def test_every_recipe_parses_and_every_line_has_its_reason(path):
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_the_values_the_paper_states(path):
     script, args = parse_recipe(["--config", str(path), *CPU])
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 512
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == args.global_batch == 512
     assert (args.learning_rate, args.max_grad_norm, args.max_completion_length) == (1e-5, 1.0, 3072)
     assert (script.rank, script.num_global_tokens, args.evict_ratio, args.window) == (32, 32, 0.25, "auto")
     assert script.dataset_name == "dapo_math_17k"
@@ -58,6 +60,7 @@ def recipe(tmp_path, **changes) -> list[str]:
     return ["--config", str(path)]
 
 
+GLOBAL = {"gradient_accumulation_steps": None}
 BAD = [
     ({"window": 0}, "window=0"),
     ({"window": "wide"}, "window='wide'"),
@@ -86,6 +89,12 @@ BAD = [
     ({"save_strategy": False}, "save_strategy=False.* not in quotes"),
     ({"windw": 16}, "windw=16: no such key"),
     ({"per_device_train_batch_size": 3}, "divisible"),
+    (GLOBAL | {"global_batch": 192}, "global_batch=192: 1 processes .* take 128 .* allowed are multiples of 128"),
+    (
+        {"global_batch": 256},
+        "global_batch=256, gradient_accumulation_steps=1: give one .* gradient_accumulation_steps=2",
+    ),
+    (GLOBAL | {"global_batch": 0}, "global_batch=0: must be an integer of at least 1"),
 ]
 
 
@@ -93,6 +102,80 @@ BAD = [
 def test_a_bad_recipe_names_key_value_and_what_is_allowed(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(recipe(tmp_path, **changes))
+
+
+def batch_of(args) -> int:
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8, 16])
+def test_the_global_batch_is_kept_on_any_number_of_processes(monkeypatch, processes):
+    """By the launcher's variable; test_startup.py has a real launch."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+
+    def steps(micro: int, given: int | None = None, global_batch: int | None = 64) -> int:
+        args = SimpleNamespace(
+            global_batch=global_batch, per_device_train_batch_size=micro, gradient_accumulation_steps=given
+        )
+        set_accumulation(args)
+        return args.gradient_accumulation_steps
+
+    for micro in (1, 2, 4):
+        needed = steps(micro)
+        assert needed * micro * processes == 64 and steps(micro, given=needed) == needed
+        with pytest.raises(
+            ValueError, match=f"^global_batch=64, gradient_accumulation_steps=3: give one .*={needed}, "
+        ):
+            steps(micro, given=3)
+    with pytest.raises(
+        ValueError, match=f"^global_batch=64: {processes} processes with .*=3 take {3 * processes} comp"
+    ):
+        steps(3)
+    assert (steps(3, global_batch=None), steps(3, given=5, global_batch=None)) == (1, 5)
+
+
+@pytest.mark.parametrize("config", [PteGRPOConfig, PteDistillConfig])
+def test_both_trainers_have_a_global_batch(tmp_path, config):
+    settings = {"output_dir": str(tmp_path), "window": 8, "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = config(**settings, global_batch=64)
+    assert batch_of(args) == 64
+    assert config(**settings).gradient_accumulation_steps == 1
+
+
+LAUNCHES = re.compile(r"(.*)(?:grpo_pte\.py --config|slurm\.sh) (recipes/(?:qwen|llama)\w+\.yaml)([^\n`]*)")
+
+
+def launches() -> list[tuple[str, str, str, Path]]:
+    """What stands before a recipe of the paper, the recipe, flags, and the file, of every line that launches one."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "recipes/slurm.sh"]
+    files += [*PAPER, *(ROOT / "accelerate_configs").glob("*.yaml")]
+    texts = {path: re.sub(r"\\\n#? *", "", path.read_text()) for path in files}
+    return [(*found, path) for path, text in texts.items() for found in LAUNCHES.findall(text)]
+
+
+def gpus_of(before: str, path: Path) -> int:
+    """As many as a launch line names, by itself or by its config; 8 where it names none."""
+    nodes, gpus = (re.search(rf"--(?:{name})[= ](\d+)", before) for name in ("nodes", "gpus-per-node|num_processes"))
+    config = ROOT / "accelerate_configs/ddp.yaml" if path.parent.name != "accelerate_configs" else path
+    counted = yaml.safe_load(config.read_text())["num_processes"]
+    return (int(nodes[1]) if nodes else 1) * int(gpus[1]) if gpus else counted
+
+
+def test_every_launch_of_a_paper_recipe_has_its_global_batch():
+    found = launches()
+    assert {16, 8} <= {gpus_of(before, path) for before, _, _, path in found} and len(found) > 8
+    for before, path, flags, file in found:
+        _, args = parse_recipe(["--config", str(ROOT / path), *flags.split("#")[0].split(), *CPU])
+        assert args.global_batch == 512, (file, flags)
+        accumulation_steps(512, args.per_device_train_batch_size, gpus_of(before, file))
+
+
+def test_a_flag_for_the_accumulation_takes_the_place_of_the_recipes_global_batch():
+    command = ["--config", str(PAPER[0]), *CPU]
+    _, args = parse_recipe([*command, "--gradient_accumulation_steps", "4"])
+    assert (args.global_batch, batch_of(args)) == (None, 32)
+    _, args = parse_recipe([*command, "--per_device_train_batch_size", "2", "--global_batch", "64"])
+    assert (args.gradient_accumulation_steps, batch_of(args)) == (32, 64)
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

@@ -124,6 +124,18 @@ def test_shared_prefills_and_a_shrinking_batch_change_nothing(eviction, method):
     assert ended[len(ended) // 2] < NEW - 5, "the batch never shrinks: choose other seeds"
 
 
+@pytest.mark.parametrize("eviction", STRATEGIES)
+def test_every_strategy_gives_each_row_its_own_window(eviction):
+    model, policy = with_pte(tiny("llama", torch.float64)), CachePolicy(budget=13, eviction=eviction)
+    together = sample(model, policy=policy, seeds=[1, 2, 3], eos_token_ids=[-1])
+    assert together.windows == [8, 11, 10]
+    for at, prompt in enumerate(PROMPTS):
+        alone = sample(model, [prompt], policy, seeds=[at + 1], eos_token_ids=[-1])
+        assert alone.completion_ids == [together.completion_ids[at]] and alone.evictions == [together.evictions[at]]
+        assert alone.logprobs[0] == pytest.approx(together.logprobs[at], abs=1e-6)
+    assert min(together.evictions) > 3
+
+
 def test_every_token_is_computed_once_and_no_more(monkeypatch):
     """Tokens that go through the model: each distinct prompt once, and little for completions that have ended."""
     model, seen = tiny("llama", torch.float32), []

@@ -119,14 +119,15 @@ def test_a_precision_that_recipe_and_launch_do_not_share(setting, tmp_path):
 
 
 def test_an_honest_launch_trains_and_shows_itself(setting, tmp_path):
-    done = launch(setting, tmp_path, ["--config_file", config_file(tmp_path, DDP)], "--use_cpu", "true")
+    flags = ("--use_cpu", "true", "--global_batch", "32")
+    done = launch(setting, tmp_path, ["--config_file", config_file(tmp_path, DDP)], *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     shown = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line)
     shown = {name: value.strip() for name, value in shown.items()}
     assert shown["engine"] == "DDP on cpu"
     assert shown["ranks"] == "2 on 1 node(s)"
-    assert shown["global batch"] == "8 x 1 accumulated x 2 ranks = 16 completions"
-    assert shown["prompts a step"] == "2, 8 completions each"
+    assert shown["global batch"] == "8 x 2 accumulated x 2 ranks = 32 completions, global_batch=32"
+    assert shown["prompts a step"] == "4, 8 completions each"
     assert shown["sharding"] == "nothing divided by 2; 100 % of the parameters here"
     assert done.stdout.count("global batch") == 1, "the main process alone prints"
 
@@ -222,6 +223,8 @@ def test_the_table_of_a_trainer(tmp_path):
     job = job_of(trainer, "single", 12)
     assert (job.rollout_batch, job.micro_batch, job.state_rank, job.schedule) == (2, 8, 4, Schedule(8))
     assert job.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    asked = describe(trainer_for(tmp_path, global_batch=16), "single", 12)["global batch"]
+    assert asked == f"{shown['global batch']}, global_batch=16"
 
 
 def test_where_rollouts_come_from_in_words(tmp_path):

@@ -15,7 +15,7 @@ from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.ring import aligned
 from pte_trl.runtime.resume import differences
 from pte_trl.runtime.sharding import check_engine
-from pte_trl.training import replays
+from pte_trl.training import calibrate, replays
 from pte_trl.training import trainer as trainer_module
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.calibrate import longest_prompt
@@ -88,8 +88,11 @@ def logged(trainer, name):
         {"gradient_accumulation_steps": 2},
         {"steps_per_generation": 4, "num_iterations": 2, "beta": 0.1, "max_steps": 4},
         {"window": None, "budget": 24, "temperature": 0.6, "gradient_checkpointing": False},
+        # Prompts of 1 to 11 tokens: a micro-batch of two groups has two windows.
+        {"window": "auto", "gradient_accumulation_steps": 2},
+        {"window": "auto", "replay": "segments"},
     ],
-    ids=["plain", "accumulated", "off-policy with KL", "budget"],
+    ids=["plain", "accumulated", "off-policy with KL", "budget", "auto", "auto, segments"],
 )
 def test_the_replay_scores_what_was_sampled(tmp_path, method, batching):
     trainer = trainer_for(tmp_path, method, **batching)
@@ -330,3 +333,13 @@ def test_the_tiny_model_of_the_demo_is_supported(tmp_path):
     trainer = trainer_for(tmp_path, model=model, max_steps=1)
     trainer.train()
     assert max(logged(trainer, "mismatch/max")) < 1e-4
+
+
+def test_encoders_are_calibrated_at_the_mean_eviction(tmp_path, monkeypatch):
+    """Every prompt has a W of its own, and so an E."""
+    seen, measure = [], calibrate.measure
+    trainer = trainer_for(tmp_path, window="auto", evict_ratio=1.0)
+    monkeypatch.setattr(calibrate, "measure", lambda *args, **options: seen.append(args) or measure(*args, **options))
+    calibrate.calibrate_encoders(trainer)
+    ((_, _, mask, evict),) = seen
+    assert evict == round(mask.sum().item() / len(mask)) < mask.shape[1]

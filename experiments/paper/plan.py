@@ -36,11 +36,6 @@ EFFICIENCY = ("attention_tflops_max", "gpu_mem_peak_pct", "gpu_mem_mean_pct")
 LENGTH, LONG = 3072, 6144  # new tokens: figures 3, 4, A1; table 2 and the AIME columns of table 1
 RUNS, TRIES = 5, 16  # pass@1 is averaged over five runs, AIME is pass@16
 SHRINK, SINK, TINY_SINK = 32, 512, 32
-PER_DEVICE = {
-    "qwen3b": 8,
-    "qwen7b": 4,
-    "llama8b": 4,
-}  # completions per GPU in the recipes, for the global batch of 512
 TINY_BIN = 7  # figure 6: its completions have 30 to 50 tokens, the paper's 100 to 800
 TINY_STEPS = 80  # a few minutes on two cores
 TINY_RATE = "2e-4"  # at the recipe's 1e-3 two PTE runs collapsed (docs/log.md)
@@ -212,8 +207,6 @@ def stand_in(scale: str) -> dict:
 def train_rule(run: TrainingRun, scale: str) -> Run:
     command = ("$(LAUNCH)", "recipes/grpo_pte.py", *options(config=f"recipes/{run.model}.yaml"), *run.options)
     command += options(output_dir=run.folder)
-    if scale == "paper":
-        command += options(gradient_accumulation_steps=f"$(call ACCUMULATION,{PER_DEVICE[run.model]})")
     present = ("$(TINY_BASE)", "$(TINY_DATA)") if scale == "tiny" else ("$(READY)",)
     return Run(manifest(run), (), ((*command, "$(TRAIN_ARGS)"),), present)
 

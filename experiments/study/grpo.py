@@ -46,9 +46,9 @@ class GivenThoughtTrainer(PteGRPOTrainer):
         mask = torch.cat([prompt_mask, pad([torch.ones_like(t) for t in thoughts], 0, "right")], dim=1)
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
         if self.bounded:
-            schedule = self.args.cache_policy.schedule(max(map(len, prompt_ids)))
-            inputs = replay_inputs(model, mask, prompts.shape[1], schedule)
-            self._samples = {"windows": torch.full((len(ids),), schedule.window, device=device)}
+            schedules = [self.args.cache_policy.schedule(len(prompt)) for prompt in prompt_ids]
+            inputs = replay_inputs(model, mask, prompts.shape[1], schedules)
+            self._samples = {"windows": torch.tensor([schedule.window for schedule in schedules], device=device)}
         with eval_mode(model):
             logits = model(input_ids=ids, **inputs).logits[:, prompts.shape[1] - 1 : -1]
         logps = (logits / self.temperature).log_softmax(-1)

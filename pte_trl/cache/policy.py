@@ -1,6 +1,7 @@
 """The cache policy: how much of a text is kept, and which thought tokens leave when there is no more room.
 
-A `CachePolicy` is what a recipe says. It becomes a `Schedule`, with W as a number, once the prompts are known.
+A `CachePolicy` is what a recipe says. It becomes a `Schedule`, with W as a number, once the prompt is known. W follows
+from a sample's own prompt and from nothing else, so it is the same in every batch and on any number of GPUs.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ class CachePolicy:
     """How much of the KV cache is kept (eq. 2 and section 4 of the paper). With no argument: all of it.
 
     Args:
-        window: W, thought tokens kept besides the prompt; "auto" for the paper's training rule (W = the longest prompt
-            of the batch).
+        window: W, thought tokens kept besides the prompt; "auto" for as many as the prompt has. The paper trains with
+            W = the longest question of the micro-batch; in a micro-batch of one prompt's completions that is the same.
         budget: tokens kept in all, prompt and thought (the paper's evaluation windows), instead of `window`.
         evict_ratio: rho, the share of a full window that leaves at once (0 < rho <= 1); the paper uses 0.25.
         eviction: which thought tokens leave: a key of `pte_trl.cache.eviction.STRATEGIES`, or a strategy with its own
@@ -64,11 +65,11 @@ class CachePolicy:
         """Whether a prompt of so many tokens leaves room for a thought."""
         return self.budget is None or prompt < self.budget
 
-    def schedule(self, longest_prompt: int) -> Schedule | None:
-        """The evictions of a batch; None for the full cache.
+    def schedule(self, prompt: int) -> Schedule | None:
+        """The evictions of a sample; None for the full cache.
 
         Args:
-            longest_prompt: tokens of the longest prompt of the batch.
+            prompt: tokens of its prompt.
 
         Raises:
             ValueError: the budget leaves no room for a thought.
@@ -76,13 +77,13 @@ class CachePolicy:
         if not self.bounded:
             return None
         if self.budget is None:
-            window = max(1, longest_prompt) if self.window == "auto" else self.window
-        elif self.fits(longest_prompt):
-            window = self.budget - longest_prompt
+            window = max(1, prompt) if self.window == "auto" else self.window
+        elif self.fits(prompt):
+            window = self.budget - prompt
         else:
             raise ValueError(
-                f"budget={self.budget}: nothing is left for the thought, the longest prompt of the batch has "
-                f"{longest_prompt} tokens; allowed is {longest_prompt + 1} or more, or a lower max_prompt_tokens"
+                f"budget={self.budget}: nothing is left for the thought, a prompt has {prompt} tokens; allowed is "
+                f"{prompt + 1} or more, or a lower max_prompt_tokens"
             )
         return Schedule(window, self.evict_ratio)
 

@@ -48,6 +48,15 @@ OVERRIDES: dict[str, dict[str, Override]] = {
             "adds W of every sample to the batch, before TRL shuffles and splits it; returns a dict of tensors",
             ("test_trainer.py::test_every_sample_is_scored_under_its_own_window",),
         ),
+        "_prepare_inputs": Override(
+            GRPO,
+            ("generation_batch",),
+            "puts samples of one W into one micro-batch; returns the micro-batch whose turn it is",
+            (
+                "test_micro_batches.py::test_a_training_scores_samples_of_one_window_together",
+                "test_compat_trl.py::test_micro_batches_of_trl",
+            ),
+        ),
         "_get_per_token_logps_and_entropies": Override(
             GRPO,
             (
@@ -87,6 +96,12 @@ OVERRIDES: dict[str, dict[str, Override]] = {
             ("inputs",),
             "adds windows and distilled places to the batch before it is shuffled and split; returns a dict",
             ("test_distill.py::test_only_tokens_after_an_eviction",),
+        ),
+        "_prepare_inputs": Override(
+            DISTILLATION,
+            ("generation_batch",),
+            "puts samples of one W into one micro-batch; returns the micro-batch whose turn it is",
+            ("test_micro_batches.py::test_a_training_scores_samples_of_one_window_together",),
         ),
         "_compute_loss": Override(
             DISTILLATION,

@@ -16,7 +16,9 @@ __all__ = [
     "is_async_callable",
     "is_vllm_available",
     "metrics_of",
+    "micro_batches_of",
     "pad",
+    "replace_micro_batches",
     "tokenize_prompts",
     "unwrap_model_for_generation",
 ]
@@ -31,6 +33,20 @@ def distributed_backend(trainer):
 def metrics_of(trainer) -> dict[str, list[float]]:
     """What TRL averages over a logging step, by name, for the mode under way; what we measure is added to it."""
     return trainer._metrics["train" if trainer.model.training else "eval"]
+
+
+def micro_batches_of(trainer) -> list[dict] | None:
+    """Micro-batches of the rollout that a trainer trains on, another list for every rollout; None before the first.
+
+    Made by `_prepare_inputs`: `steps_per_generation` of a GRPO, `gradient_accumulation_steps` of a distillation.
+    """
+    return trainer._buffered_inputs
+
+
+def replace_micro_batches(trainer, micro_batches: list[dict]) -> dict:
+    """Has a trainer train on these instead, as many; returns the one whose turn it is."""
+    trainer._buffered_inputs = micro_batches
+    return micro_batches[trainer._step % len(micro_batches)]
 
 
 def tokenize_prompts(trainer, prompts: list) -> list[list[int]]:

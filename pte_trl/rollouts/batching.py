@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 from pte_trl.adapter.model import geometry_of, pte_layers
-from pte_trl.cache.schedule import Schedule
-from pte_trl.rollouts.engine import Engine
-from pte_trl.rollouts.ring import aligned, ring_size
+from pte_trl.rollouts.engine import Engine, Room
 from pte_trl.rollouts.sampling import Sampling
 
 SHARE = 0.6  # of the free memory for the cache; the rest is for activations and logits
-WASTE = 8  # an engine is used again if at most this part of its places is prompt that nobody needs
+WASTE = 8  # an engine is used again if at most this part of its places is more than anybody needs
 Result = TypeVar("Result")
 
 
@@ -24,13 +22,11 @@ def cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
     return 2 * heads * shape["head_dim"] * tokens * dtype.itemsize
 
 
-def auto_batch_size(
-    model: nn.Module, prompt: int, window: int, max_new_tokens: int, free: int | None = None
-) -> int | None:
+def auto_batch_size(model: nn.Module, places: int, free: int | None = None) -> int | None:
     """Rows whose caches fit in SHARE of the free memory; None (all at once) on a CPU.
 
     Args:
-        prompt: tokens of the longest prompt.
+        places: prompt and thought tokens of a row (`Room.places`).
         free: bytes; those that the model's GPU has, and torch holds unused, if None.
     """
     if free is None:
@@ -38,8 +34,7 @@ def auto_batch_size(
             return None
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         free = torch.cuda.mem_get_info(model.device)[0] + unused
-    one = cache_bytes(model.config, aligned(prompt + ring_size(window, max_new_tokens)), model.dtype)
-    return max(1, int(SHARE * free / one))
+    return max(1, int(SHARE * free / cache_bytes(model.config, places, model.dtype)))
 
 
 def halving(run: Callable[[int], Result], rows: int) -> Result:
@@ -62,20 +57,20 @@ class EngineCache:
     def __init__(self):
         self.kind, self.engine = None, None
 
-    def get(self, model: nn.Module, rows: int, schedule: Schedule, prompt: int, sampling: Sampling) -> Engine:
-        """An engine for prompts of up to `prompt` tokens; arguments as for `Engine`."""
+    def get(self, model: nn.Module, rows: int, room: Room, sampling: Sampling) -> Engine:
+        """An engine whose rows have that room, or a little more; arguments as for `Engine`."""
         adapters = [layer._adapter() for layer in pte_layers(model)]
         device = model.device.type  # autocast decides the dtype of the buffers, too
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, schedule, sampling)
-        if kind != self.kind or not self._roomy(prompt):
+        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, sampling)
+        if kind != self.kind or not self._roomy(room):
             self.release()  # before the new one's buffers are made
-            self.kind, self.engine = kind, Engine(model, rows, schedule, prompt, sampling)
+            self.kind, self.engine = kind, Engine(model, rows, room, sampling)
         return self.engine
 
-    def _roomy(self, prompt: int) -> bool:
+    def _roomy(self, room: Room) -> bool:
         cache = self.engine.cache
-        return prompt <= cache.prompt <= prompt + cache.places // WASTE
+        return room.evict <= cache.evict_at_most and room.places <= cache.places <= room.places + cache.places // WASTE
 
     def release(self) -> None:
         """Frees the buffers."""

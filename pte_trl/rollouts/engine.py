@@ -2,8 +2,8 @@
 
 A *row* is a place for one sequence. Prompts wait in order; a row takes the next one as soon as its sequence has ended.
 When none waits, the unfinished rows are moved to the front (each time at half their number, so that sizes are few).
-Each distinct prompt is prefilled once and copied to the completions that share it. Evictions happen between steps, for
-the rows that are due.
+Each distinct prompt is prefilled once and copied to the completions that share it. Every completion has a schedule of
+its own: rows of different windows are decoded together. Evictions happen between steps, for the rows that are due.
 
 All that changes from step to step lies in tensors on the device: tokens, counts, the mask, the random numbers, what
 was sampled. So on CUDA a step is captured as a graph, once per number of rows, and replayed; the host reads results
@@ -11,7 +11,8 @@ every `SYNC_EVERY` steps only. `pte_trl.rollouts.reference` is the reference imp
 any of this.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,14 @@ from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.masks import mask_for
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.prompts import left_pad
-from pte_trl.rollouts.ring import RingCache, ring_size
+from pte_trl.rollouts.ring import RingCache, aligned, ring_size
 from pte_trl.rollouts.sampling import Sampling, sample
 
 # Steps between two reads of which rows have ended. A read waits for the GPU, which then idles until the host has
 # queued the next step; on a CPU it costs nothing, so every step is followed by one.
 SYNC_EVERY = {"cuda": 16}
 PREFILL_TOKENS = 16_384  # tokens of one prefill at most, so that its activations stay small
-EMPTY = -1  # in `prompt_of_row`: no prompt lies there
+NEVER = 0  # in `Row.evicts_at`: counts begin at 1
 
 
 class CudaGraphed:
@@ -62,21 +63,69 @@ class CudaGraphed:
         self.graphs.clear()
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a row has to have room for.
+
+    Attributes:
+        places: prompt and thought tokens that the cache holds at most; a multiple of `pte_trl.rollouts.ring.ALIGN`.
+        evict: tokens that leave at once at most.
+    """
+
+    places: int
+    evict: int
+
+    @classmethod
+    def needed(cls, prompts: Iterable[int], schedules: Sequence[Schedule], max_new_tokens: int) -> "Room":
+        """That of completions of prompts of so many tokens; two lists of the same length."""
+        pairs = zip(prompts, schedules, strict=True)
+        places = max(prompt + ring_size(schedule.window, max_new_tokens) for prompt, schedule in pairs)
+        # A window as long as a completion is never full, and nothing leaves it.
+        evict = max((s.evict for s in schedules if s.window < max_new_tokens), default=1)
+        return cls(aligned(places), evict)
+
+
+@dataclass
+class Row:
+    """The host's own copy of what a row does, so that planning a step never reads from the device.
+
+    A row that has ended but is not looked at yet goes on counting here and on the device alike.
+
+    Attributes:
+        sample: whose completion it writes.
+        prompt: which of the distinct prompts lies there, `length` tokens long.
+        ring: places for thoughts.
+        evicts_at: the count at which the window is full.
+        count: tokens sampled so far.
+    """
+
+    sample: int
+    prompt: int
+    length: int
+    schedule: Schedule
+    ring: int
+    evicts_at: int
+    count: int = 1
+
+    @property
+    def held(self) -> int:
+        """Places that it attends to when its next token is fed."""
+        return self.length + min(self.count, self.ring)
+
+
 class Engine:
     """Rows, their cache, and the loop that keeps them busy.
 
     Args:
         model: in eval mode; its weights may change between runs, but not where they lie.
         rows: sequences that are decoded together at most.
-        schedule: when which thought token leaves.
-        prompt: tokens of the longest prompt.
+        room: of a row.
         sampling: how tokens are drawn.
     """
 
-    def __init__(self, model: nn.Module, rows: int, schedule: Schedule, prompt: int, sampling: Sampling):
-        self.model, self.schedule, self.sampling, self.device = model, schedule, sampling, model.device
-        ring = ring_size(schedule.window, sampling.max_new_tokens)
-        self.cache = RingCache(schedule, rows, prompt, ring, self.device)
+    def __init__(self, model: nn.Module, rows: int, room: Room, sampling: Sampling):
+        self.model, self.sampling, self.device = model, sampling, model.device
+        self.cache = RingCache(rows, room.places, room.evict, self.device)
         self.sync_every = SYNC_EVERY.get(self.device.type, 1)
         # Attention reads the cache up to a multiple of `reach_step` places. Every multiple is another graph, so there
         # are four at most on CUDA; on a CPU, where nothing is captured, small multiples save work.
@@ -88,23 +137,27 @@ class Engine:
             """Integers; made once and only written in place from then on, since graphs read them where they lie."""
             return torch.zeros(*shape, dtype=torch.long, device=self.device)
 
-        # Of every row, (rows,): its sample, the token to feed next, tokens sampled so far, the prompt's tokens, and
-        # whether it has not ended.
-        self.sample, self.token, self.count, self.length = (zeros(rows) for _ in range(4))
+        # Of every row, (rows,): its sample, the token to feed next, tokens sampled so far, and whether it goes on.
+        self.sample, self.token, self.count = (zeros(rows) for _ in range(3))
         self.alive = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.row_numbers, self.due = torch.arange(rows, device=self.device), zeros(rows)
+        self.row_numbers = torch.arange(rows, device=self.device)
+        # What the next eviction takes: the rows, the oldest thought of each, and how many leave.
+        self.due = zeros(3, rows)
         self.eos_token_ids = torch.tensor(sampling.eos_token_ids, device=self.device)
         self.ids = zeros(0, 0)
 
     # ---- one batch of prompts --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, prompts: list[list[int]], prompt_index: list[int], draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, prompts: list[list[int]], prompt_index: list[int], schedules: Sequence[Schedule], draws: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One completion for every entry of `prompt_index`.
 
         Args:
             prompts: token ids of the distinct prompts.
             prompt_index: (samples,), which of them sample i completes.
+            schedules: (samples,), when which thought token of sample i leaves. The engine must have room for them.
             draws: (samples, max_new_tokens) numbers in [0, 1) that decide the tokens.
 
         Returns:
@@ -112,13 +165,11 @@ class Engine:
         """
         count = len(draws)
         self._make_records(draws)
-        self.prompts, self.prompt_index = prompts, prompt_index
+        self.prompts, self.prompt_index, self.schedules = prompts, prompt_index, schedules
         self.encoders = evicted_encoders(self.model)
         self.waiting = list(range(count))[::-1]  # samples that have no row yet, the next one last
         self.active = min(self.cache.rows, count)  # rows in use: the first so many
-        # The host's own copies, so that planning a step never reads from the device. A row that has ended but is not
-        # looked at yet goes on counting here and on the device alike.
-        self.counts, self.prompt_of_row = [0] * self.active, [EMPTY] * self.active
+        self.rows: list[Row | None] = [None] * self.active
         self.first_logits: dict[int, Tensor] = {}  # after each prefilled prompt, while samples of it wait
         self.cache.begun = False
         self._start_samples(range(self.active))
@@ -127,9 +178,10 @@ class Engine:
             if steps % self.sync_every == 0 and not self._turn_over():
                 return self.ids[:count], self.logps[:count], self.lengths[:count]
             self._evict_due()
-            reach = self.cache.prompt + min(max(self.counts), self.cache.ring)
+            reach = max(row.held for row in self.rows)
             self._step(self.active, min(self.cache.places, -(-reach // self.reach_step) * self.reach_step))
-            self.counts = [n + 1 for n in self.counts]
+            for row in self.rows:
+                row.count += 1
             steps += 1
 
     def _make_records(self, draws: Tensor) -> None:
@@ -169,40 +221,53 @@ class Engine:
         """Makes `rows` the first ones, in this order, and the only ones in use."""
         index, size = self._index(rows), len(rows)
         self.cache.gather(index)
-        for state in (self.sample, self.token, self.count, self.length, self.alive):
+        for state in (self.sample, self.token, self.count, self.alive):
             state[:size] = state[index]
-        self.counts, self.prompt_of_row = ([of[row] for row in rows] for of in (self.counts, self.prompt_of_row))
+        self.rows = [self.rows[row] for row in rows]
         self.active = size
 
     # ---- prompts -----------------------------------------------------------------------------------------------
 
     def _start_samples(self, rows: Iterable[int]) -> None:
         """Starts the next waiting samples in these rows, and draws their first tokens."""
-        sample_of = {row: self.waiting.pop() for row in rows}
-        prompt_of = {row: self.prompt_index[sample] for row, sample in sample_of.items()}
-        self._load_prompts(prompt_of)
-        index = self._index(sample_of)
-        self.sample[index] = self._index(sample_of.values())
-        self.length[index] = self._index(len(self.prompts[p]) for p in prompt_of.values())
-        self.count[index], self.alive[index] = 0, True
-        for row, prompt in prompt_of.items():
-            self.counts[row], self.prompt_of_row[row] = 1, prompt
-        self._draw(index, torch.stack([self.first_logits[p] for p in prompt_of.values()]))
+        started = {row: self._row(self.waiting.pop()) for row in rows}
+        self._load_prompts({row: new.prompt for row, new in started.items()})
+        index = self._index(started)
+        sample, length, ring = (
+            self._index(getattr(new, name) for new in started.values()) for name in ("sample", "length", "ring")
+        )
+        self.cache.start(index, length, ring)
+        self.sample[index], self.count[index], self.alive[index] = sample, 0, True
+        for row, new in started.items():
+            self.rows[row] = new
+        self._draw(index, torch.stack([self.first_logits[new.prompt] for new in started.values()]))
         still_wanted = {self.prompt_index[sample] for sample in self.waiting}
         self.first_logits = {p: logits for p, logits in self.first_logits.items() if p in still_wanted}
+
+    def _row(self, sample: int) -> Row:
+        """One that has sampled its first token."""
+        prompt, schedule = self.prompt_index[sample], self.schedules[sample]
+        ring = ring_size(schedule.window, self.sampling.max_new_tokens)
+        # A row of count n has fed n - 1 thoughts. A window as long as a completion is never full.
+        evicts_at = 1 + schedule.room(0) if schedule.window < self.sampling.max_new_tokens else NEVER
+        return Row(sample, prompt, len(self.prompts[prompt]), schedule, ring, evicts_at)
 
     def _load_prompts(self, prompt_of: dict[int, int]) -> None:
         """Row -> prompt: puts the prompts into the cache. Each is computed once; a row that has it is copied from."""
         # An eviction takes thoughts only, so a row holds its prompt as long as no other prompt is loaded there.
-        row_with = {prompt: row for row, prompt in enumerate(self.prompt_of_row)}
+        row_with = {old.prompt: row for row, old in enumerate(self.rows) if old is not None}
         origins = {row: row_with[p] for row, p in prompt_of.items() if p in row_with and p in self.first_logits}
-        if origins:  # first of all: the rows copied from may themselves be among those that start now
-            self.cache.copy_prompts(self._index(origins), self._index(origins.values()))
+        self._copy(origins, prompt_of)  # first of all: the rows copied from may be among those that start now
         prefilled = {p: row for row, p in reversed(prompt_of.items()) if row not in origins}  # the first row of each
         self._prefill({row: p for p, row in prefilled.items()})
         shared = {row: prefilled[p] for row, p in prompt_of.items() if row not in origins and prefilled[p] != row}
-        if shared:
-            self.cache.copy_prompts(self._index(shared), self._index(shared.values()))
+        self._copy(shared, prompt_of)
+
+    def _copy(self, origins: dict[int, int], prompt_of: dict[int, int]) -> None:
+        """Row -> row that its prompt is copied from."""
+        if origins:
+            longest = max(len(self.prompts[prompt_of[row]]) for row in origins)
+            self.cache.copy_prompts(self._index(origins), self._index(origins.values()), longest)
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor(list(numbers), device=self.device)
@@ -210,13 +275,13 @@ class Engine:
     def _prefill(self, prompts: dict[int, int]) -> None:
         """Row -> prompt: fills them, a part at a time, and keeps the logits after each prompt."""
         todo = list(prompts.items())
-        size = max(1, PREFILL_TOKENS // self.cache.prompt)
+        size = max(1, PREFILL_TOKENS // max((len(self.prompts[p]) for _, p in todo), default=1))
         for part in (todo[at : at + size] for at in range(0, len(todo), size)):
             tokens, mask = left_pad([self.prompts[p] for _, p in part], self.sampling.pad_token_id, self.device)
-            source = BoundedCache.from_schedule(self.schedule)
+            source = BoundedCache(window=1)  # it takes the prompts alone, and these stay
             position = (mask.cumsum(1) - 1).clamp(min=0)
             logits = self._forward(tokens, mask, position, source)
-            self.cache.load(self._index(row for row, _ in part), source, mask)
+            self.cache.load(self._index(row for row, _ in part), source, mask.sum(1))
             self.first_logits.update(zip((p for _, p in part), logits, strict=True))
 
     def _forward(self, tokens: Tensor, mask: Tensor, position: Tensor, cache: BoundedCache) -> Tensor:
@@ -244,13 +309,13 @@ class Engine:
     def _feed(self, active: int, limit: int) -> None:
         """One step of the first `active` rows: feeds their token, draws the next; attention sees `limit` places."""
         rows, thought = self.row_numbers[:active], self.count[:active] - 1
-        place = self.cache.place_of(thought)
+        place = self.cache.place_of(rows, thought)
         self.cache.seen[rows, place] = True
         for layer in self.cache.layers:
             layer.aim(rows, place, limit)
         mask = mask_for(self.model, self.cache.seen[:active, None, None, :limit])
         # Positions count the tokens fed, not the places held, so they keep growing through evictions.
-        position = (self.length[:active] + thought).unsqueeze(1)
+        position = (self.cache.prompt[:active] + thought).unsqueeze(1)
         self._draw(rows, self._forward(self.token[:active].unsqueeze(1), mask, position, self.cache))
 
     def _draw(self, rows: Tensor, logits: Tensor) -> None:
@@ -267,17 +332,19 @@ class Engine:
 
     def _evict_due(self) -> None:
         """Evicts in the rows whose next token finds a full window."""
-        # From the host's counts, so that nothing is read from the device: the token fed next is thought n - 1.
-        k = self.schedule.evictions_before
-        due = [row for row, n in enumerate(self.counts) if k(n - 1) > k(n - 2)]
-        if due and self.cache.ring == self.schedule.window:  # a shorter ring holds whole completions
+        due = []
+        for number, row in enumerate(self.rows):
+            if row.count == row.evicts_at:
+                fed, schedule = row.count - 1, row.schedule
+                # From the oldest thought on that the token fed last still saw.
+                due.append((number, schedule.first_visible(fed - 1), schedule.evict))
+                row.evicts_at += schedule.room(fed)
+        if due:
             # Filled up to a power of two by the last row again (each number is another graph): every copy of it
             # reads the same old state and writes the same new one.
             size = len(due) if self.sync_every == 1 else min(self.active, 1 << (len(due) - 1).bit_length())
-            self.due[:size] = self._index(due + due[-1:] * (size - len(due)))
+            self.due[:, :size] = torch.tensor(due + due[-1:] * (size - len(due)), device=self.device).T
             self._evict(size)
 
     def _drop(self, size: int) -> None:
-        rows = self.due[:size]
-        oldest = self.schedule.first_visible(self.count[rows] - 2)  # what the token fed last still saw
-        self.cache.evict(rows, oldest, self.encoders)
+        self.cache.evict(*self.due[:, :size], self.encoders)

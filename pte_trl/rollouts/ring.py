@@ -1,14 +1,15 @@
-"""The bounded cache of the rollout engine: buffers made once, in which the window is a ring.
+"""The bounded cache of the rollout engine: buffers made once, in which every row has a ring for its window.
 
-A row holds one sequence: `prompt` places, filled from the right, then `ring` places, where thought token i lies at
-i mod ring:
+A row holds one sequence: its prompt of p tokens, then a ring of as many places as its window has, where thought token
+i lies at i mod ring:
 
-    place   0 .. prompt - 1            prompt .. prompt + ring - 1
-    holds   (padding) prompt tokens    thought tokens, W of them at most
+    place   0 .. p - 1       p .. p + ring - 1                  p + ring .. places - 1
+    holds   prompt tokens    thought tokens, W of them at most  nothing
 
-The W tokens that a sequence keeps are consecutive, so no two of them share a place. An eviction only clears places in
-the mask `seen`; the tokens that come next are written there. Nothing is moved, and no shape changes from the first
-token to the last, which is what CUDA graphs need. Rows are independent: each has its own number of tokens.
+p and W differ from row to row; all rows have as many places as the longest of them needs. The W tokens that a sequence
+keeps are consecutive, so no two of them share a place. An eviction only clears places in the mask `seen`; the tokens
+that come next are written there. Nothing is moved, and no shape changes from the first token to the last, which CUDA
+graphs need. Rows are independent: each has its own number of tokens and its own evictions.
 
 Where `BoundedCache` keeps its entries in order, this one does not: keys carry their positions (they are kept after
 rotary) and attention sums over a set, so the order affects rounding alone. The engine says where the next token goes
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
-from pte_trl.cache.schedule import Schedule
 
 ALIGN = 16  # places are a multiple of it: attention kernels want an aligned mask; the last ones may stay unused
 
@@ -89,56 +89,66 @@ class RingCache(BoundedCache):
     """Keys, values, accumulators and the mask of the engine's rows.
 
     Args:
-        schedule: when which thought token leaves.
         rows: sequences that are decoded together at most.
-        prompt: tokens of the longest prompt.
-        ring: places for thoughts, see `ring_size`.
+        places: prompt and thought tokens that a row holds at most.
+        evict: tokens that leave a row at once at most.
 
     Attributes:
         seen: (rows, places), whether the sequence attends to the place.
+        prompt, ring: (rows,), tokens of the prompt, and places for thoughts behind it (`ring_size`).
         begun: whether this batch's encoder tensors have been taken.
     """
 
-    def __init__(self, schedule: Schedule, rows: int, prompt: int, ring: int, device):
-        super().__init__(schedule.window, schedule.evict_ratio)
+    def __init__(self, rows: int, places: int, evict: int, device):
+        # Every row has a schedule of its own, which the engine follows; the one here is never asked.
+        super().__init__(window=places)
         self.layer_class_to_replicate = partial(RingLayer, self.schedule)
-        self.rows, self.prompt, self.ring = rows, prompt, ring
-        self.seen = torch.zeros(rows, aligned(prompt + ring), dtype=torch.bool, device=device)
+        self.rows, self.evict_at_most = rows, evict
+        self.seen = torch.zeros(rows, aligned(places), dtype=torch.bool, device=device)
+        self.prompt, self.ring = (torch.ones(rows, dtype=torch.long, device=device) for _ in range(2))
+        self.numbers = torch.arange(self.places, device=device)
         self.begun = False
 
     @property
     def places(self) -> int:
         return self.seen.shape[1]
 
-    def place_of(self, thought: Tensor) -> Tensor:
-        """Where thought tokens lie, any shape."""
-        return self.prompt + thought % self.ring
+    def place_of(self, rows: Tensor, thought: Tensor) -> Tensor:
+        """Where thought tokens of rows lie; both arguments of the same shape, or one that broadcasts."""
+        return self.prompt[rows] + thought % self.ring[rows]
 
-    def load(self, rows: Tensor, source: BoundedCache, mask: Tensor) -> None:
-        """Starts `rows` with the prompts that `source` has been filled with; mask: (rows, length), padded left."""
+    def load(self, rows: Tensor, source: BoundedCache, lengths: Tensor) -> None:
+        """Writes the prompts, padded on the left, that `source` has been filled with into `rows`.
+
+        Args:
+            lengths: (len(rows),), tokens of each prompt.
+        """
         if not self.begun:
             for index, filled in enumerate(source.layers):
                 self.layer(index).begin(filled, self.rows, self.places)
             self.begun = True
-        begin = self.prompt - mask.shape[1]
+        longest = source.get_seq_length()
+        # Turned left by its padding, a prompt begins at place 0; the padding lies behind it, where nothing is seen.
+        order = (self.numbers[:longest] + (longest - lengths).unsqueeze(1)) % longest
         for layer, filled in zip(self.layers, source.layers, strict=True):
             for buffer, states in zip(layer.buffers, (filled.keys, filled.values), strict=True):
-                buffer[rows, :, begin : self.prompt] = states
-        self._start(rows)
-        self.seen[rows, begin : self.prompt] = mask.bool()
+                index = order[:, None, :, None].expand(-1, *states.shape[1:2], -1, states.shape[3])
+                buffer[rows, :, :longest] = states.gather(2, index)
 
-    def copy_prompts(self, rows: Tensor, origins: Tensor) -> None:
-        """Starts `rows` with the prompts that lie in the rows `origins`."""
+    def copy_prompts(self, rows: Tensor, origins: Tensor, longest: int) -> None:
+        """Writes the prompts that lie in the rows `origins`, of `longest` tokens at most, into `rows`."""
         for layer in self.layers:
             for buffer in layer.buffers:
-                buffer[rows, :, : self.prompt] = buffer[origins, :, : self.prompt]
-        prompts = self.seen[origins, : self.prompt]  # before `_start`: a row may be both origin and target
-        self._start(rows)
-        self.seen[rows, : self.prompt] = prompts
+                buffer[rows, :, :longest] = buffer[origins, :, :longest]
 
-    def _start(self, rows: Tensor) -> None:
-        """Forgets what the rows held. Keys and values stay where they are, hidden by the mask."""
-        self.seen[rows] = False
+    def start(self, rows: Tensor, prompts: Tensor, rings: Tensor) -> None:
+        """Starts `rows`, whose prompts have been written, and forgets their thoughts, which the mask hides.
+
+        Args:
+            prompts, rings: (len(rows),), tokens of each prompt, and places for thoughts behind it.
+        """
+        self.prompt[rows], self.ring[rows] = prompts, rings
+        self.seen[rows] = self.numbers < prompts.unsqueeze(1)
         for layer in self.layers:
             if layer.accumulators is not None:
                 layer.accumulators[rows] = layer.first_accumulator
@@ -146,26 +156,30 @@ class RingCache(BoundedCache):
     def gather(self, rows: Tensor) -> None:
         """Makes `rows` the first ones, in this order."""
         kept = len(rows)
-        for buffer in (x for layer in self.layers for x in layer.tensors()):
+        for buffer in (*(x for layer in self.layers for x in layer.tensors()), self.seen, self.prompt, self.ring):
             buffer[:kept] = buffer[rows]
-        self.seen[:kept] = self.seen[rows]
 
-    def evict(self, rows: Tensor, oldest: Tensor, encoders: dict[int, Callable]) -> None:
-        """Drops E thoughts of each row, from thought `oldest` on, and encodes them.
+    def evict(self, rows: Tensor, oldest: Tensor, counts: Tensor, encoders: dict[int, Callable]) -> None:
+        """Drops thoughts of each row, `counts` of them from thought `oldest` on, and encodes them.
 
         Args:
             rows: (m,); a row may stand there several times.
             oldest: (m,), the oldest thought token that each of them still has.
+            counts: (m,), from 1 to `evict_at_most`.
             encoders: of every layer that encodes, (keys, values, queries, accumulator) -> accumulator.
         """
-        # Indexed by numbers, never by booleans: the sizes are then known without a read from the device.
-        thoughts = oldest.unsqueeze(1) + torch.arange(self.schedule.evict, device=oldest.device)
-        places = self.place_of(thoughts)
+        # Indexed by numbers, never by booleans: the sizes are then known without a read from the device. So every row
+        # names `evict_at_most` places, its first one again where it evicts fewer, and zeros add nothing to S'.
+        which = self.numbers[: self.evict_at_most]
+        leaves = which < counts.unsqueeze(1)
+        rows_of = rows.unsqueeze(1)
+        places = self.place_of(rows_of, oldest.unsqueeze(1) + which * leaves)
+        stays = ~leaves[:, None, :, None]
         for index, encode in encoders.items():
             layer = self.layers[index]
-            keys, values = (buffer[rows.unsqueeze(1), :, places].transpose(1, 2) for buffer in layer.buffers)
+            keys, values = (b[rows_of, :, places].transpose(1, 2).masked_fill(stays, 0) for b in layer.buffers)
             layer.accumulators[rows] = encode(keys, values, layer.queries, layer.accumulators[rows])
-        self.seen[rows.unsqueeze(1), places] = False
+        self.seen[rows_of, places] = False
 
     @property
     def nbytes(self) -> int:

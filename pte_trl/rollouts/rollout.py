@@ -5,16 +5,18 @@ The sliding window runs on the engine (`engine.py`). The other eviction strategi
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pte_trl.cache.eviction import make_cache
+from pte_trl.cache.eviction import Strategy, make_cache
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.batching import EngineCache, auto_batch_size, halving
+from pte_trl.rollouts.engine import Room
 from pte_trl.rollouts.prompts import distinct
 from pte_trl.rollouts.reference import decode
 from pte_trl.rollouts.sampling import Sampling, uniforms
@@ -27,7 +29,7 @@ class Rollout:
     Attributes:
         completion_ids: token ids of each completion, its end-of-sequence token included.
         logprobs: log-prob of each of them under the sampling distribution (at the rollout's temperature).
-        window: W that the batch was decoded under; as long as a completion may be where the cache is full.
+        windows: W that each completion was decoded under; as long as it may be where the cache is full.
         evictions: evictions each completion has gone through.
         cache_bytes: bytes of keys, values and state S per sample that is decoded.
         seconds: wall time.
@@ -35,7 +37,7 @@ class Rollout:
 
     completion_ids: list[list[int]]
     logprobs: list[list[float]]
-    window: int
+    windows: list[int]
     evictions: list[int]
     cache_bytes: float
     seconds: float
@@ -70,6 +72,7 @@ def rollout(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     seeds: list[int] | None = None,
+    windows: Sequence[int] | None = None,
     batch_size: int | str | None = None,
     engine_cache: EngineCache | None = None,
     reference: bool = False,
@@ -79,7 +82,8 @@ def rollout(
     Args:
         model: bare, LoRA or PTE causal language model.
         prompt_ids: token ids of each prompt; lengths may differ. Equal ones share a prefill.
-        policy: what is kept and what leaves; `CachePolicy()` keeps everything.
+        policy: what is kept and what leaves; `CachePolicy()` keeps everything. With `window="auto"` or a budget, W
+            follows from each prompt alone, and a batch may have several.
         max_new_tokens: completion tokens at most.
         eos_token_ids: any of these ends a completion.
         pad_token_id: fed where a sequence has ended or not begun.
@@ -88,40 +92,81 @@ def rollout(
             scores the whole vocabulary.
         generator: for sampling; the global one if None.
         seeds: one per prompt. A completion then depends on its own seed and, but for rounding, not on its batch.
+        windows: W of each completion, where it was decided before; the policy then says the rest.
         batch_size: completions decoded at once, the others follow as these end; "auto" for what the memory allows,
             None for all. Where the memory does not suffice it is halved. The reference implementation takes all.
         engine_cache: keeps the engine for the next call.
         reference: use the reference implementation, without shared prefills; for tests.
+
+    Raises:
+        ValueError: a prompt for which the budget leaves no thought.
     """
     began = time.perf_counter()
     draws = uniforms(len(prompt_ids), max_new_tokens, model.device, seeds=seeds, generator=generator)
     sampling = Sampling(max_new_tokens, tuple(eos_token_ids), pad_token_id, temperature, top_p)
-    # A window as long as the completion never fills: that is the full cache.
-    schedule = policy.schedule(max(map(len, prompt_ids))) or Schedule(max_new_tokens)
+    schedules = schedules_of(policy, prompt_ids, windows, max_new_tokens)
     with eval_mode(model):
         if reference or policy.eviction != "sliding_window":
-            cache = make_cache(model, schedule, policy.eviction, longest=max_new_tokens - 1)
-            *found, cache_bytes = decode(model, prompt_ids, cache, sampling, draws, shared=not reference)
-            evictions = cache.evictions_after
+            decoded = run_reference(model, prompt_ids, schedules, policy.eviction, sampling, draws, not reference)
+            found, evictions, cache_bytes = decoded
         else:
             engine_cache = engine_cache or EngineCache()
-            found, cache_bytes = run_engine(model, prompt_ids, schedule, sampling, draws, batch_size, engine_cache)
-            evictions = schedule.evictions
+            found, cache_bytes = run_engine(model, prompt_ids, schedules, sampling, draws, batch_size, engine_cache)
+            evictions = [s.evictions(n - 1) for s, n in zip(schedules, found[2].tolist(), strict=True)]
     ids, logps, lengths = (x.tolist() for x in found)
     return Rollout(
         completion_ids=[row[:n] for row, n in zip(ids, lengths, strict=True)],
         logprobs=[row[:n] for row, n in zip(logps, lengths, strict=True)],
-        window=schedule.window,
-        evictions=[evictions(n - 1) for n in lengths],
+        windows=[schedule.window for schedule in schedules],
+        evictions=evictions,
         cache_bytes=cache_bytes,
         seconds=time.perf_counter() - began,
     )
 
 
+def schedules_of(
+    policy: CachePolicy, prompt_ids: list[list[int]], windows: Sequence[int] | None, max_new_tokens: int
+) -> list[Schedule]:
+    """The evictions of every completion; arguments as in `rollout`."""
+    if windows is not None:
+        return policy.schedules(windows)
+    # A window as long as the completion never fills: that is the full cache.
+    return [policy.schedule(len(ids)) or Schedule(max_new_tokens) for ids in prompt_ids]
+
+
+def run_reference(
+    model: nn.Module,
+    prompt_ids: list[list[int]],
+    schedules: list[Schedule],
+    eviction: str | Strategy,
+    sampling: Sampling,
+    draws: Tensor,
+    shared: bool,
+) -> tuple[list[Tensor], list[int], float]:
+    """Ids, log-probs and lengths as `decode` returns them, evictions of each, and bytes of cache per completion.
+
+    All rows of a decode have one schedule, so the completions of each schedule are decoded for themselves.
+    """
+    count = len(prompt_ids)
+    ids, lengths = (torch.zeros(shape, dtype=torch.long, device=draws.device) for shape in (draws.shape, count))
+    found = [ids, torch.zeros(draws.shape, device=draws.device), lengths]
+    evictions, cache_bytes = [0] * count, 0.0
+    for schedule in dict.fromkeys(schedules):
+        rows = [row for row, other in enumerate(schedules) if other == schedule]
+        cache = make_cache(model, schedule, eviction, longest=sampling.max_new_tokens - 1)
+        *some, held = decode(model, [prompt_ids[row] for row in rows], cache, sampling, draws[rows], shared)
+        for whole, part in zip(found, some, strict=True):
+            whole[rows] = part
+        for row, length in zip(rows, some[2].tolist(), strict=True):
+            evictions[row] = cache.evictions_after(length - 1)
+        cache_bytes += held * len(rows) / count
+    return found, evictions, cache_bytes
+
+
 def run_engine(
     model: nn.Module,
     prompt_ids: list[list[int]],
-    schedule: Schedule,
+    schedules: list[Schedule],
     sampling: Sampling,
     draws: Tensor,
     batch_size: int | str | None,
@@ -133,12 +178,12 @@ def run_engine(
         torch.OutOfMemoryError: one row alone does not fit.
     """
     prompts, prompt_index = distinct(prompt_ids)
-    longest = max(map(len, prompts))
+    room = Room.needed(map(len, prompt_ids), schedules, sampling.max_new_tokens)
     if batch_size == "auto":
-        batch_size = auto_batch_size(model, longest, schedule.window, sampling.max_new_tokens)
+        batch_size = auto_batch_size(model, room.places)
 
     def run(rows: int):
-        engine = engine_cache.get(model, rows, schedule, longest, sampling)
-        return engine.run(prompts, prompt_index, draws), engine.cache.nbytes / rows
+        engine = engine_cache.get(model, rows, room, sampling)
+        return engine.run(prompts, prompt_index, schedules, draws), engine.cache.nbytes / rows
 
     return halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)))

@@ -25,6 +25,10 @@ FREE = re.compile(
 )
 
 
+# They follow from the global batch and the number of processes, where that key is given.
+FROM_GLOBAL_BATCH = ("gradient_accumulation_steps", "steps_per_generation")
+
+
 def newest(output_dir: Path, steps: int, say=print) -> Path | None:
     """The newest checkpoint that a run can resume from; prints which newer ones are skipped, and why.
 
@@ -49,7 +53,8 @@ def as_read(settings: dict) -> dict:
 def differences(before: dict, now: dict) -> list[str]:
     """Settings that decide the course of a run and are not the same: "key: before -> now"."""
     now = as_read(now)
-    shared = [key for key in before if key in now and not FREE.fullmatch(key)]
+    follow = FROM_GLOBAL_BATCH if "global_batch" in before and "global_batch" in now else ()
+    shared = [key for key in before if key in now and not FREE.fullmatch(key) and key not in follow]
     return [f"{key}: {before[key]!r} -> {now[key]!r}" for key in shared if before[key] != now[key]]
 
 

@@ -108,7 +108,7 @@ def cache_lines(policy: CachePolicy, length: int, max_prompt_tokens: int) -> tup
         kept = f"budget {policy.budget}, W = {window} at prompts of {prompt} tokens, wider at shorter ones"
         return kept, f"{evictions} at {length} tokens and the longest prompt, fewer at shorter ones"
     if policy.window == "auto":
-        kept = f"window auto, W = the longest prompt of a rollout, at most {window}"
+        kept = f"window auto, W = a sample's own prompt, at most {window}"
         return kept, f"{evictions} at {length} tokens and W = {window}, more where W is smaller"
     return f"window {window}", f"{evictions} at {length} tokens"
 
@@ -150,7 +150,7 @@ def describe(trainer, engine: str, max_prompt_tokens: int | None) -> dict[str, s
     args, accelerator = trainer.args, trainer.accelerator
     parameters = list(trainer.model.parameters())
     micro, steps, ranks = args.per_device_train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes
-    batch = micro * steps * ranks
+    batch, asked = micro * steps * ranks, "" if args.global_batch is None else f", global_batch={args.global_batch}"
     if max_prompt_tokens is None and args.cache_policy.bounded:
         kept, evictions = f"window {args.window}, budget {args.budget}", "not known, as the longest prompt"
     else:
@@ -164,7 +164,7 @@ def describe(trainer, engine: str, max_prompt_tokens: int | None) -> dict[str, s
         "precision": f"mixed precision {accelerator.mixed_precision}; frozen {dtypes(frozen)}",
         "adapter": dtypes([p for p in parameters if p.requires_grad]),
         "sharding": sharding_line(engine, parameters, ranks),
-        "global batch": f"{micro} x {steps} accumulated x {ranks} ranks = {batch} completions",
+        "global batch": f"{micro} x {steps} accumulated x {ranks} ranks = {batch} completions{asked}",
         "prompts a step": f"{batch / per_prompt:g}, {per_prompt} completions each",
         "cache": kept,
         "evictions": evictions,

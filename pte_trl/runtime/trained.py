@@ -27,8 +27,8 @@ def check_enough(args, prompts: int) -> None:
     if prompts < needed:
         raise ValueError(
             f"the training set has {prompts} prompts and a generation batch takes {needed}, so not one step could be "
-            "made; more prompts, or a smaller per_device_train_batch_size, gradient_accumulation_steps or "
-            "steps_per_generation"
+            "made; more prompts, or a smaller per_device_train_batch_size, gradient_accumulation_steps, global_batch "
+            "or steps_per_generation"
         )
 
 

@@ -128,6 +128,7 @@ LIMITS: dict[str, Limit] = {
     "num_completions_to_print": NATURAL,
     # ours
     "method": choice(*METHODS),
+    "global_batch": COUNT,
     "window": Limit(Literal["auto", "full"] | COUNT.type, "auto, full (method=lora), or an integer of at least 1"),
     "budget": Limit(Annotated[int, Field(ge=2)], "an integer of at least 2 (a prompt token and a thought token)"),
     "evict_ratio": POSITIVE_SHARE,

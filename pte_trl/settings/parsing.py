@@ -12,7 +12,8 @@ from pte_trl.compat.trl import flags_of
 from pte_trl.settings.environment import check_environment
 from pte_trl.settings.limits import fault_of
 
-EXCLUSIVE = ("window", "budget")  # a flag for one of them takes the place of the recipe's other
+# A flag for one of them takes the place of the recipe's other.
+EXCLUSIVE = ({"window", "budget"}, {"global_batch", "gradient_accumulation_steps"})
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -90,8 +91,8 @@ def read_recipe(key: str, name: str = "") -> dict:
 
 
 def without_replaced(recipe: dict, argv: list[str]) -> dict:
-    """The recipe without a window where a flag gives a budget instead, and the other way round."""
-    gone = set(EXCLUSIVE) if flags(argv) & set(EXCLUSIVE) else set()
+    """The recipe without a window where a flag gives a budget instead, and the like."""
+    gone = set().union(*(keys for keys in EXCLUSIVE if keys & flags(argv)))
     return {key: value for key, value in recipe.items() if key not in gone}
 
 

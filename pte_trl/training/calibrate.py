@@ -1,6 +1,7 @@
 """Calibration of a fresh adapter's encoders on the first prompts of the training set."""
 
 from itertools import islice
+from statistics import fmean
 
 from accelerate.utils import broadcast_object_list
 
@@ -43,7 +44,7 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
     with distributed_backend(trainer).gather_params(list(model.parameters())):
         if trainer.accelerator.is_main_process:
             ids = tokenize_prompts(trainer, [row["prompt"] for row in rows])
-            evict = args.cache_policy.schedule(max(map(len, ids))).evict
+            evict = round(fmean(args.cache_policy.schedule(len(prompt)).evict for prompt in ids))
             if whiten:
                 ids = with_thoughts(trainer, ids)
             inputs = left_pad(ids, trainer.processing_class.pad_token_id, model.device)

@@ -13,6 +13,7 @@ from pte_trl.runtime.checkpoints import check_save_steps
 from pte_trl.runtime.trackers import check_trackers
 from pte_trl.settings.extras import check_extra
 from pte_trl.settings.limits import Limit, check_values
+from pte_trl.training.global_batch import set_accumulation
 from pte_trl.training.unsupported import check_settings
 
 
@@ -29,7 +30,14 @@ class BoundedTrainingConfig(CacheArguments):
 
     method: str = field(default="pte", metadata={"help": "pte, lora_c (bounded cache) or lora (full cache)."})
     window: None | str | int = field(  # noqa: RUF036 (HfArgumentParser takes the second: a flag is text)
-        default=None, metadata={"help": "W, thought tokens kept; auto: longest prompt; full: lora."}
+        default=None, metadata={"help": "W, thought tokens kept; auto: as many as the prompt has; full: lora."}
+    )
+    global_batch: int | None = field(
+        default=None,
+        metadata={"help": "Completions per optimizer step over all GPUs, instead of gradient_accumulation_steps."},
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Micro-batches per optimizer step; 1, or what global_batch needs."}
     )
     rollout_batch_size: None | str | int = field(  # noqa: RUF036
         default="auto", metadata={"help": "Completions decoded at once: a number, or auto for what memory allows."}
@@ -56,6 +64,7 @@ class BoundedTrainingConfig(CacheArguments):
         if self.window == "full" and self.method == "lora":
             self.window = None  # so that a flag can take back the window of a recipe
         check_method(self)
+        set_accumulation(self)
         if self.deepspeed:
             check_extra("deepspeed", f"deepspeed={self.deepspeed!r}")
         super().__post_init__()

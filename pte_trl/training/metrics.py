@@ -37,8 +37,8 @@ class TrainerMetrics:
             metrics[name] = [max(numbers + metrics[name])]
 
     def _record_rollout(self, result) -> None:
-        """Window, evictions per completion, speed and memory of a rollout under a bounded cache."""
-        self._record("rollout/window", result.window)
+        """Window and evictions per completion, speed and memory of a rollout under a bounded cache."""
+        self._record("rollout/window", sum(result.windows) / len(result.windows))
         self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))
         self._record("rollout/tokens_per_second", result.tokens_per_second)
         self._record("rollout/cache_bytes_per_sample", result.cache_bytes)

@@ -19,6 +19,7 @@ from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.finite import FiniteGrpo
 from pte_trl.training.generation import trainer_rollout
 from pte_trl.training.metrics import GrpoMetrics
+from pte_trl.training.micro_batches import prepared_by_window
 from pte_trl.training.mixin import BoundedTrainer
 from pte_trl.training.replays import check_dropout, dropouts, settled, stated
 
@@ -87,7 +88,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
                 )
         result = trainer_rollout(self, prompt_ids, self.args.cache_policy)
         self._check_rollout(result.logprobs, prompt_ids)
-        self._samples = {"windows": torch.full((len(prompt_ids),), result.window, device=self.accelerator.device)}
+        self._samples = {"windows": torch.tensor(result.windows, device=self.accelerator.device)}
         self._record_rollout(result)
         return result.completion_ids, result.logprobs
 
@@ -105,6 +106,9 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
             if "old_per_token_logps" in output:
                 self._record_mismatch(output["old_per_token_logps"], output)
         return output
+
+    def _prepare_inputs(self, generation_batch):
+        return prepared_by_window(self, super()._prepare_inputs, generation_batch)
 
     # ---- scoring -------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from pte_trl.training.distill.config import PteDistillConfig
 from pte_trl.training.distill.divergence import divergence
 from pte_trl.training.distill.policies import evictions_seen, hidden_states
 from pte_trl.training.generation import trainer_rollout
+from pte_trl.training.micro_batches import prepared_by_window
 from pte_trl.training.mixin import BoundedTrainer
 
 
@@ -47,13 +48,13 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._given: list[list[int]] | None = None  # completions that the dataset brings
-        self._window = 0
+        self._windows: list[int] = []
         self._sums: dict[str, Tensor] = {}
 
     # ---- completions ---------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs) -> list[list[int]]:
-        self._window = self.args.cache_policy.schedule(max(map(len, prompt_ids))).window
+        self._windows = [self.args.cache_policy.schedule(len(ids)).window for ids in prompt_ids]
         if self._given is not None:
             return [ids[: self.max_completion_length] for ids in self._given]
         on_policy = self.args.on_policy
@@ -67,7 +68,7 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
         output = super()._generate_and_score_completions(inputs)
         mask = output["completion_mask"]
         # As GRPO does: the rows are shuffled and split before the loss, so what the replay needs travels with them.
-        output["windows"] = torch.full((len(inputs),), self._window, device=mask.device)
+        output["windows"] = torch.tensor(self._windows, device=mask.device)
         schedules = self.args.cache_policy.schedules(output["windows"])
         output["evictions"] = evictions_seen(mask.shape[1], schedules).to(mask.device)
         output["distilled"] = mask.bool()
@@ -75,6 +76,9 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
             output["distilled"] &= output["evictions"] > 0
             output["num_items_in_batch"] = self.accelerator.gather(output["distilled"].sum()).sum()
         return output
+
+    def _prepare_inputs(self, generation_batch):
+        return prepared_by_window(self, super()._prepare_inputs, generation_batch)
 
     # ---- loss ----------------------------------------------------------------------------------------------
 
