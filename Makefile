@@ -8,7 +8,7 @@ DATA_DIR ?=
 .PHONY: help setup demo demo-sums demo-smollm2 test test-all test-fast lint bench bench-gpu clean report
 
 help:  ## this list
-	@grep -hE '^[a-zA-Z0-9% -]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-zA-Z0-9%-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY)  ## the pinned environment in .venv
 
@@ -125,8 +125,12 @@ plan-%:  ## what a table or figure will run, what is done, tokens, GPU-hours, di
 reproduce-%:  ## runs that and makes the table or figure: reproduce-table1, reproduce-all
 	@echo "error: there is no target $@; make plan-all lists them" >&2; exit 1
 
-train-% evaluate-%:  ## one run, by the name that plan-table1 gives it
-	@echo "error: there is no target $@ at SCALE=$(SCALE); make plan-table1 lists them" >&2; exit 1
+NO_RUN = echo "error: there is no target $@ at SCALE=$(SCALE); make plan-table1 lists them" >&2; exit 1
+train-%:  ## one training, by the name that plan-table1 gives it
+	@$(NO_RUN)
+
+evaluate-%:  ## one evaluation, likewise
+	@$(NO_RUN)
 
 $(TINY_BASE): | $(READY)
 	$(PY) -m experiments.tiny.pretrain

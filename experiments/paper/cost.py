@@ -12,6 +12,7 @@ forward more.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -58,8 +59,8 @@ CARDS = {
 }
 FLOPS_SHARE, BANDWIDTH_SHARE = 0.35, 0.9  # of those: assumed
 DECODE_KERNELS = {"baseline": 43, "lora": 59, "lora_c": 59, "pte": 63}  # per layer and step, counted
-# Per layer and micro-batch, counted at 3,072 tokens and W = 512.
-TRAIN_KERNELS = {"lora": 185, "lora_c": 820, "pte": 1520, "segments": 8020}
+# Per layer and micro-batch, counted at 3,072 tokens: in one pass, and more for every eviction; in segments, for each.
+TRAIN_KERNELS = {"lora": (185, 0), "lora_c": (820, 0), "pte": (1000, 24), "segments": (380, 380)}
 SAMPLING = 400  # bytes moved per logit: the float64 scan and the sort of top-p
 PROMPT, WINDOW = 130, 240  # mean tokens of DAPO's prompts, and W where it is the longest of them; at most the sink
 PASSES = {"one_pass": 4, "segments": 5}  # of a training step, see above; 2 FLOPs a weight and token each
@@ -160,10 +161,12 @@ def step_seconds(run: TrainingRun, at: Scale, shape: Shape, card: Card) -> float
     micro, own = int(setting(run, at, "per_device_train_batch_size")), at.completions // at.gpus
     accumulated, replay = max(1, own // micro), setting(run, at, "replay") or "one_pass"
     prompt, rows = min(PROMPT, at.sink), rollout_rows(run, at)
-    visible = prompt + (length / 2 if method == "lora" else min(WINDOW, at.sink, length / 2))
-    decode = length * decode_seconds(shape, card, method, rows, visible, graphed=method != "lora")
+    window = length if method == "lora" else min(WINDOW, at.sink, length)
+    decode = length * decode_seconds(shape, card, method, rows, prompt + min(window, length / 2), method != "lora")
     flops = own * (prompt + length) * PASSES[replay] * 2 * shape.parameters
-    launches = accumulated * shape.layers * TRAIN_KERNELS[method if replay == "one_pass" else replay] * card.launch
+    base, each = TRAIN_KERNELS[method if replay == "one_pass" else replay]
+    kernels = base + each * math.ceil((length - window) / (0.25 * window))
+    launches = accumulated * shape.layers * kernels * card.launch
     return own / rows * decode + flops / (FLOPS_SHARE * card.flops) + launches
 
 
