@@ -87,7 +87,7 @@ CAPACITY_SIZE ?=
 #   SCALE=night-tiny  tries the night with the tiny model
 # MODELS, METHODS, BENCHMARKS and SEEDS leave runs out: make reproduce-table1 METHODS="lora_c pte" BENCHMARKS=math500
 SCALE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
-ACCELERATE ?= accelerate_configs/ddp.yaml
+ACCELERATE ?= accelerate_configs/$(if $(filter 1,$(GPUS)),single_gpu,ddp).yaml
 export NIGHT_MODEL
 FILTERS = --models "$(MODELS)" --methods "$(METHODS)" --benchmarks "$(BENCHMARKS)" --seeds "$(SEEDS)"
 

@@ -1,6 +1,7 @@
 """Filters, names and costs of the paper's runs: plain Python, nothing is trained."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,15 +9,13 @@ import sys
 import pytest
 
 from experiments.paper.cost import CARDS, PROBLEMS, cost, setting, shape_of
-from experiments.paper.filters import BENCHMARKS, METHODS, Filters, filters
+from experiments.paper.filters import ALL, BENCHMARKS, METHODS, filters
 from experiments.paper.plan import ITEMS, EvaluationRun, TrainingRun, needed, short_name
 from experiments.paper.scales import NIGHT_MODEL, SCALES, night
 from experiments.paper.show import main, report
 from experiments.paper.targets import rules
 from pte_trl.evaluation.benchmarks import TESTED
-from tests.test_plan import ROOT, plan_of
-
-NONE = Filters()
+from tests.test_plan import ROOT, TABLE1, plan_of
 
 
 def runs_of(scale: str) -> list:
@@ -195,20 +194,20 @@ def test_a_measured_step_takes_the_place_of_the_estimate(tmp_path, monkeypatch):
     write_step(trained / "lora-seed42/checkpoint-8", 900.0, 1, "complete.json")
     write_step(trained / "lora-seed42/checkpoint-16", 450.0, 1, "complete.json")
     (trained / "lora_c-seed42/checkpoint-8").mkdir(parents=True)
-    lines = {line.split()[0]: line for line in report("figure6", "night", NONE).splitlines() if "-seed" in line}
+    lines = {line.split()[0]: line for line in report("figure6", "night", ALL).splitlines() if "-seed" in line}
     name = "train-Qwen2.5-1.5B-Instruct"
     columns = {key: lines[f"{name}-{key}"].split()[1:] for key in ("pte-seed43", "lora-seed42")}
-    assert columns["pte-seed43"][:5] == ["done", "0.1", "M", "8", "measured"]
-    assert columns["lora-seed42"][:5] == ["started", "0.1", "M", "8", "measured"]  # the newest checkpoint's
+    assert columns["pte-seed43"][:5] == ["done", "64", "k", "8", "measured"]
+    assert columns["lora-seed42"][:5] == ["started", "64", "k", "8", "measured"]  # the newest checkpoint's
     assert "to do" in lines[f"{name}-pte-seed44"] and "8  measured" in lines[f"{name}-pte-seed44"]
     assert "started" in lines[f"{name}-lora_c-seed42"] and "estimated" in lines[f"{name}-lora_c-seed42"]
-    text = report("figure6", "night", NONE)
+    text = report("figure6", "night", ALL)
     assert "all: 9 trainings and 10 evaluations" in text and "to do: 8 trainings and 10 evaluations" in text
     assert "Measured: the median step" in text
 
 
 def test_the_plan_of_everything_counts_a_shared_run_once():
-    text = report("all", "paper", NONE)
+    text = report("all", "paper", ALL)
     assert all(f"reproduce-{item} " in text for item in ITEMS)
     assert "each run once       0 of 18 done  0 of 364 done" in text
     assert "Estimated: A100, 312 TFLOP/s" in text and "The paper states 19 minutes a step" in text
@@ -224,6 +223,21 @@ def test_make_prints_the_plan_without_an_environment(tmp_path):
     for run in needed("table1", "paper"):
         assert f"\n{short_name(run, 'paper')} " in done.stdout
     assert "Estimated: H100" in done.stdout and "9 trainings and 72 evaluations" in done.stdout
+
+
+def test_the_page_states_these_costs():
+    """docs/reproduce.md rounds them to one or two digits; the tokens are exact."""
+    page = (ROOT / "docs/reproduce.md").read_text()
+    rows = {
+        cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in page.splitlines()) if len(cells) == 6
+    }
+    scales = [SCALES[name] for name in ("paper", "night", "tiny")]
+    for row, runs in (("Table 1", lambda at: needed("table1", at.name)), ("everything", lambda at: runs_of(at.name))):
+        stated = [re.search(r"[\d,]+|half", cell)[0] for cell in rows[f"{row}: cost, estimated"]]
+        hours = [0.5 if text == "half" else float(text.replace(",", "")) for text in stated]
+        assert hours == pytest.approx([sum(cost(run, at).hours for run in runs(at)) for at in scales], rel=0.1)
+    for cell, at in zip(rows["Table 1: trainings, evaluations"], scales, strict=True):
+        assert tuple(map(int, cell.split(","))) == TABLE1[at.name]
 
 
 def test_help_lists_them():

@@ -34,6 +34,9 @@ class Filters:
         return " ".join(f'{key.upper()}="{" ".join(kept)}"' for key, kept in vars(self).items() if kept)
 
 
+ALL = Filters()
+
+
 def filters(scale: Scale, **given: str) -> Filters:
     """Filters from texts of words between blanks or commas; a model may have the paper's name.
 

@@ -9,7 +9,7 @@ import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.paper.filters import Filters
+from experiments.paper.filters import ALL, Filters
 from experiments.paper.scales import MODELS, SCALES, scale_of
 from experiments.rules import options as words
 
@@ -129,7 +129,7 @@ def with_seed(run: TrainingRun | EvaluationRun, seed: int | None) -> TrainingRun
     return replace(run, options=(*run.options, *words(seed=seed))) if isinstance(run, TrainingRun) else run
 
 
-def cells(item: str, scale: str, filters: Filters = Filters()) -> list[Cell]:  # noqa: B008 (it is frozen)
+def cells(item: str, scale: str, filters: Filters = ALL) -> list[Cell]:
     """The cells of an item whose runs the filters leave, and all averages.
 
     Raises:
@@ -221,7 +221,7 @@ def trained(run: EvaluationRun, scale: str) -> TrainingRun | None:
     return None if run.run == "baseline" else training(run.model, run.run, scale, run.seed)
 
 
-def needed(item: str, scale: str, filters: Filters = Filters()) -> list[TrainingRun | EvaluationRun]:  # noqa: B008
+def needed(item: str, scale: str, filters: Filters = ALL) -> list[TrainingRun | EvaluationRun]:
     """The runs behind an item, each once: first its trainings, then its evaluations."""
     sources = [cell.source for cell in cells(item, scale, filters) if cell.source is not None]
     evaluations = [run for run in sources if isinstance(run, EvaluationRun)]

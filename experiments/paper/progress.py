@@ -61,6 +61,6 @@ def _n(listing: Path) -> int:
     return -int(listing.parent.name.rpartition("-")[2])
 
 
-def disk(run: TrainingRun | EvaluationRun) -> int:
+def bytes_of(run: TrainingRun | EvaluationRun) -> int:
     """Bytes of its files."""
     return sum(path.stat().st_size for path in Path(run.folder).rglob("*") if path.is_file())

@@ -25,7 +25,7 @@ from experiments.paper.cost import (
 )
 from experiments.paper.filters import Filters
 from experiments.paper.plan import ITEMS, EvaluationRun, TrainingRun, needed, short_name
-from experiments.paper.progress import DONE, disk, measured_step, state
+from experiments.paper.progress import DONE, bytes_of, measured_step, state
 from experiments.paper.scales import SCALES, Scale, scale_of
 
 
@@ -45,7 +45,7 @@ def line(run: TrainingRun | EvaluationRun, at: Scale, card: str) -> Line:
     """The line of a run: measured where a step has been, estimated elsewhere."""
     expected, found = cost(run, at, card), state(run)
     step = measured_step(run) if isinstance(run, TrainingRun) else None
-    taken = disk(run) if found == DONE else expected.disk
+    taken = bytes_of(run) if found == DONE else expected.disk
     if step is None:
         return Line(run, found, expected.tokens, expected.hours, taken, measured=False)
     steps = int(setting(run, at, "max_steps"))
@@ -64,11 +64,11 @@ def report(item: str, scale: str, filters: Filters, card: str | None = None) -> 
         return f"{title}: the filters leave none of its runs"
     hours = "core-hours" if card == "CPU" else "GPU-hours"
     if item == "all":
-        head = ["make", "trainings", "evaluations", "tokens", hours, "disk GB"]
+        head = ["make", "trainings", "evaluations", "tokens", hours, "disk"]
         body = [[f"reproduce-{one}", *summary([lines[run] for run in runs])] for one, runs in by_item.items()]
         body.append(["each run once", *summary(lines.values())])
     else:
-        head = ["make", "state", "tokens", hours, "by", "disk GB"]
+        head = ["make", "state", "tokens", hours, "by", "disk"]
         body = [cells(one, scale) for one in lines.values()]
     left = [one for one in lines.values() if one.state != DONE]
     totals = [f"{name:>8}: {total(ones, hours)}" for name, ones in (("all", lines.values()), ("to do", left))]
@@ -81,17 +81,24 @@ def cells(one: Line, scale: str) -> list[str]:
 
 
 def amounts(lines: Iterable[Line]) -> list[str]:
-    """Tokens, hours and GB; "?" where the shape of a model is not known."""
+    """Tokens, hours and bytes; "?" where the shape of a model is not known."""
     lines = list(lines)
     known = all(one.hours is not None for one in lines)
     hours = number(sum(one.hours for one in lines)) if known else "?"
-    return [f"{sum(one.tokens for one in lines) / 1e6:,.1f} M", hours, number(sum(one.disk for one in lines) / 1e9)]
+    return [scaled(sum(one.tokens for one in lines)), hours, f"{scaled(sum(one.disk for one in lines))}B"]
 
 
 def number(value: float) -> str:
-    if value >= 1:
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{value:.2f}" if value >= 0.01 or value == 0 else "<0.01"
+    """Three digits, and at most three decimals."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.3f}"
+
+
+def scaled(value: float) -> str:
+    """With a prefix: 4.59 G, 148 M, 56 k."""
+    for size, prefix in ((1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{number(value / size)} {prefix}"
+    return f"{value / 1e3:.0f} k"
 
 
 def summary(lines: Iterable[Line]) -> list[str]:
@@ -105,9 +112,9 @@ def summary(lines: Iterable[Line]) -> list[str]:
 def total(lines: Iterable[Line], unit: str) -> str:
     lines = list(lines)
     trainings = sum(isinstance(one.run, TrainingRun) for one in lines)
-    tokens, hours, gigabytes = amounts(lines)
+    tokens, hours, disk = amounts(lines)
     counts = f"{count(trainings, 'training')} and {count(len(lines) - trainings, 'evaluation')}"
-    return f"{counts}, {tokens} tokens, {hours} {unit}, {gigabytes} GB"
+    return f"{counts}, {tokens} tokens, {hours} {unit}, {disk} on the disk"
 
 
 def count(number: int, noun: str) -> str:
@@ -126,7 +133,9 @@ def notes(lines: Iterable[Line], at: Scale, card: str) -> list[str]:
     if any(one.hours is None for one in lines):
         out.append("?: the model is no folder with a config.json, and its shape is not known.")
     if any(one.measured for one in lines):
-        out.append("Measured: the median step of that training, or of another seed of it, times its steps.")
+        out.append(
+            "Measured: the median step of that training, or of another seed of it, wherever it ran, times its steps."
+        )
     trainings = [one.run for one in lines if isinstance(one.run, TrainingRun)]
     if at.name == "paper" and trainings:
         steps = sum(int(setting(run, at, "max_steps")) for run in trainings)
@@ -142,7 +151,7 @@ def notes(lines: Iterable[Line], at: Scale, card: str) -> list[str]:
 def table(head: list[str], body: list[list[str]]) -> list[str]:
     """Aligned columns: text to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    right = [index for index, name in enumerate(head) if name in ("tokens", "disk GB") or name.endswith("-hours")]
+    right = [index for index, name in enumerate(head) if name in ("tokens", "disk") or name.endswith("-hours")]
 
     def written(row: list[str]) -> str:
         padded = [

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from experiments.paper import filters as chosen
-from experiments.paper.filters import Filters
+from experiments.paper.filters import ALL, Filters
 from experiments.paper.plan import (
     ITEMS,
     PER_DEVICE,
@@ -75,14 +75,14 @@ def item_rules(item: str, scale: str, filters: Filters) -> list[Run]:
     return [Run(f"reproduce-{item}", (result,), phony=True), Run(result, tuple(map(manifest, runs)), (render,))]
 
 
-def rules(scale: str, filters: Filters = Filters()) -> list[Run]:  # noqa: B008 (it is frozen)
+def rules(scale: str, filters: Filters = ALL) -> list[Run]:
     """All of a scale's rules. Filters leave runs out of tables and figures; the runs' own targets are all there."""
     shown = [rule for item in ITEMS for rule in item_rules(item, scale, filters)]
     every = tuple(f"reproduce-{item}" for item in ITEMS if needed(item, scale, filters))
     return [*run_rules(scale), *shown, Run("reproduce-all", every, phony=True)]
 
 
-def text(scale: str, filters: Filters = Filters()) -> str:  # noqa: B008 (it is frozen)
+def text(scale: str, filters: Filters = ALL) -> str:
     """The Makefile, with what it needs to know of the scale."""
     at, program = SCALES[scale], f"experiments/paper/targets.py for SCALE={scale} {filters}".rstrip()
     return f"OUTPUTS := {at.folder}\nBATCH ?= {at.batch}\n" + makefile(program, rules(scale, filters))
