@@ -124,7 +124,7 @@ def _cell(item: str, text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=tuple(plan.SCALES), default="paper")
+    parser.add_argument("--scale", default="paper")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     rendered = [render(item, args.scale, args.output) for item in plan.ITEMS]

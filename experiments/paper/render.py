@@ -81,7 +81,7 @@ def _run(folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("items", nargs="+", choices=plan.ITEMS, metavar="ITEM", help=", ".join(plan.ITEMS))
-    parser.add_argument("--scale", choices=tuple(plan.SCALES), default="paper")
+    parser.add_argument("--scale", default="paper")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     for item in args.items:
