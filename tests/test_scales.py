@@ -190,15 +190,15 @@ def write_step(folder, seconds: float, processes: int, about: str = "manifest.js
 def test_a_measured_step_takes_the_place_of_the_estimate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained = tmp_path / "outputs/night/train/Qwen2.5-1.5B-Instruct"
-    write_step(trained / "pte-seed43", 225.0, 2)  # 64 steps of 225 s on two GPUs: 8 hours
+    write_step(trained / "pte-seed43", 288.0, 2)  # 50 steps of 288 s on two GPUs: 8 hours
     write_step(trained / "lora-seed42/checkpoint-8", 900.0, 1, "complete.json")
-    write_step(trained / "lora-seed42/checkpoint-16", 450.0, 1, "complete.json")
+    write_step(trained / "lora-seed42/checkpoint-16", 576.0, 1, "complete.json")
     (trained / "lora_c-seed42/checkpoint-8").mkdir(parents=True)
     lines = {line.split()[0]: line for line in report("figure6", "night", ALL).splitlines() if "-seed" in line}
     name = "train-Qwen2.5-1.5B-Instruct"
     columns = {key: lines[f"{name}-{key}"].split()[1:] for key in ("pte-seed43", "lora-seed42")}
-    assert columns["pte-seed43"][:5] == ["done", "64", "k", "8", "measured"]
-    assert columns["lora-seed42"][:5] == ["started", "64", "k", "8", "measured"]  # the newest checkpoint's
+    assert columns["pte-seed43"][:5] == ["done", "50", "k", "8", "measured"]
+    assert columns["lora-seed42"][:5] == ["started", "50", "k", "8", "measured"]  # the newest checkpoint's
     assert "to do" in lines[f"{name}-pte-seed44"] and "8  measured" in lines[f"{name}-pte-seed44"]
     assert "started" in lines[f"{name}-lora_c-seed42"] and "estimated" in lines[f"{name}-lora_c-seed42"]
     text = report("figure6", "night", ALL)

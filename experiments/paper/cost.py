@@ -62,9 +62,9 @@ DECODE_KERNELS = {"baseline": 43, "lora": 59, "lora_c": 59, "pte": 63}  # per la
 # Per layer and micro-batch, counted at 3,072 tokens: in one pass, and more for every eviction; in segments, for each.
 TRAIN_KERNELS = {"lora": (185, 0), "lora_c": (820, 0), "pte": (1000, 24), "segments": (380, 380)}
 SAMPLING = 400  # bytes moved per logit: the float64 scan and the sort of top-p
-PROMPT, WINDOW = 130, 240  # mean tokens of DAPO's prompts, and W where it is the longest of them; at most the sink
+PROMPT = 130  # mean tokens of DAPO's prompts with their template, but at most the scale's sink; also W in training
 PASSES = {"one_pass": 4, "segments": 5}  # of a training step, see above; 2 FLOPs a weight and token each
-BYTES_PER_TOKEN = 4  # of text
+TEXT, RECORD = 4, 10  # bytes of a token in a log of completions, and in a record, which has its number as well
 PAPER_STEP = 19 * 60  # seconds of an iteration on 8 A100, by the paper's text; the model is not named
 
 
@@ -132,7 +132,7 @@ def evaluation_cost(run: EvaluationRun, at: Scale, shape: Shape | None, card: Ca
         method = run.run.partition("-")[0]
         once = run.max_new_tokens * decode_seconds(shape, card, method, rows, visible)
         hours = (card.start + -(-count // rows) * once) / 3600
-    return Cost(tokens, hours, BYTES_PER_TOKEN * (tokens + count * prompt))
+    return Cost(tokens, hours, RECORD * tokens + TEXT * count * prompt)
 
 
 def problems(run: EvaluationRun) -> int:
@@ -151,7 +151,7 @@ def training_cost(run: TrainingRun, at: Scale, shape: Shape | None, card: Card) 
     every = setting(run, at, "save_steps")
     saved = steps // int(every) if every else 0
     # Adapter and Adam's two states in float32, once more the adapter at the end; and every completion in a log.
-    logged = BYTES_PER_TOKEN * tokens if setting(run, at, "log_completions") == "true" else 0
+    logged = TEXT * tokens if setting(run, at, "log_completions") == "true" else 0
     return Cost(tokens, hours, 4 * adapter * (3 * saved + 1) + logged)
 
 
@@ -161,7 +161,7 @@ def step_seconds(run: TrainingRun, at: Scale, shape: Shape, card: Card) -> float
     micro, own = int(setting(run, at, "per_device_train_batch_size")), at.completions // at.gpus
     accumulated, replay = max(1, own // micro), setting(run, at, "replay") or "one_pass"
     prompt, rows = min(PROMPT, at.sink), rollout_rows(run, at)
-    window = length if method == "lora" else min(WINDOW, at.sink, length)
+    window = length if method == "lora" else min(prompt, length)
     decode = length * decode_seconds(shape, card, method, rows, prompt + min(window, length / 2), method != "lora")
     flops = own * (prompt + length) * PASSES[replay] * 2 * shape.parameters
     base, each = TRAIN_KERNELS[method if replay == "one_pass" else replay]

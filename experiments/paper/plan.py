@@ -82,8 +82,7 @@ def options_of(run: str, scale: str) -> tuple[str, ...]:
     """Flags of a run: lora, lora_c, pte, and pte or lora with a variant behind a hyphen."""
     method, _, variant = run.partition("-")
     options = ["--method", method]
-    if SCALES[scale].model:
-        options += ["--model_name_or_path", SCALES[scale].model]
+    options += words(model_name_or_path=SCALES[scale].model, **SCALES[scale].training)
     if method == "lora":
         options += ["--window", "full", "--replay", "one_pass"]  # what a recipe says of a bounded cache, taken back
     if variant == "global_0":
@@ -95,7 +94,6 @@ def options_of(run: str, scale: str) -> tuple[str, ...]:
     length = int(variant) if variant.isdigit() else LENGTH
     if scale != "paper" or length != LENGTH:
         options += ["--max_completion_length", str(SCALES[scale].length(length))]
-    options += words(**SCALES[scale].training)
     if scale == "paper" and method == "lora":
         # TRL decodes a whole generation batch at once: with the full cache, 64 completions would not fit in 40 GB.
         options += ["--steps_per_generation", "2"]
