@@ -107,7 +107,7 @@ TINY = Scale(
     note="It adds up generated sums, so the paper's numbers beside it are there for the layout only.",
 )
 
-NIGHT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
+NIGHT_MODEL, STEPS, RATE, COMPLETIONS, FIRST = "Qwen/Qwen2.5-1.5B-Instruct", 50, "5e-5", 256, 200
 NIGHT = Scale(
     "night",
     "outputs/night",
@@ -116,8 +116,8 @@ NIGHT = Scale(
     shrink=4,
     sink=256,  # room for nearly every question, and a short thought at the smallest budget
     training={
-        "max_steps": 50,  # three methods x three seeds: with its evaluations eight hours, as estimated
-        "learning_rate": "5e-5",  # a sixth of the paper's steps at five times its rate; not tuned
+        "max_steps": STEPS,  # three methods x three seeds: with its evaluations eight hours, as estimated
+        "learning_rate": RATE,  # a sixth of the paper's steps at five times its rate; not tuned
         "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 16,  # x 16 on one GPU = 256 completions a step
         "rollout_batch_size": 256,
@@ -125,14 +125,14 @@ NIGHT = Scale(
         "save_steps": 10,
     },
     seeds=(42, 43, 44),
-    problems=200,
+    problems=FIRST,
     runs=4,
     bin_width=25,
     card="H100",
-    completions=256,
+    completions=COMPLETIONS,
     batch=256,
     stand_in=f"{Path(NIGHT_MODEL).name} in the place of the paper's",
-    note="50 steps of 256 completions at a rate of 5e-5, three seeds, and the first 200 problems of a benchmark.",
+    note=f"{STEPS} steps of {COMPLETIONS} completions at a rate of {RATE}, and the first {FIRST} problems of a benchmark.",
 )
 
 NIGHT_TINY = replace(
