@@ -132,7 +132,7 @@ NIGHT = Scale(
     completions=COMPLETIONS,
     batch=256,
     stand_in=f"{Path(NIGHT_MODEL).name} in the place of the paper's",
-    note=f"{STEPS} steps of {COMPLETIONS} completions at a rate of {RATE}, and the first {FIRST} problems of a benchmark.",
+    note=f"{STEPS} steps of {COMPLETIONS} completions at a rate of {RATE}, the first {FIRST} problems of a benchmark.",
 )
 
 NIGHT_TINY = replace(
