@@ -8,7 +8,7 @@ DATA_DIR ?=
 .PHONY: help setup demo demo-sums demo-smollm2 test test-all test-fast lint bench bench-gpu clean report
 
 help:  ## this list
-	@grep -hE '^[a-zA-Z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-zA-Z0-9%-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY)  ## the pinned environment in .venv
 
@@ -77,31 +77,32 @@ LONG_SIZE ?= --batch 16 --prompt 512 --window 512 --cycles 4
 CAPACITY_SIZE ?=
 
 # ---- the paper's tables and figures -------------------------------------------------------------------------
-# make reproduce-table1, -table2, -table3, -tableA1, -figure3, -figure4a, -figure4b, -figure5, -figure6, -figureA1,
-# or reproduce-all. Every training run and every evaluation is a target, so what is done is not done again.
-#   SCALE=paper  the three real models on GPUs (the default where there are some); DATA_DIR=folder without a hub,
-#                GPUS=n for another number than are found
-#   SCALE=tiny   a tiny model on generated sums, minutes on two cores
+# make plan-table1 shows what will run and what it costs, make reproduce-table1 runs it; likewise table2, table3,
+# tableA1, figure3, figure4a, figure4b, figure5, figure6, figureA1, and all for all of them. Every training run and
+# every evaluation is a target, so what is done is not done again.
+#   SCALE=paper       the three real models on GPUs (the default where there are some); DATA_DIR=folder without a hub,
+#                     GPUS=n for another number than are found
+#   SCALE=night       one small model on one GPU, three seeds; NIGHT_MODEL=hub name or folder for another one
+#   SCALE=tiny        a tiny model on generated sums, minutes on two cores
+#   SCALE=night-tiny  tries the night with the tiny model
+# MODELS, METHODS, BENCHMARKS and SEEDS leave runs out: make reproduce-table1 METHODS="lora_c pte" BENCHMARKS=math500
 SCALE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
-ACCELERATE ?= accelerate_configs/ddp.yaml
+ACCELERATE ?= accelerate_configs/$(if $(filter 1,$(GPUS)),single_gpu,ddp).yaml
+export NIGHT_MODEL
+FILTERS = --models "$(MODELS)" --methods "$(METHODS)" --benchmarks "$(BENCHMARKS)" --seeds "$(SEEDS)"
 
-outputs/$(SCALE)/plan.mk: experiments/rules.py experiments/paper/plan.py $(wildcard experiments/paper/data/*.csv)
-	@mkdir -p $(@D)
-	@$(PYTHON) -m experiments.paper.plan $(SCALE) > $@.tmp && mv $@.tmp $@
-
-ifeq ($(SCALE),tiny)
+ifneq ($(filter %tiny,$(SCALE)),)
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(PY)
 TRAIN_ARGS := --dataset_name outputs/tiny/data/train.jsonl
 EVAL_ARGS := --data_dir outputs/tiny/data --temperature 1.0 --top_p 1.0 --batch_size 128 --use_cpu true
 else
 .NOTPARALLEL:  # one run uses every GPU
-GPUS ?= $(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),8)
+GPUS ?= $(or $(if $(filter night,$(SCALE)),1),$(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),8)
 LAUNCH := $(VENV)/bin/accelerate launch --config_file $(ACCELERATE) --num_processes $(GPUS)
 TRAIN_ARGS := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
-# Completions per GPU: of an 8B model with 3,072 cached tokens each they take 13 GB of cache.
-BATCH ?= 32
-EVAL_ARGS := --batch_size $(BATCH) $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
+# BATCH, completions that a GPU decodes at once, is the scale's.
+EVAL_ARGS = --batch_size $(BATCH) $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 endif
 
 # An evaluation that make runs again although it is there is older than its adapter: its records are of another one.
@@ -110,10 +111,23 @@ TINY_BASE := outputs/tiny-base/config.json
 TINY_DATA := outputs/tiny/data/train.jsonl
 
 # Behind the variables: prerequisites are expanded where they stand.
-ifneq ($(filter reproduce-% report,$(MAKECMDGOALS)),)
-$(if $(filter $(SCALE),paper tiny),,$(error SCALE=$(SCALE): allowed are paper and tiny))
-include outputs/$(SCALE)/plan.mk
+ifneq ($(filter reproduce-% train-% evaluate-% report outputs/%/manifest.json,$(MAKECMDGOALS)),)
+PLAN := $(shell NIGHT_MODEL="$(NIGHT_MODEL)" $(PYTHON) -m experiments.paper.targets "$(SCALE)" --write $(FILTERS))
+include $(or $(PLAN),$(error there is no plan, see above))
 endif
+
+plan-%:  ## what a table or figure will run, what is done, tokens, GPU-hours, disk: plan-table1, plan-all
+	@$(PYTHON) -m experiments.paper.show $* --scale "$(SCALE)" --card "$(CARD)" $(FILTERS)
+
+reproduce-%:  ## runs that and makes the table or figure: reproduce-table1, reproduce-all
+	@echo "error: there is no target $@; make plan-all lists them" >&2; exit 1
+
+NO_RUN = echo "error: there is no target $@ at SCALE=$(SCALE); make plan-table1 lists them" >&2; exit 1
+train-%:  ## one training, by the name that plan-table1 gives it
+	@$(NO_RUN)
+
+evaluate-%:  ## one evaluation, likewise
+	@$(NO_RUN)
 
 $(TINY_BASE): | $(READY)
 	$(PY) -m experiments.tiny.pretrain
@@ -131,7 +145,7 @@ include outputs/study/plan.mk
 endif
 
 report: | $(READY)  ## one HTML page of all finished tables and figures
-	$(PY) -m experiments.paper.page --scale $(SCALE) --output outputs/$(SCALE)/results
+	$(PY) -m experiments.paper.page --scale $(SCALE) --output $(OUTPUTS)/results
 
 clean:  ## outputs and caches, not the environment
 	rm -rf outputs .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.paper.plan import ITEMS, EvaluationRun, TrainingRun, cells, rules
+from experiments.paper.plan import ITEMS, EvaluationRun, TrainingRun, cells, needed
+from experiments.paper.scales import SCALES as BY_NAME
+from experiments.paper.targets import rules
 from experiments.rules import Run, makefile, options, python
 from pte_trl.evaluation.config import EvaluationArguments
 from pte_trl.settings.parsing import parse
@@ -15,7 +17,10 @@ from pte_trl.training.arguments import parse_recipe
 from pte_trl.training.global_batch import accumulation_steps
 
 ROOT = Path(__file__).resolve().parent.parent
-SCALES = ("paper", "tiny")
+SCALES = ("paper", "night", "tiny", "night-tiny")
+# Trainings and evaluations of a scale, and of its Table 1.
+COUNTS = {"paper": (18, 364), "night": (36, 414), "tiny": (12, 156), "night-tiny": (36, 414)}
+TABLE1 = {"paper": (9, 72), "night": (9, 60), "tiny": (3, 24), "night-tiny": (9, 60)}
 
 
 def sources(item: str, scale: str) -> list:
@@ -49,37 +54,70 @@ def test_the_other_settings_of_the_paper():
     }
     assert {r.evict_ratio for r in sources("tableA1", "paper")} == {0.25, 0.2, 0.15, 0.1, 0.05}
     assert {r.eviction for r in sources("figure4b", "paper")} == {"sliding_window", "h2o", "pyramidkv", "headkv"}
-    lengths = {3072, 6144, 12288, 24576, 49152, 65536}
-    assert {(r.budget, r.max_new_tokens) for r in sources("figure5", "paper")} == {(1024, n) for n in lengths}
+    assert {(r.budget, r.max_new_tokens) for r in sources("figure5", "paper")} == {(1024, 65536)}
     runs = {r.run: r.options for r in sources("table3", "paper") if isinstance(r, TrainingRun)}
     assert set(runs) == {"lora", "lora-6144", "pte", "pte-4096", "pte-5120", "pte-6144"}
     assert runs["pte-4096"][-4:] == ("--max_completion_length", "4096", "--offload_cache", "true")
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_how_many_runs_there_are(scale):
+    """Table 1 of the paper is 9 trainings and 72 evaluations; docs/reproduce.md says so."""
+    for items, counts in ((ITEMS, COUNTS), (("table1",), TABLE1)):
+        runs = dict.fromkeys(run for item in items for run in needed(item, scale))
+        trainings = sum(isinstance(run, TrainingRun) for run in runs)
+        assert (trainings, len(runs) - trainings) == counts[scale]
+
+
+@pytest.mark.parametrize("scale, last", [("paper", 65536), ("tiny", 2048), ("night", 16384)])
+def test_figure_5_is_one_run_of_a_method_whose_shorter_lengths_are_prefixes(scale, last):
+    found = [cell for cell in cells("figure5", scale) if cell.keys["method"] == "pte" and cell.seed in (None, 42)]
+    assert len({cell.source for cell in found}) == 1 and found[0].source.max_new_tokens == last
+    cuts = [int(cell.metric.removeprefix("pass@1@")) for cell in found]
+    papers = [int(cell.keys["max_generation_length"]) for cell in found]
+    assert cuts == [length * last // 65536 for length in papers] and max(cuts) == last
+
+
+def test_seeds_of_the_night():
+    """Three trainings where the paper has one, each with its evaluations; the baseline has no training to repeat."""
+    found = [cell for cell in cells("table1", "night") if cell.keys["metric"] == "math500"]
+    seeds = {method: [c.seed for c in found if c.keys["method"] == method] for method in ("baseline", "pte")}
+    assert seeds == {"baseline": [None], "pte": [42, 43, 44]}
+    runs = [run for run in needed("table1", "night") if run.run == "pte"]
+    assert {run.seed for run in runs} == {42, 43, 44} and all(f"pte-seed{run.seed}" in run.folder for run in runs)
+    assert {run.options[-2:] for run in runs if isinstance(run, TrainingRun)} == {
+        ("--seed", str(seed)) for seed in (42, 43, 44)
+    }
+    assert [c.seed for c in cells("table1", "night") if c.source is None] == [None] * 4  # averages
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("item", ITEMS)
 def test_no_two_settings_share_a_folder_and_no_number_is_forgotten(item, scale):
     found = cells(item, scale)
-    assert len({tuple(cell.keys.items()) for cell in found}) == len(found)
+    assert len({(cell.seed, *cell.keys.items()) for cell in found}) == len(found)
     by_folder = {}
     for source in sources(item, scale):
         assert by_folder.setdefault(source.folder, source) == source
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [*SCALES[:-1], pytest.param(SCALES[-1], marks=pytest.mark.thorough)])
 def test_every_command_of_the_plan_parses(scale, monkeypatch):
     monkeypatch.chdir(ROOT)
     training, evaluation = commands(scale, "recipes/grpo_pte.py"), commands(scale, "recipes/evaluate.py")
-    assert (len(training), len(evaluation)) == ((18, 380) if scale == "paper" else (12, 172))
+    assert (len(training), len(evaluation)) == COUNTS[scale]
+    at = BY_NAME[scale]
     for argv in training:
         script, args = parse_recipe([*argv, "--use_cpu", "true", "--bf16", "false"])
         variant = args.output_dir.rsplit("/", 1)[1]
-        assert args.method == variant.partition("-")[0]
-        if scale == "paper":
-            assert args.per_device_train_batch_size * args.gradient_accumulation_steps == args.global_batch == 512
+        variant, _, seed = variant.partition("-seed")
+        assert args.method == variant.partition("-")[0] and args.seed == int(seed or 42)
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == at.completions  # one process
         assert script.use_global_tokens == (variant != "pte-global_0")
         assert script.encode_evicted == (variant != "pte-global_only")
     for argv in evaluation:
+        if any("-seed43" in word or "-seed44" in word for word in argv):
+            continue  # they differ in the adapter's folder
         (args,) = parse((EvaluationArguments,), argv)
         assert args.model_name_or_path
         assert (args.adapter is None) == ("/baseline/" in args.output_dir)
@@ -90,10 +128,10 @@ def test_make_plans_every_item(scale, tmp_path):
     """Only what make prints: nothing is run, and nothing of an earlier run is looked at."""
     done = plan_of("reproduce-all", scale, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("recipes/evaluate.py") == (380 if scale == "paper" else 172)
-    assert done.stdout.count("recipes/grpo_pte.py") == (18 if scale == "paper" else 12)
+    counts = tuple(done.stdout.count(f"recipes/{script}.py") for script in ("grpo_pte", "evaluate"))
+    assert counts == COUNTS[scale]
     assert done.stdout.count("experiments.paper.render") == len(ITEMS)
-    assert done.stdout.count("experiments.tiny.pretrain") == (scale == "tiny")
+    assert done.stdout.count("experiments.tiny.pretrain") == scale.endswith("tiny")
     assert not (tmp_path / "outputs" / scale / "train").exists()
 
 
@@ -120,13 +158,17 @@ def without_make() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
 
 
-def plan_of(target: str, scale: str, tmp_path: Path, *variables: str) -> subprocess.CompletedProcess:
+def plan_of(
+    target: str, scale: str, tmp_path: Path, *variables: str, run: bool = False
+) -> subprocess.CompletedProcess:
+    """What make prints for a target, in a folder with the project's files; with `run` it is made."""
     locks = [path.name for path in ROOT.glob("requirements*.lock")]
     for name in ("Makefile", "pte_trl", "experiments", "recipes", "pyproject.toml", *locks):
         if not (tmp_path / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     environment = without_make()
-    command = ["make", "-n", target, f"SCALE={scale}", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", *variables]
+    command = ["make", target, f"SCALE={scale}", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", *variables]
+    command += [] if run else ["-n"]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
@@ -156,7 +198,7 @@ def test_a_run_is_a_rule_that_make_reads(tmp_path):
     assert make("all", "-W", "need") == ["echo first", command]
 
 
-@pytest.mark.parametrize("module", ["experiments.study.plan", "experiments.paper.plan"])
+@pytest.mark.parametrize("module", ["experiments.study.plan", "experiments.paper.targets"])
 def test_a_plan_needs_no_environment(module):
     """`-S` leaves site-packages out: make asks for the plans before anything is installed."""
     command = [sys.executable, "-S", "-m", module, "tiny"]

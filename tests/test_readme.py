@@ -46,6 +46,7 @@ RUN_BY = {
     "python -m pte_trl.smollm2": "test_smollm2.py",
     "python recipes/generate.py": "test_question_line",
     "pte-trl ": "test_command_line",
+    "make plan-": "test_scales.py",
     "make reproduce-": "test_reproduce.py",
     "make report": "test_paper_figures.py",
 }

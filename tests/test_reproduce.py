@@ -28,12 +28,12 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def make(folder: Path, *arguments: str) -> str:
+def make(folder: Path, *arguments: str, target: str = "reproduce-tableA1") -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     evaluation = "--data_dir outputs/tiny/data --use_cpu true --limit 2 --max_new_tokens 8"
     variables = ["SCALE=tiny", f"PY={python()}", f"PYTHON={sys.executable}", f"READY={folder}/ready"]
     variables += [f"TRAIN_ARGS=--dataset_name outputs/tiny/data/train.jsonl {SHORT}", f"EVAL_ARGS={evaluation}"]
-    command = ["make", "reproduce-tableA1", *variables, *arguments]
+    command = ["make", target, *variables, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
@@ -56,3 +56,16 @@ def test_a_table_is_made_kept_and_repaired(checkout):
     assert repaired.count("recipes/evaluate.py") == 1 and "--evict_ratio 0.1 " in repaired
     assert "recipes/grpo_pte.py" not in repaired
     assert (checkout / "outputs/tiny/results/tableA1.md").read_text() == table
+
+
+@pytest.mark.thorough
+def test_a_night_with_the_tiny_model(checkout):
+    """Two seeds of one method end to end; then the plan knows what is done, and what a step took."""
+    variables = ["SCALE=night-tiny", "METHODS=pte", "BENCHMARKS=math500", "SEEDS=42 43"]
+    output = make(checkout, *variables, target="reproduce-table1")
+    assert output.count("recipes/grpo_pte.py") == 2 and output.count("recipes/evaluate.py") == 2
+    assert (checkout / "outputs/night-tiny/results/table1.md").read_text() in output
+    assert "recipes/" not in make(checkout, *variables, target="reproduce-table1")
+    lines = make(checkout, *variables, target="plan-table1").splitlines()
+    assert [line.split()[1] for line in lines if line.startswith(("train-", "evaluate-"))] == ["done"] * 4
+    assert all("measured" in line for line in lines if line.startswith("train-"))

@@ -14,8 +14,9 @@ from pte_trl.training.loading import check_fits
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = Path(pte_trl.__file__).parent / "estimate/shapes"
-# Billions of parameters as their makers state them, and the recipe of each.
+# Billions of parameters as their makers state them, and the recipe of each. The small two take the 3B model's.
 MODELS = {"qwen2.5-3b": (3.09, "qwen3b"), "qwen2.5-7b": (7.61, "qwen7b"), "llama-8b": (8.03, "llama8b")}
+MODELS |= {"qwen2.5-0.5b": (0.49, "qwen3b"), "qwen2.5-1.5b": (1.54, "qwen3b")}
 
 
 @pytest.mark.parametrize("shape", MODELS)
