@@ -101,6 +101,8 @@ else
 GPUS ?= $(or $(if $(filter night,$(SCALE)),1),$(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),8)
 LAUNCH := $(VENV)/bin/accelerate launch --config_file $(ACCELERATE) --num_processes $(GPUS)
 TRAIN_ARGS := $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
+# $(call WITHIN_A_STEP,micro-batches,their size): so many, or all of a GPU's 512 / GPUS completions where these are fewer.
+WITHIN_A_STEP = $(shell own=$$((512 / ($(2) * $(GPUS)))); echo $$(($(1) < own ? $(1) : own)))
 # BATCH, completions that a GPU decodes at once, is the scale's.
 EVAL_ARGS = --batch_size $(BATCH) $(if $(DATA_DIR),--data_dir "$(DATA_DIR)")
 endif

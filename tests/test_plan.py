@@ -1,6 +1,8 @@
 """The plan is the paper's set-up: what has to be trained and evaluated for every table and figure."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +32,8 @@ def sources(item: str, scale: str) -> list:
 def commands(scale: str, script: str) -> list[list[str]]:
     """Arguments of every command of the plan that runs a script; make's variables are left out."""
     found = dict.fromkeys(argv for run in rules(scale) for argv in run.commands if script in argv)
-    return [[word for word in argv[2:] if not word.startswith("$(")] for argv in found]
+    found = [[re.sub(r"\$\(call WITHIN_A_STEP,(\d+),\d+\)", r"\1", word) for word in argv[2:]] for argv in found]
+    return [[word for word in argv if not word.startswith("$(")] for argv in found]
 
 
 def test_table_1_at_the_papers_scale():
@@ -135,17 +138,23 @@ def test_make_plans_every_item(scale, tmp_path):
     assert not (tmp_path / "outputs" / scale / "train").exists()
 
 
-def test_a_rollout_of_lora_spans_no_optimizer_step(monkeypatch):
-    """It decodes two micro-batches at once, on however many GPUs share the paper's global batch."""
+@pytest.mark.parametrize("gpus", [8, 32])
+def test_a_rollout_of_lora_spans_no_optimizer_step(monkeypatch, tmp_path, gpus):
+    """It decodes some micro-batches at once, on however many GPUs share the paper's global batch."""
     monkeypatch.chdir(ROOT)
-    for argv in commands("paper", "recipes/grpo_pte.py"):
-        _, args = parse_recipe([*argv, "--use_cpu", "true", "--bf16", "false"])
+    planned = plan_of("reproduce-table1", "paper", tmp_path, f"GPUS={gpus}").stdout.splitlines()
+    trainings = [shlex.split(line) for line in planned if "recipes/grpo_pte.py" in line]
+    at_once = {}
+    for argv in trainings:
+        after = argv[argv.index("recipes/grpo_pte.py") + 1 :]
+        args = parse_recipe([*after, "--use_cpu", "true", "--bf16", "false"])[1]
+        own = accumulation_steps(args.global_batch, args.per_device_train_batch_size, gpus)
         if args.method == "lora":
-            assert args.steps_per_generation == 2
-            for gpus in (1, 2, 8, 16, 32):
-                assert accumulation_steps(args.global_batch, args.per_device_train_batch_size, gpus) % 2 == 0
+            assert own % args.steps_per_generation == 0
+            at_once[args.per_device_train_batch_size] = args.steps_per_generation
         else:
-            assert args.steps_per_generation == args.gradient_accumulation_steps
+            assert "--steps_per_generation" not in argv
+    assert at_once == {8: {8: 8, 4: 8}, 32: {8: 2, 4: 4}}[gpus]
 
 
 def test_make_launches_on_as_many_gpus_as_it_is_told(tmp_path):

@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from experiments.paper import filters as chosen
+from experiments.paper.cost import setting
 from experiments.paper.filters import ALL, Filters
 from experiments.paper.plan import (
     ITEMS,
@@ -29,9 +30,19 @@ from experiments.rules import Run, makefile, options, python
 
 def train_rule(run: TrainingRun, scale: str) -> Run:
     recipe = f"recipes/{SCALES[scale].recipes[run.model]}.yaml"
-    command = ("$(LAUNCH)", "recipes/grpo_pte.py", *options(config=recipe), *run.options)
+    command = ("$(LAUNCH)", "recipes/grpo_pte.py", *options(config=recipe), *within_a_step(run, scale))
     command += options(output_dir=run.folder)
     return Run(manifest(run), (), ((*command, "$(TRAIN_ARGS)"),), present(scale))
+
+
+def within_a_step(run: TrainingRun, scale: str) -> list[str]:
+    """The run's flags; make lowers `steps_per_generation` on many GPUs, so that no rollout spans two steps."""
+    words, flag = list(run.options), "--steps_per_generation"
+    if flag in words:
+        place = words.index(flag) + 1
+        micro = setting(run, SCALES[scale], "per_device_train_batch_size")
+        words[place] = f"$(call WITHIN_A_STEP,{words[place]},{micro})"
+    return words
 
 
 def evaluate_rule(run: EvaluationRun, scale: str) -> Run:

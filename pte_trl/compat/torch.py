@@ -34,7 +34,10 @@ def default_store() -> dist.Store:
 
 def reshards_after_forward(unit: FSDPModule) -> bool:
     """Whether FSDP2 releases the unit's gathered weights after a forward; PyTorch has a setter only."""
-    return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)
+    state = unit._get_fsdp_state()
+    # torch 2.11 has one group, later versions a list of them.
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
 def ended_by_sigterm(error: Exception) -> bool:

@@ -98,7 +98,7 @@ def check_system_prompt(
 
 
 def begin_answers(tokenizer: PreTrainedTokenizerBase, prefix: str | None, options: dict | None = None) -> None:
-    """Makes every prompt end in `prefix`, so that the model's answer goes on from there.
+    """Makes every prompt end in `prefix`, so that the model's answer continues it.
 
     A chat template that ends its prompts so already is left alone: DeepSeek-R1's adds "<think>\\n" in its newer
     versions and not in its first.
