@@ -157,6 +157,8 @@ def assert_same_run(reports: list[dict], folder: Path, expected: dict, expected_
         pytest.param("zero3", "", marks=pytest.mark.thorough),
         ("zero3", f"{WALK} {CHECKPOINTED}"),
         ("fsdp2", f"{WALK} {CHECKPOINTED}"),
+        ("zero3", f"{SEGMENTS} {CHECKPOINTED}"),
+        ("fsdp2", f"{SEGMENTS} {CHECKPOINTED}"),
         ("multi_node_zero2", SEGMENTS),
         ("multi_node_zero3", CHECKPOINTED),
     ],

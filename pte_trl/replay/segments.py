@@ -11,9 +11,10 @@ model has gradient checkpointing, they are every layer's input and one layer's i
 """
 
 import copy
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,19 @@ from pte_trl.compat.transformers import without_checkpointing
 HELD = ("keys", "values", "accumulator", "queries")  # tensors of a cache layer that gradients flow through
 
 
+class Lockstep(Protocol):
+    """What an engine that divides the weights among ranks asks for (`pte_trl.runtime.lockstep`)."""
+
+    def most(self, count: int) -> int:
+        """The largest `count` of all ranks, each of which calls this."""
+
+    def backward(self) -> AbstractContextManager:
+        """A context around the backward passes of all segments, after which gradients have been reduced."""
+
+    def release(self) -> None:
+        """Lets go of the weights that the backward of one segment has left gathered."""
+
+
 def segment_logps(
     model: nn.Module,
     input_ids: Tensor,
@@ -36,6 +50,7 @@ def segment_logps(
     segment_length: int | None = None,
     offload: bool = False,
     temperature: float | None = None,
+    lockstep: Lockstep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the completion tokens under the bounded cache, and the entropies they were drawn at.
 
@@ -51,51 +66,108 @@ def segment_logps(
         offload: keep keys and values of past segments on the CPU.
         temperature: None for TRL's fused LM head, which has its own and works in float32; a number computes the
             logits whole, in float32 at least, for models without that head.
+        lockstep: of an engine that gathers weights in every forward and backward; every rank then runs as many
+            segments as the rank that has the most.
 
     Returns:
         (batch, completion) each. Log-probs of padded places are 0.
     """
     if isinstance(schedules, Schedule):
         schedules = [schedules] * len(input_ids)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    logps, entropies = None, None
+    runs = []
     # In a fixed order, so that sums of gradients are rounded alike whenever a run is repeated.
     for schedule in sorted(set(schedules), key=lambda schedule: schedule.window):
         rows = torch.tensor([row for row, each in enumerate(schedules) if each == schedule], device=input_ids.device)
         sample = (input_ids[rows], attention_mask[rows], prompt)
-        run = SegmentRun(model, *sample, schedule, segment_length, offload, temperature)
-        some_logps, some_entropies = _Segments.apply(run, *parameters)
-        if logps is None:
-            logps = some_logps.new_zeros(len(input_ids), some_logps.shape[1])
-            entropies = torch.zeros_like(logps)
-        logps = logps.index_copy(0, rows, some_logps)
-        entropies = entropies.index_copy(0, rows, some_entropies)
-    return logps, entropies
+        runs.append(SegmentRun(model, *sample, schedule, segment_length, offload, temperature, rows))
+    if lockstep is None:
+        return _Segments.apply(Batch(runs), *(p for p in model.parameters() if p.requires_grad))
+    count = sum(len(run.spans) for run in runs)
+    # One token each, a prompt without a completion. Nothing of it reaches the loss.
+    token = input_ids[:1, prompt - 1 : prompt + 1]
+    idle = (token, torch.ones_like(token), 1, schedules[0], None, offload, temperature)
+    runs += [SegmentRun(model, *idle) for _ in range(lockstep.most(count) - count)]
+    # The engine collects the gradients of the weights itself; autograd only has to know that there are some.
+    return _Segments.apply(Batch(runs, lockstep), torch.ones((), device=input_ids.device, requires_grad=True))
 
 
 class _Segments(torch.autograd.Function):
     """One node in the graph: weights in, log-probs out."""
 
     @staticmethod
-    def forward(ctx, run: "SegmentRun", *parameters: Tensor):
-        ctx.run, ctx.parameters = run, parameters
+    def forward(ctx, batch: "Batch", *parameters: Tensor):
+        ctx.batch, ctx.parameters = batch, parameters
         ctx.set_materialize_grads(False)  # no gradient of the entropies where the loss has none of them
-        return run.forward()
+        return batch.forward()
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
+        if ctx.batch.lockstep is not None:
+            ctx.batch.backward_in_lockstep(grads)
+            return None, None
         needed = [p for p, wanted in zip(ctx.parameters, ctx.needs_input_grad[1:], strict=True) if wanted]
-        found = dict(zip(map(id, needed), ctx.run.backward(grads, needed), strict=True))
+        found = dict(zip(map(id, needed), ctx.batch.backward(grads, needed), strict=True))
         return None, *(found.get(id(p)) for p in ctx.parameters)
 
 
+class Batch:
+    """The runs of all samples, one after another."""
+
+    def __init__(self, runs: list["SegmentRun"], lockstep: Lockstep | None = None):
+        self.runs, self.lockstep = runs, lockstep
+
+    def forward(self) -> list[Tensor]:
+        """Log-probs and entropies, (batch, completion) each."""
+        found = [run.forward() for run in self.runs]
+        with_rows = [(run.rows, both) for run, both in zip(self.runs, found, strict=True) if run.rows is not None]
+        rows = torch.cat([rows for rows, _ in with_rows]).argsort()
+        return tuple(torch.cat(parts)[rows] for parts in zip(*(both for _, both in with_rows), strict=True))
+
+    def backward(self, given: tuple[Tensor | None, Tensor | None], parameters: list[Tensor]) -> list[Tensor]:
+        """Gradients of the parameters for those of log-probs and entropies, (batch, completion) each."""
+        totals = [torch.zeros_like(p) for p in parameters]
+
+        def pull(outputs: list[Tensor], grads: list[Tensor], leaves: list[Tensor]) -> Sequence[Tensor | None]:
+            # Not `backward`: what DDP and ZeRO hang on a weight's gradient must run once, with the whole of it.
+            found = torch.autograd.grad(outputs, [*parameters, *leaves], grads, allow_unused=True)
+            for total, more in zip(totals, found, strict=False):
+                if more is not None:
+                    total += more
+            return found[len(totals) :]
+
+        self._all_backward(given, pull)
+        return totals
+
+    def backward_in_lockstep(self, given: tuple[Tensor | None, Tensor | None]) -> None:
+        """The same, the engine's own hooks taking the gradients of the weights."""
+
+        def pull(outputs: list[Tensor], grads: list[Tensor], leaves: list[Tensor]) -> Sequence[Tensor | None]:
+            torch.autograd.backward(outputs, grads)
+            self.lockstep.release()
+            return [leaf.grad for leaf in leaves]
+
+        with self.lockstep.backward():
+            self._all_backward(given, pull)
+
+    def _all_backward(self, given: tuple[Tensor | None, Tensor | None], pull: Callable) -> None:
+        for run in reversed(self.runs):
+            if run.rows is None:  # zeros, that it adds nothing
+                run.backward([None if grad is None else grad.new_zeros(1, 1) for grad in given], pull)
+            else:
+                run.backward([None if grad is None else grad[run.rows] for grad in given], pull)
+
+
 class SegmentRun:
-    """One pass over samples of one schedule, and what it takes to run any of its segments again."""
+    """One pass over samples of one schedule, and what it takes to run any of its segments again.
+
+    Args:
+        rows: of the batch, that these samples are; None for a run that stands in for one of another rank.
+    """
 
     def __init__(
-        self, model, ids: Tensor, mask: Tensor, prompt: int, schedule: Schedule, longest, offload, temperature
+        self, model, ids: Tensor, mask: Tensor, prompt: int, schedule: Schedule, longest, offload, temperature, rows=None
     ):
-        self.model, self.ids, self.prompt, self.schedule = model, ids, prompt, schedule
+        self.model, self.ids, self.prompt, self.schedule, self.rows = model, ids, prompt, schedule, rows
         self.mask, self.prompt_mask = mask, mask[:, :prompt]
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.temperature = temperature
@@ -125,9 +197,13 @@ class SegmentRun:
                 self._keep(span, cache)
         return torch.cat(logps, 1)[:, self.prompt - 1 :], torch.cat(entropies, 1)[:, self.prompt - 1 :]
 
-    def backward(self, given: tuple[Tensor | None, Tensor | None], parameters: list[Tensor]) -> list[Tensor]:
-        """Gradients of the parameters for those of log-probs and entropies, (batch, completion) each."""
-        totals = [torch.zeros_like(p) for p in parameters]
+    def backward(self, given: Sequence[Tensor | None], pull: Callable) -> None:
+        """Backward of all segments, last first.
+
+        Args:
+            given: gradients of log-probs and entropies, (batch, completion) each.
+            pull: (outputs, their gradients, leaves) -> gradients of the leaves; keeps those of the weights.
+        """
         # Gradients for the cache that this segment leaves to the next, by layer and name. The last one leaves it to
         # nobody, so there are none yet.
         outgoing: dict[tuple[int, str], Tensor | None] = {}
@@ -148,14 +224,8 @@ class SegmentRun:
                     if gradient is not None and tensor.requires_grad:
                         outputs.append(tensor)
                         grads.append(gradient)
-                found = torch.autograd.grad(outputs, [*parameters, *taken.values()], grads, allow_unused=True)
-                of_parameters, of_cache = found[: len(parameters)], found[len(parameters) :]
-                for total, more in zip(totals, of_parameters, strict=True):
-                    if more is not None:
-                        total += more
                 # What came into this segment is what the one before it has left.
-                outgoing = dict(zip(taken, of_cache, strict=True))
-        return totals
+                outgoing = dict(zip(taken, pull(outputs, grads, list(taken.values())), strict=True))
 
     def _empty(self) -> BoundedCache:
         return BoundedCache.from_schedule(self.schedule)

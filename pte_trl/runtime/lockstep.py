@@ -1,0 +1,74 @@
+"""ZeRO-3 and FSDP2 with a model that runs many times in one step, also inside backward (`replay: segments`).
+
+Both engines gather a layer's weights when it is entered, forward and backward, and every rank takes part. So all ranks
+have to run the model equally often. And both take a forward inside backward for gradient checkpointing's, after which
+the weights are needed at once: they would keep the whole model gathered. Here each layer lets go of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from pte_trl.compat.engines import release_backward_leftovers, zero3_part
+from pte_trl.compat.torch import reshards_after_forward
+
+
+def lockstep_of(wrapper: nn.Module) -> "Lockstep | None":
+    """What `segment_logps` needs under the engine of this model; None where every rank holds all weights.
+
+    Args:
+        wrapper: the model as the engine wraps it; without gradients also the bare model.
+    """
+    units = [module for module in wrapper.modules() if isinstance(module, FSDPModule)]
+    zero3 = any(zero3_part(parameter) is not None for parameter in wrapper.parameters())
+    return Lockstep(wrapper, units, zero3) if units or zero3 else None
+
+
+class Lockstep:
+    """A `pte_trl.replay.segments.Lockstep`."""
+
+    def __init__(self, wrapper: nn.Module, units: list[FSDPModule], zero3: bool):
+        self.wrapper, self.units, self.zero3 = wrapper, units, zero3
+        self.device = next(wrapper.parameters()).device
+
+    def most(self, count: int) -> int:
+        """The largest `count` of all ranks, each of which calls this."""
+        counts = torch.tensor(count, device=self.device)
+        dist.all_reduce(counts, dist.ReduceOp.MAX)
+        return int(counts)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """A context around the backward passes of all segments.
+
+        FSDP2 reduces the gradients of every segment, and adds them up in the optimizer's precision; those of an encoder
+        also where this rank's segment begins with no eviction but another's does. ZeRO-3 would take each segment's for
+        all there are: here they stay on the rank, and are reduced when the context is left.
+        """
+        self.release()
+        hooks = [
+            unit.register_forward_hook(lambda module, *_: module.reshard())
+            for unit in self.units
+            if reshards_after_forward(unit)
+        ]
+        self._reduce_unused(True)
+        try:
+            with self.wrapper.coalesce_grad_reduction() if self.zero3 else nullcontext():
+                yield
+        finally:
+            self._reduce_unused(False)
+            for hook in hooks:
+                hook.remove()
+
+    def _reduce_unused(self, on: bool) -> None:
+        for unit in self.units:
+            unit.set_reduce_scatter_unused_params(on, recurse=False)
+
+    def release(self) -> None:
+        """Lets go of the weights that the backward of one segment has left gathered."""
+        if self.zero3:
+            release_backward_leftovers(self.wrapper)
