@@ -116,7 +116,7 @@ class Batch:
     def __init__(self, runs: list["SegmentRun"], lockstep: Lockstep | None = None):
         self.runs, self.lockstep = runs, lockstep
 
-    def forward(self) -> list[Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, (batch, completion) each."""
         found = [run.forward() for run in self.runs]
         with_rows = [(run.rows, both) for run, both in zip(self.runs, found, strict=True) if run.rows is not None]
@@ -165,7 +165,16 @@ class SegmentRun:
     """
 
     def __init__(
-        self, model, ids: Tensor, mask: Tensor, prompt: int, schedule: Schedule, longest, offload, temperature, rows=None
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        mask: Tensor,
+        prompt: int,
+        schedule: Schedule,
+        longest: int | None,
+        offload: bool,
+        temperature: float | None,
+        rows: Tensor | None = None,
     ):
         self.model, self.ids, self.prompt, self.schedule, self.rows = model, ids, prompt, schedule, rows
         self.mask, self.prompt_mask = mask, mask[:, :prompt]

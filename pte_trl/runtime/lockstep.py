@@ -45,9 +45,9 @@ class Lockstep:
     def backward(self) -> Iterator[None]:
         """A context around the backward passes of all segments.
 
-        FSDP2 reduces the gradients of every segment, and adds them up in the optimizer's precision; those of an encoder
-        also where this rank's segment begins with no eviction but another's does. ZeRO-3 would take each segment's for
-        all there are: here they stay on the rank, and are reduced when the context is left.
+        FSDP2 reduces the gradients of every segment, and adds them up in the optimizer's precision. A segment that
+        begins with no eviction has none for the encoder, but another rank's may: they count as zeros. ZeRO-3 would
+        take each segment's for all there are: here they stay on the rank until the context is left.
         """
         self.release()
         hooks = [
