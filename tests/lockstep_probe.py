@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from pte_trl.replay.segments import segment_logps
 from pte_trl.runtime.lockstep import lockstep_of
@@ -45,18 +46,20 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 class Gathered:
     """The most layers whose weights are whole when one is entered inside backward."""
 
-    def __init__(self, model: nn.Module, engine: str):
-        self.layers, self.engine, self.most = decoder_layers(model), engine, 0
-        for layer in self.layers:
+    def __init__(self, model: nn.Module):
+        self.modules, self.most = [layer.mlp.up_proj for layer in decoder_layers(model)], 0
+        # FSDP2 swaps parameters, ZeRO-3 their contents; where it finds one read that is not whole, it gathers it.
+        self.kept = [module.weight for module in self.modules]
+        for layer in decoder_layers(model):
             layer.register_forward_pre_hook(self.count)
 
     def count(self, *_) -> None:
         if torch._C._current_graph_task_id() != -1:
-            self.most = max(self.most, sum(map(self.whole, self.layers)))
+            self.most = max(self.most, sum(map(self.whole, self.modules, self.kept)))
 
-    def whole(self, layer: nn.Module) -> bool:
-        weight = layer.mlp.up_proj.weight
-        return weight.numel() > 0 if self.engine == "zero3" else not hasattr(weight, "full_tensor")
+    @staticmethod
+    def whole(module: nn.Module, kept: nn.Parameter) -> bool:
+        return kept.numel() > 0 if hasattr(kept, "ds_tensor") else not isinstance(module.weight, DTensor)
 
 
 def sharded(model: nn.Module, engine: str):
@@ -103,7 +106,7 @@ def main(engine: str, folder: str, *options: str) -> None:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
         bare.enable_input_require_grads()
     wrapper, backward, gradient = sharded(bare, engine)
-    gathered, found = Gathered(bare, engine), {"logps": []}
+    gathered, found = Gathered(bare), {"logps": []}
     for last, (prompts, completion, windows) in enumerate(SAMPLES[rank]):
         ids, mask, prompt = left_padded_batch(prompts, completion, seed=10 * rank + last)
         schedules = schedules_of(torch.tensor(windows))

@@ -56,8 +56,15 @@ def expected():
     return logps, {name: p.grad for name, p in alone.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-@pytest.mark.parametrize("options", [[], ["--checkpoint"]], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        pytest.param("zero3", [], marks=pytest.mark.thorough, id="zero3"),
+        pytest.param("zero3", ["--checkpoint"], id="zero3-checkpointed"),
+        pytest.param("fsdp2", [], id="fsdp2"),
+        pytest.param("fsdp2", ["--checkpoint"], marks=pytest.mark.thorough, id="fsdp2-checkpointed"),
+    ],
+)
 def test_ranks_with_unlike_samples_do_what_one_process_does(tmp_path, expected, engine, options):
     logps, gradients = expected
     for found, wanted in zip(launch(tmp_path, engine, *options), logps, strict=True):

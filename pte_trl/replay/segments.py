@@ -2,12 +2,13 @@
 
 The prompt is the first segment; then come the runs of thought tokens that no eviction interrupts. Going forward, no
 graph is kept: only the keys and values of every token, and what the encoder holds at every segment's start. Going
-backward, the segments are run again, last first. What a segment leaves to the next is its outgoing cache (keys,
-values, accumulator, queries), which is exactly what the next one took in, so the gradient that comes out of one
-segment's incoming cache goes into the outgoing cache of the one before. Gradients of the weights add up on the way.
+backward, the segments are run again, last first. Later segments have seen a segment's keys and values and what the
+encoder held (accumulator, queries): the gradients that they found for these are what its own backward starts from,
+beside those of its log-probs. Gradients of the weights add up on the way.
 
-Memory: the activations of one segment, and keys and values of the whole text (on the CPU with `offload`). Where the
-model has gradient checkpointing, they are every layer's input and one layer's inside.
+Memory: the activations of one segment, the gradients of the keys and values that it sees, and keys and values of the
+text up to there (on the CPU with `offload`). Where the model has gradient checkpointing, the activations are every
+layer's input and one layer's inside.
 """
 
 from collections.abc import Callable, Sequence

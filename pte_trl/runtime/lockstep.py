@@ -50,25 +50,27 @@ class Lockstep:
         take each segment's for all there are: here they stay on the rank until the context is left.
         """
         self.release()
-        hooks = [
-            unit.register_forward_hook(lambda module, *_: module.reshard())
-            for unit in self.units
-            if reshards_after_forward(unit)
-        ]
-        self._reduce_unused(True)
+        hooks = []
+        for unit in filter(reshards_after_forward, self.units):
+            hooks.append(unit.register_forward_pre_hook(every_weight_used))
+            hooks.append(unit.register_forward_hook(lambda unit, *_: unit.reshard()))
         try:
             with self.wrapper.coalesce_grad_reduction() if self.zero3 else nullcontext():
                 yield
         finally:
-            self._reduce_unused(False)
             for hook in hooks:
                 hook.remove()
-
-    def _reduce_unused(self, on: bool) -> None:
-        for unit in self.units:
-            unit.set_reduce_scatter_unused_params(on, recurse=False)
 
     def release(self) -> None:
         """Lets go of the weights that the backward of one segment has left gathered."""
         if self.zero3:
             release_backward_leftovers(self.wrapper)
+
+
+def every_weight_used(unit: nn.Module, inputs: tuple) -> tuple:
+    """A forward pre-hook: adds zero times every trained weight to what enters the layer.
+
+    FSDP2 reduces gradients where there are some. Newer versions of PyTorch can be told to fill in zeros.
+    """
+    zero = sum(0 * p.sum() for p in unit.parameters() if p.requires_grad)
+    return (inputs[0] + zero.to(inputs[0].dtype), *inputs[1:]) if isinstance(zero, torch.Tensor) else inputs
