@@ -25,7 +25,7 @@ from pte_trl.replay.segment_run import SegmentRun
 class Lockstep(Protocol):
     """What an engine that divides the weights among ranks asks for (`pte_trl.runtime.lockstep`)."""
 
-    def most(self, count: int) -> int:
+    def most(self, count: int, device: torch.device) -> int:
         """The largest `count` of all ranks, each of which calls this."""
 
     def backward(self) -> AbstractContextManager:
@@ -81,7 +81,7 @@ def segment_logps(
     # One token each, a prompt without a completion. Nothing of it reaches the loss.
     token = input_ids[:1, prompt - 1 : prompt + 1]
     idle = (token, torch.ones_like(token), 1, schedules[0], None, offload, temperature)
-    runs += [SegmentRun(model, *idle) for _ in range(lockstep.most(count) - count)]
+    runs += [SegmentRun(model, *idle) for _ in range(lockstep.most(count, input_ids.device) - count)]
     # The engine collects the gradients of the weights itself; autograd only has to know that there are some.
     return _Segments.apply(Batch(runs, lockstep), torch.ones((), device=input_ids.device, requires_grad=True))
 

@@ -33,11 +33,10 @@ class Lockstep:
 
     def __init__(self, wrapper: nn.Module, units: list[FSDPModule], zero3: bool):
         self.wrapper, self.units, self.zero3 = wrapper, units, zero3
-        self.device = next(wrapper.parameters()).device
 
-    def most(self, count: int) -> int:
-        """The largest `count` of all ranks, each of which calls this."""
-        counts = torch.tensor(count, device=self.device)
+    def most(self, count: int, device: torch.device) -> int:
+        """The largest `count` of all ranks, each of which calls this; `device` is where they talk to each other."""
+        counts = torch.tensor(count, device=device)
         dist.all_reduce(counts, dist.ReduceOp.MAX)
         return int(counts)
 
