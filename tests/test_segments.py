@@ -132,6 +132,14 @@ def test_padded_places_are_zero_as_in_one_pass():
     assert not found[0, -9:].any() and found[1, -9:].all()
 
 
+def test_a_second_backward_is_refused():
+    model = with_pte(tiny("llama"))
+    loss = segments(model).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
 class Held:
     """A tensor saved for backward that counts while it is held."""
 

@@ -13,6 +13,7 @@ __all__ = [
     "keep_output_dtype",
     "launch_parser",
     "launched_zero_stage",
+    "release_backward_leftovers",
     "running_zero_stage",
     "zero3_numel",
     "zero3_part",
@@ -60,6 +61,14 @@ def gather_as_one(module: nn.Module) -> None:
     from deepspeed.utils import set_z3_leaf_module
 
     set_z3_leaf_module(module, True)
+
+
+def release_backward_leftovers(engine: nn.Module) -> None:
+    """ZeRO-3 lets go of weights of modules whose backward it has seen begin but not end, the whole model above all.
+
+    It does so itself behind every backward. As long as one counts as under way, no forward releases frozen weights.
+    """
+    engine.optimizer.parameter_offload.release_backward_leftovers()
 
 
 def running_zero_stage(model: nn.Module) -> int | None:

@@ -41,7 +41,7 @@ CHANGES = {
     "`replay: one_pass`": ONE_PASS,
     "`offload_cache: true`": OFFLOADED,
     "`rollout_batch_size: 64`": {"rollout_batch": 64},
-    "`per_device_train_batch_size: 2`, `gradient_accumulation_steps: 32`": {"micro_batch": 2},
+    "`per_device_train_batch_size: 2`": {"micro_batch": 2},
     "ZeRO-3": {"sharding": "zero3"},
     "FSDP2": {"sharding": "fsdp2"},
     "one GPU, `max_completion_length: 16384`": LONG,
@@ -77,7 +77,7 @@ def paper_job(shape: str, method: str, **changes) -> Job:
         "prompt": recipe["max_prompt_tokens"],
         "completion": recipe["max_completion_length"],
         "micro_batch": per_device,
-        "rollout_batch": per_device * recipe["gradient_accumulation_steps"],
+        "rollout_batch": recipe["global_batch"] // GIVEN["ranks"],
         "num_generations": recipe["num_generations"],
         "reference": recipe["beta"] != 0,
     }

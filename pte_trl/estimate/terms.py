@@ -214,30 +214,31 @@ def one_pass(job: Job) -> float:
 def segments(job: Job) -> float:
     """Activations of b samples, segment by segment: those of the costliest segment with its head.
 
-    For a segment of s tokens that finds k in the cache: keys and values before and after it, and the gradients of
-    both, b L (2 s + 4 k) 2 d_kv e; every layer's input, b L s d e; and the larger of the head and one layer's inside,
+    For a segment of s tokens that finds k in the cache: its keys and values, and the gradients of all that it sees,
+    b L (2 s + k) 2 d_kv e; every layer's input, b L s d e; and the larger of the head and one layer's inside,
     b [ s (6 I e + STREAM d) + (s + k)(2 d_q + 8 d_kv) e ]. Without checkpointing, instead of these, the head and every
     layer's inside as it was saved, b L [ s (3 I e + 24 d) + (s + k)(2 d_q + 8 d_kv) e ]. Beside that, keys and values
-    of the whole text, 2 b L T d_kv e, unless they are on the CPU.
+    of the text up to the segment's end, u tokens, 2 b L u d_kv e, unless they are on the CPU.
     """
     layers, d, inner, d_q, d_kv, _ = job.sizes
     width, longest = job.dtype.itemsize, job.segment_length or job.completion
-    runs = [(job.prompt, 0)]
+    runs = [(job.prompt, 0, job.prompt)]
     for run in job.schedule.chunks(job.completion - 1):
         held = job.prompt - job.schedule.first_visible(max(0, run.start - 1))
-        runs += [(min(longest, run.stop - at), held + at) for at in range(run.start, run.stop, longest)]
+        starts = range(run.start, run.stop, longest)
+        runs += [(min(longest, run.stop - at), held + at, job.prompt + min(at + longest, run.stop)) for at in starts]
 
-    def cost(tokens: int, found: int) -> float:
+    def cost(tokens: int, found: int, end: int) -> float:
         attended = (tokens + found) * (2 * d_q + 8 * d_kv) * width
         logits = head(job, job.micro_batch * tokens)
+        kept = 0 if job.offload else job.micro_batch * 2 * layers * end * d_kv * width
         if not job.checkpointing:
-            return job.micro_batch * layers * (tokens * (3 * inner * width + 24 * d) + attended) + logits
+            return job.micro_batch * layers * (tokens * (3 * inner * width + 24 * d) + attended) + logits + kept
         inside = job.micro_batch * (tokens * (6 * inner * width + STREAM * d) + attended)
-        caches = (2 * tokens + 4 * found) * 2 * d_kv * width
-        return job.micro_batch * layers * (tokens * d * width + caches) + max(inside, logits)
+        caches = (2 * tokens + found) * 2 * d_kv * width
+        return job.micro_batch * layers * (tokens * d * width + caches) + max(inside, logits) + kept
 
-    kept = 0 if job.offload else 2 * layers * (job.prompt + job.completion) * d_kv * width
-    return job.micro_batch * kept + max(cost(*run) for run in runs)
+    return max(cost(*run) for run in runs)
 
 
 def without_graph(job: Job, rows: int) -> float:

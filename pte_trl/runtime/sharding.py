@@ -40,12 +40,6 @@ def check_engine(args, engine: str | None) -> None:
             f"ds3_gather_for_generation=false under ZeRO-3: a rollout of method={args.method} ends at another token "
             "on every rank and needs whole weights; allowed is true"
         )
-    if getattr(args, "replay", None) == "segments" and engine in ("ZeRO-3", "FSDP2"):
-        raise ValueError(
-            f"replay='segments' under {engine}: every rank runs its own number of "
-            "segments, and would wait for the weights of others; allowed is replay='one_pass', or an engine with "
-            "whole weights on every rank (DDP, ZeRO-1, ZeRO-2)"
-        )
 
 
 def prepare_engine(trainer) -> None:

@@ -14,6 +14,7 @@ from pte_trl.adapter.model import adapters_disabled
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rewards.grader import has_boxed
+from pte_trl.runtime.lockstep import lockstep_of
 from pte_trl.runtime.sharding import call_inside
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.finite import FiniteGrpo
@@ -158,6 +159,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
         with self.accelerator.autocast():
             if self.replay.kind == "segments":
                 options = {"segment_length": self.args.segment_length, "offload": self.replay.offload}
+                options["lockstep"] = lockstep_of(model)
 
                 def segments(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
                     return segment_logps(unwrapped, input_ids, attention_mask, prompt, schedules, **options)
