@@ -38,7 +38,7 @@ from pte_trl.runtime.together import on_main
 PACKAGES = ("pte_trl", "torch", "transformers")  # their versions are in every record, and those of the judges
 REFILLS = 8  # a chunk has so many times `batch_size` samples at most: more keep the rows busier, and a kill loses more
 CHUNK_TOKENS = 1 << 24  # and so many tokens: their random numbers, ids and log-probs take 20 bytes each
-ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window, hence a batch
+ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window
 
 
 @dataclass(frozen=True)
@@ -238,20 +238,15 @@ class Evaluation:
 
     def _rows(self, chunk: list[Sample]) -> list[Record]:
         """Generates and grades one chunk."""
-        by_window: dict[int | None, list[Sample]] = {}
-        for sample in chunk:
-            by_window.setdefault(sample.window, []).append(sample)
-        made: dict[Sample, Completion] = {}
-        for group in by_window.values():
-            made.update(zip(group, self._generate(group), strict=True))
+        with_room = [sample for sample in chunk if sample.window != 0]
+        made = dict.fromkeys(chunk, NO_ROOM) | dict(zip(with_room, self._generate(with_room), strict=True))
         golds = [self.problems[sample.problem]["answer"] for sample in made]
         verdicts = self.grader.grade(golds, [completion.text for completion in made.values()])
         return [self._row(*one, verdict) for one, verdict in zip(made.items(), verdicts, strict=True)]
 
     def _generate(self, batch: list[Sample]) -> list[Completion]:
-        """Completions of samples with the same window."""
-        if batch[0].window == 0:
-            return [NO_ROOM] * len(batch)
+        if not batch:
+            return []
         args, ends = self.args, eos_token_ids(self.model, self.tokenizer)
         prompts, seeds = [self.prompt_ids[s.problem] for s in batch], [s.seed for s in batch]
         if args.backend == "vllm":
@@ -261,7 +256,8 @@ class Evaluation:
         result = rollout(
             self.model,
             prompts,
-            replace(self.policy, window=batch[0].window, budget=None),  # one W for the batch, see `sample_window`
+            self.policy,
+            windows=[s.window for s in batch] if self.policy.bounded else None,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
