@@ -36,6 +36,7 @@ from pte_trl.estimate.terms import (
     training,
     without_graph,
 )
+from pte_trl.replay import segment_run
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
@@ -146,11 +147,19 @@ def test_activations_of_one_pass(dtype, shape, method, checkpointing):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "method", "checkpointing"),
-    [cell for cell in cells((1, "pte", True)) if cell.values[2] == "pte"],
+    ("dtype", "shape", "small", "checkpointing"),
+    [
+        (torch.float32, SHAPES_TRIED[0], segment_run.SMALL, True),
+        (torch.float32, SHAPES_TRIED[1], 0, True),
+        *(
+            pytest.param(*cell, marks=pytest.mark.thorough)
+            for cell in itertools.product(PRECISIONS, SHAPES_TRIED, (0, segment_run.SMALL), (True, False))
+        ),
+    ],
 )
-def test_activations_of_segments(dtype, shape, method, checkpointing):
-    job = small_job(SHAPES_TRIED[shape], method, dtype, replay="segments", checkpointing=checkpointing)
+def test_activations_of_segments(monkeypatch, dtype, shape, small, checkpointing):
+    monkeypatch.setattr(segment_run, "SMALL", small)
+    job = small_job(shape, "pte", dtype, replay="segments", checkpointing=checkpointing)
     model = model_of(job)
     ids = torch.randint(1, 900, (job.micro_batch, job.prompt + job.completion))
 

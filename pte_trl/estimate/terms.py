@@ -22,12 +22,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.model import geometry_of
 from pte_trl.cache.schedule import Schedule
+from pte_trl.replay import segment_run
 from pte_trl.replay.plan import ReplayPlan
 from pte_trl.rollouts.batching import cache_bytes
 from pte_trl.rollouts.engine import PREFILL_TOKENS
 from pte_trl.rollouts.ring import aligned, ring_size
 
 SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp2")
+GATHERED = ("zero3", "fsdp2")  # weights are divided, and gathered layer by layer
 SHAPES = Path(__file__).parent / "shapes"
 STREAM = 26  # bytes per token and hidden unit inside a layer: norms and adapters work in float32 as well
 TILE = (4096, 32768)  # tokens and vocabulary of the fused head's buffer (trl.kernels.chunked_logprob)
@@ -150,7 +152,7 @@ def gathered(job: Job, rollout: bool) -> float:
     While training, ZeRO-3 holds up to LIVE parameters, FSDP2 two layers and the embeddings.
     """
     total, (layers, d, *_, vocabulary) = job.parameters, job.sizes
-    if job.sharding not in ("zero3", "fsdp2"):
+    if job.sharding not in GATHERED:
         return 0.0
     if rollout and (job.sharding == "zero3" or job.method != "lora"):
         held = total
@@ -216,9 +218,10 @@ def segments(job: Job) -> float:
 
     For a segment of s tokens that finds k in the cache: its keys and values, and the gradients of all that it sees,
     b L (2 s + k) 2 d_kv e; every layer's input, b L s d e; and the larger of the head and one layer's inside,
-    b [ s (6 I e + STREAM d) + (s + k)(2 d_q + 8 d_kv) e ]. Without checkpointing, instead of these, the head and every
-    layer's inside as it was saved, b L [ s (3 I e + 24 d) + (s + k)(2 d_q + 8 d_kv) e ]. Beside that, keys and values
-    of the text up to the segment's end, u tokens, 2 b L u d_kv e, unless they are on the CPU.
+    b [ s (6 I e + STREAM d) + (s + k)(2 d_q + 8 d_kv) e ]. Instead of these, without checkpointing and in segments of
+    `SMALL` tokens at most (`pte_trl.replay.segment_run`; not where weights are gathered): the head and every layer's
+    inside as it was saved, b L [ s (3 I e + 24 d) + (s + k)(2 d_q + 8 d_kv) e ]. Besides that, keys and values of the
+    text up to the segment's end, u tokens, 2 b L u d_kv e, unless they are on the CPU.
     """
     layers, d, inner, d_q, d_kv, _ = job.sizes
     width, longest = job.dtype.itemsize, job.segment_length or job.completion
@@ -232,7 +235,7 @@ def segments(job: Job) -> float:
         attended = (tokens + found) * (2 * d_q + 8 * d_kv) * width
         logits = head(job, job.micro_batch * tokens)
         kept = 0 if job.offload else job.micro_batch * 2 * layers * end * d_kv * width
-        if not job.checkpointing:
+        if not job.checkpointing or (job.micro_batch * tokens <= segment_run.SMALL and job.sharding not in GATHERED):
             return job.micro_batch * layers * (tokens * (3 * inner * width + 24 * d) + attended) + logits + kept
         inside = job.micro_batch * (tokens * (6 * inner * width + STREAM * d) + attended)
         caches = (2 * tokens + found) * 2 * d_kv * width
@@ -295,7 +298,7 @@ def rollout(job: Job) -> float:
 
 def training_peak(job: Job) -> float:
     """A training step beyond what stays, with what it gathers and what the rollout leaves."""
-    stays = job.engine_stays and job.replay == "one_pass" and job.sharding not in ("zero3", "fsdp2")
+    stays = job.engine_stays and job.replay == "one_pass" and job.sharding not in GATHERED
     return training(job) + gathered(job, False) + (rollout_cache(job) if stays else 0)
 
 

@@ -13,6 +13,10 @@ from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.transformers import without_checkpointing
 
+# Up to so many tokens, over all of its samples, a segment's layers do not run again inside its backward, although the
+# model has gradient checkpointing. What they then hold is less than the cache of a long text, and one forward of four
+# is spared.
+SMALL = 256
 HELD = ("accumulator", "queries")  # tensors of a cache layer, beside keys and values, that gradients flow through
 
 
@@ -121,6 +125,8 @@ class SegmentRun:
 
     Args:
         rows: of the batch, that these samples are; None for a run that stands in for one of another rank.
+        small: as `SMALL`. 0 where ranks gather weights in lockstep, since each layer must then run equally often on
+            every rank.
     """
 
     def __init__(
@@ -134,11 +140,13 @@ class SegmentRun:
         offload: bool,
         temperature: float | None,
         rows: Tensor | None = None,
+        small: int | None = None,
     ):
         self.model, self.ids, self.prompt, self.schedule, self.rows = model, ids, prompt, schedule, rows
         self.mask, self.prompt_mask = mask, mask[:, :prompt]
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.temperature = temperature
+        self.small = SMALL if small is None else small
         thoughts = schedule.chunks(ids.shape[1] - prompt - 1)  # the last token is sampled, never fed
         longest = longest or ids.shape[1]
         self.spans = [range(-prompt, 0)]
@@ -182,7 +190,8 @@ class SegmentRun:
             for index in reversed(range(len(self.spans))):
                 span = self.spans[index]
                 cache, taken = self._enter(index, anchor)
-                with run_again_in_backward(checkpointed):
+                again = checkpointed if len(self.ids) * len(span) > self.small else []
+                with run_again_in_backward(again):
                     results = self._run(span, cache)
                 tokens = slice(max(0, span.start + 1), span.stop + 1)  # those that this segment predicts
                 pairs = [  # of the prompt's results, only the last predicts a completion token

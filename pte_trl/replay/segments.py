@@ -69,19 +69,19 @@ def segment_logps(
     """
     if isinstance(schedules, Schedule):
         schedules = [schedules] * len(input_ids)
-    runs = []
+    runs, small = [], None if lockstep is None else 0
     # In a fixed order, so that sums of gradients are rounded alike whenever a run is repeated.
     for schedule in sorted(set(schedules), key=lambda schedule: schedule.window):
         rows = torch.tensor([row for row, each in enumerate(schedules) if each == schedule], device=input_ids.device)
         sample = (input_ids[rows], attention_mask[rows], prompt)
-        runs.append(SegmentRun(model, *sample, schedule, segment_length, offload, temperature, rows))
+        runs.append(SegmentRun(model, *sample, schedule, segment_length, offload, temperature, rows, small))
     if lockstep is None:
         return _Segments.apply(Batch(runs), *(p for p in model.parameters() if p.requires_grad))
     count = sum(len(run.spans) for run in runs)
     # One token each, a prompt without a completion. Nothing of it reaches the loss.
     token = input_ids[:1, prompt - 1 : prompt + 1]
     idle = (token, torch.ones_like(token), 1, schedules[0], None, offload, temperature)
-    runs += [SegmentRun(model, *idle) for _ in range(lockstep.most(count, input_ids.device) - count)]
+    runs += [SegmentRun(model, *idle, small=small) for _ in range(lockstep.most(count, input_ids.device) - count)]
     # The engine collects the gradients of the weights itself; autograd only has to know that there are some.
     return _Segments.apply(Batch(runs, lockstep), torch.ones((), device=input_ids.device, requires_grad=True))
 
