@@ -2,10 +2,12 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.2  # seconds between two looks at the running stages
 TAIL = 16_384  # bytes at the end of a log in which its latest progress stands
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 SHOWN = 15  # lines of a failed stage's log
 BAR = "  {desc:<24}{percentage:3.0f} %|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -89,6 +92,23 @@ class Running:
             self.process.wait()
 
 
+@contextmanager
+def signals_later():
+    """SIGTERM and SIGINT that arrive inside have their effect at the end."""
+    came = []
+    handlers = {number: signal.signal(number, lambda *about: came.append(about)) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in came[:1]:
+            if callable(handlers[number]):
+                handlers[number](number, frame)
+            else:
+                signal.raise_signal(number)
+
+
 def run_together(stages: list[Stage], logs: Path) -> None:
     """Runs those of the stages that are not done, side by side.
 
@@ -102,7 +122,8 @@ def run_together(stages: list[Stage], logs: Path) -> None:
             if stage.product.exists():
                 report(stage, "kept")
             else:
-                running.append(Running(stage, logs, position=len(running)))
+                with signals_later():  # or a process could be started that nobody knows of
+                    running.append(Running(stage, logs, position=len(running)))
         left = running
         while left := [each for each in left if not each.step()]:
             time.sleep(POLL)

@@ -180,7 +180,7 @@ class SegmentRun:
             pull: (outputs, their gradients, leaves) -> gradients of the leaves; keeps those of the weights.
         """
         if None in self.past.kept:
-            raise RuntimeError("backward through segments a second time: what they kept is gone after the first")
+            raise RuntimeError("backward through segments a second time: after the first they hold nothing any more")
         # A value in the graph of everything that comes from the past: autograd only goes where gradients are wanted.
         anchor = torch.zeros((), device=self.ids.device, requires_grad=True)
         # Gradients for the encoder's side of the cache that this segment leaves to the next, by layer and name. The
