@@ -1,9 +1,9 @@
 """The blockwise attention of a replay against its plain twin, SDPA with the whole mask at once."""
 
-import pytest
 import torch
 
 from pte_trl.replay.plan import BLOCK, ReplayPlan
+from tests.grids import grid
 from tests.models import (
     ALL_SEVEN,
     chosen,
@@ -40,8 +40,7 @@ def scored(model, implementation):
     return logps[kept].detach(), gradients
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-@pytest.mark.parametrize("method", METHODS)
+@grid(method=METHODS, family=["qwen2", "llama"])
 def test_blockwise_equals_the_whole_mask(family, method):
     model = METHODS[method](tiny(family, torch.float64, wide_norms=True))
     (plain, plain_gradients), (fast, fast_gradients) = scored(model, "sdpa"), scored(model, "blockwise")

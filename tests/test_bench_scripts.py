@@ -24,7 +24,7 @@ SMALL = {
     "rollout": "--batch 2 --prompt 8 --new-tokens 24 --window 8 --turns 1 --roofline",
     "replay": "--lengths 24 48 --prompt 8 --window 16 --repeats 1",
     "step": "--lengths 64 --prompt 8 --window 16 --turns 1",
-    "memory": "--lengths 40 80 --prompt 8 --window 8",
+    "memory": "--lengths 40 80 --prompt 8 --window 8 --arms 'lora, full cache' 'pte, one pass' 'pte, segments'",
     "long": "--prompt 8 --window 16 --early 60 --late 160 --cycles 4",
     "capacity": "--new-tokens 256 --prompt 32 --window 32 --memory 0.5",
 }
@@ -36,7 +36,7 @@ def bench(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "RECORDS", tmp_path)
 
     def run(name: str, arguments: str) -> list[dict]:
-        importlib.import_module(f"benchmarks.{name}").main([*arguments.split(), "--record"])
+        importlib.import_module(f"benchmarks.{name}").main([*shlex.split(arguments), "--record"])
         (kept,) = json.loads((tmp_path / f"{name}.json").read_text())
         assert {"date", "commit", "command", "hardware"} <= kept["environment"].keys()
         assert next(iter(kept["rows"][0])) in (printed := capsys.readouterr().out) and "recorded in" in printed

@@ -20,6 +20,7 @@ from pte_trl.training.distill import script as distill_pte
 from pte_trl.training.distill.completions import read_completions, write_completions
 from pte_trl.training.distill.divergence import divergence
 from pte_trl.training.distill.policies import evictions_seen, hidden_states, tokens_since_eviction
+from tests.grids import grid
 from tests.models import ALL_SEVEN, TEMPERATURE, decode_logps, left_padded_batch, log_probs, tiny, with_lora, with_pte
 from tests.test_trainer import PROBLEMS, logged, model_of, trainer_for
 
@@ -141,9 +142,9 @@ def test_the_same_from_a_decode_against_the_bare_model(make):
         assert (found[name] - gradient).norm() <= 1e-8 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS)
-def test_central_differences(make, beta):
+@grid(student=STUDENTS, beta=BETAS)
+def test_central_differences(student, beta):
+    make = STUDENTS[student]
     model = make(wide_norms=True)
     expected = gradients(model, lambda model: loss_of(model, beta))
     generator, step = torch.Generator().manual_seed(5), 1e-5

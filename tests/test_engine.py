@@ -24,6 +24,7 @@ MODELS = {
     "pte, whitened": lambda m: with_pte(m, whiten=True),
     "pte, column, row norm": lambda m: with_pte(m, read="column", normalisation="row"),
 }
+THOROUGH = pytest.mark.thorough
 ENDS = list(range(40, 46))
 POLICY = CachePolicy(6)
 
@@ -180,7 +181,13 @@ class NothingForTheHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        name if name in ("lora_c", "pte, sum, all seven", "pte, whitened") else pytest.param(name, marks=THOROUGH)
+        for name in MODELS
+    ],
+)
 def test_steps_and_evictions_can_be_captured(monkeypatch, model):
     """No step and no eviction asks the device for a number, and what they change stays where it lies."""
     where = set()

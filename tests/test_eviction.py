@@ -10,6 +10,7 @@ from pte_trl.cache.eviction import STRATEGIES, SelectiveCache, attention_for, ma
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.rollout import rollout
+from tests.grids import grid
 from tests.models import ALL_SEVEN, gap, left_padded_batch, tiny, with_lora, with_pte
 
 WINDOW, COMPLETION, LENGTHS = 8, 40, [7, 3, 5]
@@ -63,8 +64,7 @@ def selective(model, strategy, window=WINDOW, ratio=0.25, longest=None):
     return SelectiveCache(model.config, strategy, Schedule(window, ratio), longest)
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.25, 1.0])
-@pytest.mark.parametrize("window", [1, 2, WINDOW, 21])
+@grid(window=[1, 2, WINDOW, 21], ratio=[0.25, 1.0, 0.05])
 def test_never_above_the_budget(strategy, window, ratio):
     model, (ids, mask, prompt) = tiny(), left_padded_batch(LENGTHS, COMPLETION)
     cache = selective(model, strategy, window, ratio)
