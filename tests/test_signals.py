@@ -112,6 +112,7 @@ def test_a_checkpoint_is_due_so_long_after_the_last_one_and_between_generation_b
 def clocks_differ(rank: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    PartialState._reset_state()  # this process was forked from one that may have been alone
     PartialState(cpu=True)
     args, state, save = SimpleNamespace(world_size=2, device="cpu"), SimpleNamespace(global_step=1), SaveByTime(1, 1)
     for late in (0, 1):  # the rank whose minute is over
