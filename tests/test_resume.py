@@ -242,8 +242,15 @@ CLASSES = {
 }
 
 
-# Every second one by default, the signals among them; a kill of each engine always.
-ALWAYS = [*CASES[::2], *(case for case in CASES if case[0] != "one" or case[1].signal != "SIGKILL")]
+# By default a signal, a kill while a checkpoint is written, and a kill and a signal of several processes.
+ALWAYS = [
+    ("one", Kill("backward", 3, 0, "SIGINT", 3)),
+    ("one", Kill("saving", 5, 0, "SIGKILL", 2)),
+    ("ddp", Kill("rollout", 4, 1, "SIGKILL", 2)),
+    ("ddp", Kill("rollout", 3, 1, "SIGTERM", 3)),
+    ("zero2", Kill("saving", 5, 1, "SIGKILL", 2)),
+]
+assert set(ALWAYS) <= set(CASES)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +338,7 @@ def launch(place: Path, output: str, fault: str = "", **options) -> subprocess.P
     return subprocess.Popen(program, cwd=place, env=environment, **pipes)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough  # of SIGTERM to launchers, tests/test_slurm.py
 def test_under_accelerate_launch(place, unkilled):
     """SIGTERM to the launcher, then SIGKILL to a rank, then to the end: equal to a run without either."""
     stopped = launch(place, "launched", "backward:1:0:LAUNCHER-SIGTERM", PET_SHUTDOWN_TIMEOUT="90")

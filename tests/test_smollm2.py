@@ -15,7 +15,7 @@ from pte_trl.rollouts.rollout import rollout
 from pte_trl.smollm2 import make
 
 PROBLEMS = ["What is 7 + 5?", "A farmer has 17 sheep and buys 8 more. He then sells 5. How many sheep are left?"]
-WINDOW, THOUGHT = 32, 120
+WINDOW, THOUGHT = 32, 72
 
 
 @pytest.fixture(scope="module")

@@ -105,12 +105,14 @@ def test_zero_that_runs_as_ddp(setting, tmp_path):
 
 
 @NEEDS_NO_GPU
+@pytest.mark.thorough  # as ZeRO above
 def test_fsdp_that_runs_as_ddp(setting, tmp_path):
     options = ["--config_file", config_file(tmp_path, FSDP2)]
     done = launch(setting, tmp_path, options, "--use_cpu", "true")
     assert stopped(done, "accelerate.yaml names FSDP2, but DDP runs (the model is in DistributedDataParallel)")
 
 
+@pytest.mark.thorough  # how a precision is read: below
 def test_a_precision_that_recipe_and_launch_do_not_share(setting, tmp_path):
     options = ["--config_file", config_file(tmp_path, DDP | {"mixed_precision": "bf16"})]
     done = launch(setting, tmp_path, options, "--use_cpu", "true")
