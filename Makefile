@@ -14,7 +14,8 @@ setup: $(READY)  ## the pinned environment in .venv
 
 # Exactly the files of the locks, by their hashes (tools/lock.py writes them). Source packages are built by the
 # setuptools of the lock. Where there is no GPU torch's build for CPUs is taken, if pip is told of a place that has it.
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps
+# Python compiles what is imported, when it is; pip would compile all of it.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
 LOCKED := $(PIP) --require-hashes --no-build-isolation --use-pep517
 TORCH := $(LOCKED) -r requirements-torch.lock
 $(READY): $(wildcard requirements*.lock) pyproject.toml

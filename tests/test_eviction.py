@@ -126,8 +126,10 @@ def test_batch_is_its_samples_alone(strategy, model):
         assert gap(together[row : row + 1], alone) <= 1e-9
 
 
-def test_rollout_of_a_batch_is_its_samples_alone(strategy, model):
+@pytest.mark.parametrize("arm", ["pte", *(pytest.param(arm, marks=pytest.mark.thorough) for arm in ("bare", "lora"))])
+def test_rollout_of_a_batch_is_its_samples_alone(strategy, arm):
     """Greedy, with an end token that the rows meet at different times."""
+    model = ARMS[arm]("qwen2")
     prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
     policy = CachePolicy(WINDOW, eviction=strategy)
     how = {"max_new_tokens": COMPLETION, "pad_token_id": 0, "temperature": 0}

@@ -21,6 +21,7 @@ from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.calibrate import longest_prompt
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.trainer import PteGRPOTrainer
+from tests.grids import grid
 from tests.models import gap, left_padded_batch, randomise_up, replay_logps, tiny, with_pte
 
 PROBLEMS = ["1+1", "12+34=", "7", "100+200+300"] * 4
@@ -80,22 +81,20 @@ def logged(trainer, name):
     return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
 
 
-@pytest.mark.parametrize("method", ["pte", "lora_c"])
-@pytest.mark.parametrize(
-    "batching",
-    [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {"steps_per_generation": 4, "num_iterations": 2, "beta": 0.1, "max_steps": 4},
-        {"window": None, "budget": 24, "temperature": 0.6, "gradient_checkpointing": False},
-        # Prompts of 1 to 11 tokens: a micro-batch of two groups has two windows.
-        {"window": "auto", "gradient_accumulation_steps": 2},
-        {"window": "auto", "replay": "segments"},
-    ],
-    ids=["plain", "accumulated", "off-policy with KL", "budget", "auto", "auto, segments"],
-)
-def test_the_replay_scores_what_was_sampled(tmp_path, method, batching):
-    trainer = trainer_for(tmp_path, method, **batching)
+BATCHINGS = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "off-policy with KL": {"steps_per_generation": 4, "num_iterations": 2, "beta": 0.1, "max_steps": 4},
+    "budget": {"window": None, "budget": 24, "temperature": 0.6, "gradient_checkpointing": False},
+    # Prompts of 1 to 11 tokens: a micro-batch of two groups has two windows.
+    "auto": {"window": "auto", "gradient_accumulation_steps": 2},
+    "auto, segments": {"window": "auto", "replay": "segments"},
+}
+
+
+@grid(batching=BATCHINGS, method=["lora_c", "pte"])
+def test_the_replay_scores_what_was_sampled(tmp_path, batching, method):
+    trainer = trainer_for(tmp_path, method, **BATCHINGS[batching])
     trainer.train()
     worst = logged(trainer, "mismatch/max")
     assert worst and max(worst) < 1e-4
