@@ -58,7 +58,7 @@ def test_segments_equal_the_replay_and_the_decode(family, variant):
         assert_same(gradients, expected_gradients, 1e-8)
 
 
-@pytest.mark.parametrize("small", [0, 256])
+@pytest.mark.parametrize("small", [0, segment_run.SMALL])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_run_again_in_backward_where_the_model_has_checkpointing(monkeypatch, variant, small):
     monkeypatch.setattr(segment_run, "SMALL", small)  # tokens up to which a segment's layers do not

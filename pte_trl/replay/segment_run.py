@@ -16,7 +16,7 @@ from pte_trl.compat.transformers import without_checkpointing
 # Up to so many tokens, over all of its samples, a segment's layers do not run again inside its backward, although the
 # model has gradient checkpointing. What they then hold is less than the cache of a long text, and one forward of four
 # is spared.
-SMALL = 256
+SMALL = 64
 HELD = ("accumulator", "queries")  # tensors of a cache layer, beside keys and values, that gradients flow through
 
 
