@@ -71,5 +71,7 @@ def every_weight_used(unit: nn.Module, inputs: tuple) -> tuple:
 
     FSDP2 reduces gradients where there are some. Newer versions of PyTorch can be told to fill in zeros.
     """
+    if not inputs:  # the whole model, called by keywords; its layers are units, too
+        return inputs
     zero = sum(0 * p.sum() for p in unit.parameters() if p.requires_grad)
     return (inputs[0] + zero.to(inputs[0].dtype), *inputs[1:]) if isinstance(zero, torch.Tensor) else inputs
