@@ -19,7 +19,7 @@ from tqdm import tqdm
 from experiments.demo.figure import draw_figure, title
 from experiments.demo.measure import ARMS, load, shown_of, unseen_sequences
 from experiments.demo.plan import NAMES, WINDOW, Sizes, stages
-from experiments.demo.stages import Stage, StageFailed, duration, progress, run_together, signals_later
+from experiments.demo.stages import Stage, StageFailed, deferred_signals, duration, progress, run_together
 from experiments.study.recall import WORDS
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
@@ -156,14 +156,14 @@ def test_a_failing_stage_shows_its_sentence(tmp_path):
     assert "\nerror: outputs/demo/train.jsonl: no such file" in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_a_signal_while_a_process_is_started_has_its_effect_behind_it():
+def test_a_signal_while_a_process_is_started_takes_effect_afterwards():
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = []
     try:
-        with pytest.raises(SystemExit), signals_later():
+        with pytest.raises(SystemExit), deferred_signals():
             signal.raise_signal(signal.SIGTERM)
             started.append(True)
-        with pytest.raises(KeyboardInterrupt), signals_later():
+        with pytest.raises(KeyboardInterrupt), deferred_signals():
             signal.raise_signal(signal.SIGINT)
             started.append(True)
         assert len(started) == 2

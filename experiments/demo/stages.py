@@ -93,8 +93,8 @@ class Running:
 
 
 @contextmanager
-def signals_later():
-    """SIGTERM and SIGINT that arrive inside have their effect at the end."""
+def deferred_signals():
+    """SIGTERM and SIGINT that arrive inside take effect at the end."""
     came = []
     handlers = {number: signal.signal(number, lambda *about: came.append(about)) for number in STOPPING}
     try:
@@ -122,7 +122,7 @@ def run_together(stages: list[Stage], logs: Path) -> None:
             if stage.product.exists():
                 report(stage, "kept")
             else:
-                with signals_later():  # or a process could be started that nobody knows of
+                with deferred_signals():  # or a process could be started that nobody knows of
                     running.append(Running(stage, logs, position=len(running)))
         left = running
         while left := [each for each in left if not each.step()]:

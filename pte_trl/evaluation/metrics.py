@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 
 from pte_trl import markdown
 from pte_trl.evaluation.intervals import Interval, interval, spread
-from pte_trl.evaluation.records import COMPLETE, Record, read_records
+from pte_trl.evaluation.records import Record, finished_folders, read_records
 from pte_trl.rewards.grader import has_boxed
 
 
@@ -136,9 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders with records.jsonl somewhere below")
     parser.add_argument("--json", action="store_true", help="everything there is, instead of the table")
     args = parser.parse_args(argv)
-    found = sorted({path.parent for folder in args.folders for path in folder.rglob(COMPLETE)})
-    if not found:
-        raise SystemExit(f"error: no {COMPLETE} below {', '.join(map(str, args.folders))}")
+    found = finished_folders(args.folders)
     summaries = {}
     for folder in found:
         try:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pte_trl.cache.schedule import Schedule
 from pte_trl.evaluation.metrics import summarise, table
-from pte_trl.evaluation.records import COMPLETE, Record, read_records
+from pte_trl.evaluation.records import Record, finished_folders, read_records
 from pte_trl.models.tokens import load_tokenizer
 from pte_trl.rewards.grader import Grader
 from pte_trl.runtime.entry import framed, run, settings_checked
@@ -107,9 +107,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--lengths", nargs="+", type=int, required=True, help="completion tokens at most")
     parser.add_argument("--json", action="store_true", help="everything there is, instead of the table")
     args = parser.parse_args(argv)
-    found = sorted({path.parent for folder in args.folders for path in folder.rglob(COMPLETE)})
-    if not found:
-        raise SystemExit(f"error: no {COMPLETE} below {', '.join(map(str, args.folders))}")
+    found = finished_folders(args.folders)
     summaries = {}
     with Grader() as grader, settings_checked():
         for folder in found:

@@ -68,6 +68,19 @@ class Record(TypedDict):
 _RECORD = TypeAdapter(Record)
 
 
+def finished_folders(above: Iterable[Path]) -> list[Path]:
+    """Folders of finished evaluations, anywhere below the given ones.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    above = list(above)
+    found = sorted({path.parent for folder in above for path in folder.rglob(COMPLETE)})
+    if not found:
+        raise SystemExit(f"error: no {COMPLETE} below {', '.join(map(str, above))}")
+    return found
+
+
 def read_records(folder: str | Path) -> list[Record]:
     """The records of a finished evaluation.
 

@@ -9,7 +9,7 @@ What of a completion is graded (`answer_after`) is taken from the records, unles
 import argparse
 from pathlib import Path
 
-from pte_trl.evaluation.records import COMPLETE, read_records, write_records
+from pte_trl.evaluation.records import finished_folders, read_records, write_records
 from pte_trl.rewards.grader import Grader
 from pte_trl.rewards.worker_pool import verdict_versions
 from pte_trl.runtime.entry import framed, run, settings_checked
@@ -50,9 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="folders with records.jsonl somewhere below")
     parser.add_argument("--answer_after", help="grade only what follows this text; left out: as the records say")
     args = parser.parse_args(argv)
-    found = sorted({path.parent for root in args.folders for path in root.rglob(COMPLETE)})
-    if not found:
-        raise SystemExit(f"error: no {COMPLETE} below {', '.join(map(str, args.folders))}")
+    found = finished_folders(args.folders)
     with Grader() as grader:
         for folder in found:
             with settings_checked():

@@ -51,7 +51,8 @@ class Lockstep:
         self.release()
         hooks = []
         for unit in filter(reshards_after_forward, self.units):
-            hooks.append(unit.register_forward_pre_hook(every_weight_used))
+            if not any(isinstance(inner, FSDPModule) for inner in unit.modules() if inner is not unit):
+                hooks.append(unit.register_forward_pre_hook(every_weight_used))  # a layer; the whole model has them
             hooks.append(unit.register_forward_hook(lambda unit, *_: unit.reshard()))
         try:
             with self.wrapper.coalesce_grad_reduction() if self.zero3 else nullcontext():
@@ -71,7 +72,5 @@ def every_weight_used(unit: nn.Module, inputs: tuple) -> tuple:
 
     FSDP2 reduces gradients where there are some. Newer versions of PyTorch can be told to fill in zeros.
     """
-    if not inputs:  # the whole model, called by keywords; its layers are units, too
-        return inputs
     zero = sum(0 * p.sum() for p in unit.parameters() if p.requires_grad)
     return (inputs[0] + zero.to(inputs[0].dtype), *inputs[1:]) if isinstance(zero, torch.Tensor) else inputs
