@@ -36,7 +36,8 @@ def call(argv: list[str]) -> None:
     """Has the server run `python argv` and ends as it ended."""
     server = socket.socket(socket.AF_UNIX)
     server.connect(os.environ[ADDRESS])
-    about = json.dumps({"argv": argv, "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
+    about = {"argv": argv, "folder": os.getcwd(), "environment": dict(os.environ), "client": os.getpid()}
+    about = json.dumps(about).encode()
     socket.send_fds(server, [len(about).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(about)
     reply = server.makefile()
@@ -152,10 +153,15 @@ def end(command) -> None:
     os._exit(code & 0xFF)
 
 
-def run(files: list[int], argv: list[str], folder: str, environment: dict[str, str]) -> None:
+def run(files: list[int], argv: list[str], folder: str, environment: dict[str, str], client: int) -> None:
     """What `python argv` would do."""
     import runpy
 
+    import psutil
+
+    # The client stands for this process: what started it is its parents.
+    parents = psutil.Process.parents
+    psutil.Process.parents = lambda self: parents(psutil.Process(client) if self.pid == os.getpid() else self)
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

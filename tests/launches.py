@@ -63,6 +63,13 @@ class Done:
         return "\n".join(self.texts)
 
 
+def accelerate_launch() -> list[str]:
+    """The words of `accelerate launch`, which is a process of its own; what it starts is forked."""
+    code = f"import sys; sys.executable = {python()!r}; sys.argv.pop(0)"
+    code += "; from accelerate.commands.accelerate_cli import main; main()"
+    return [sys.executable, "-c", code, "accelerate", "launch"]
+
+
 def workplace(folder: Path) -> Path:
     """A tiny model that has begun to box its answers, and its problems."""
     pretrain = [python(), "-m", "experiments.tiny.pretrain", "--steps", "60", "--test-problems", "8"]

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pte_trl_cli import COMMANDS
 from tests import forked
+from tests.launches import accelerate_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -117,10 +117,9 @@ def test_make_installs_the_package_with_the_extras_and_commands_of_the_tables():
 
 def test_launch_lines(workplace):
     """Through accelerate's launcher, as they stand there."""
-    launcher = str(Path(sys.executable).with_name("accelerate"))
     _, lora_c = commands("accelerate launch recipes/grpo_pte.py --config recipes/qwen3b.yaml")
     assert "--method lora_c" in lora_c
-    run(workplace, launcher, "launch", "--cpu", "--num_processes", "1", *shlex.split(f"{here(lora_c)} {SHORT}"))
+    run(workplace, *accelerate_launch(), "--cpu", "--num_processes", "1", *shlex.split(f"{here(lora_c)} {SHORT}"))
     config = json.loads((workplace / "outputs/qwen3b-lora_c/adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
 

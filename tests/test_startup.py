@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from pte_trl.cache.schedule import Schedule
 from pte_trl.runtime.launch import check_launch, check_world, launch_line, named_launch, parse_launch
 from pte_trl.runtime.startup import cache_lines, describe, job_of, running_engine
 from pte_trl.training.config import PteGRPOConfig
+from tests.launches import accelerate_launch
 from tests.test_trainer import trainer_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def launch(setting, folder, options: list[str], *flags: str, **variables: str) -
         "--per_device_train_batch_size": 8,
         "--max_completion_length": 20,
     }
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    command = [*accelerate_launch(), "--main_process_port", "0"]
     command += [*options, str(ROOT / "recipes/grpo_pte.py"), *(str(x) for pair in arguments.items() for x in pair)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
     return subprocess.run([*command, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
