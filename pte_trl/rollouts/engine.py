@@ -24,6 +24,7 @@ from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.ring import RingCache, aligned, ring_size
 from pte_trl.rollouts.sampling import Sampling, sample
+from pte_trl.rollouts.transfer import uploaded
 
 # Steps between two reads of which rows have ended. A read waits for the GPU, which then idles until the host has
 # queued the next step; on a CPU it costs nothing, so every step is followed by one.
@@ -281,7 +282,7 @@ class Engine:
             self.cache.copy_prompts(self._index(origins), self._index(origins.values()), longest)
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
-        return torch.tensor(list(numbers), device=self.device)
+        return uploaded(list(numbers), self.device)
 
     def _prefill(self, prompts: dict[int, int]) -> None:
         """Row -> prompt: fills them, a part at a time, and keeps the logits after each prompt."""
@@ -355,7 +356,7 @@ class Engine:
             # Filled up to a power of two by the last row again (each number is another graph): every copy of it
             # reads the same old state and writes the same new one.
             size = len(due) if self.sync_every == 1 else min(self.active, 1 << (len(due) - 1).bit_length())
-            self.due[:, :size] = torch.tensor(due + due[-1:] * (size - len(due)), device=self.device).T
+            self.due[:, :size] = uploaded(due + due[-1:] * (size - len(due)), self.device).T
             self._evict(size)
 
     def _drop(self, size: int) -> None:
