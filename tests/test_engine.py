@@ -1,5 +1,7 @@
 """The rollout engine against its plain twin: rows refilled, moved, seldom looked at, kept for another batch."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,17 +241,21 @@ def test_the_size_follows_from_the_memory_that_is_free():
 
 
 def test_short_memory_halves_the_rows_and_loses_nothing(monkeypatch, capsys):
-    model, tried, run = with_pte(tiny("llama", torch.float64)), [], Engine.run
+    model, tried, run, held, before = with_pte(tiny("llama", torch.float64)), [], Engine.run, [], []
 
     def short(self, *args):
         tried.append(self.cache.rows)
+        held.append(weakref.ref(self.cache.seen))
         if self.cache.rows > 2:
             raise torch.OutOfMemoryError("as on a full GPU")
         return run(self, *args)
 
     monkeypatch.setattr(Engine, "run", short)
+    # What is empty by then is what the allocator can give back: the failed engine has to be gone.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: before.append([buffer() for buffer in held]))
     assert_same(sampled(model, batch_size=6), sampled(model, reference=True))
     assert tried == [6, 3, 2]
+    assert before == [[None], [None, None]]
     assert "out of memory, continuing with 2 samples" in capsys.readouterr().out
 
 

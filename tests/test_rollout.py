@@ -37,6 +37,23 @@ def replayed(model, prompts, completions, window=WINDOW, temperature=0.8):
     return [row[: len(c)].tolist() for row, c in zip(logps, completions, strict=True)]
 
 
+@pytest.mark.parametrize("how", [{}, {"reference": True}, {"policy": CachePolicy(WINDOW, eviction="h2o")}])
+def test_an_attention_without_keys_may_give_anything(monkeypatch, how):
+    """What SDPA returns for a query that sees no key is up to its backend: here NaN. No padded query may be one."""
+    model, attention = with_pte(tiny("llama", torch.float64)), torch.nn.functional.scaled_dot_product_attention
+    expected = sample(model, **how)
+
+    def strict(query, key, value, attn_mask=None, **options):
+        out = attention(query, key, value, attn_mask=attn_mask, **options)
+        return out if attn_mask is None else out.masked_fill(~attn_mask.any(-1, keepdim=True), torch.nan)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", strict)
+    found = sample(model, **how)
+    assert found.completion_ids == expected.completion_ids
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-9)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 @pytest.mark.parametrize("method", ["pte", "lora_c", "bare"])
 def test_reported_logprobs_are_the_replayed_ones(family, method):

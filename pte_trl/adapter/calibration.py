@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import active_layers
+from pte_trl.cache.masks import prompt_mask
 
 RIDGE = 0.01  # of the mean eigenvalue: directions that the text at hand hardly shows are not blown up
 
@@ -26,7 +27,7 @@ class Found:
 
     Attributes:
         ratio: |S'| / |S| of one eviction, after whitening where the adapter whitens.
-        whiteners: (kv heads, head_dim, head_dim) of keys and of values; None where it does not whiten.
+        whiteners: (kv heads, head_dim, head_dim) of keys and of values, on the CPU; None where it does not whiten.
         dimensions: how many of its dimensions a head's keys fill (`filled`), mean over heads; None without whitening.
     """
 
@@ -69,6 +70,8 @@ def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: 
             moments = [second_moments(x.transpose(1, 2)[real]) for x in (keys, values)]
             whiteners, dimensions = tuple(map(inverse_root, moments)), filled(moments[0]).mean().item()
             encoder.set_whiteners_(*whiteners)
+            # As every process gets them: unpickled, a tensor of a GPU goes to the GPU of that number.
+            whiteners = tuple(x.cpu() for x in whiteners)
         take = min(evict, input_ids.shape[1])
         last = (x[:, :, -take:].transpose(1, 2).flatten(2) for x in (keys, values))
         queries, accumulator = layer._start(name)
@@ -120,7 +123,7 @@ def keys_and_values(model, input_ids, attention_mask, reach=0) -> Iterator[tuple
     with model.disable_adapter():
         model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=prompt_mask(model, attention_mask),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

@@ -13,6 +13,29 @@ def config_of(model: nn.Module):
     return getattr(model, "config", None) or model.module.config
 
 
+def prompt_mask(model: nn.Module, real: Tensor, padded: bool | None = None) -> Tensor | None:
+    """The attention mask of a forward over prompts padded on the left; None where nothing is padded.
+
+    A padded query sees itself, as in the replay. With nothing to see its output is the backend's choice, and a NaN
+    there would reach every token: as a padded value of the next layer, it is multiplied by 0.
+
+    Args:
+        real: (batch, length), 0 where padded.
+        padded: whether it has a 0; read from the device if None.
+
+    Returns:
+        (batch, 1, length, length), as `mask_for` makes it. Attention that takes no such mask skips padded queries,
+        and gets `real`.
+    """
+    if (attention_of(config_of(model)) or "").startswith(("flash", "flex")):
+        return real
+    if not (padded if padded is not None else not real.all()):
+        return None
+    at = torch.arange(real.shape[1], device=real.device)
+    query = at.unsqueeze(1)
+    return mask_for(model, ((at <= query) & real.bool()[:, None, None]) | (at == query))
+
+
 def mask_for(model: nn.Module, mask: Tensor) -> Tensor:
     """A mask of four dimensions, True where a query sees a key, as the model's attention implementation takes it."""
     if attention_of(config_of(model)) != "eager":

@@ -1,5 +1,6 @@
 """How many completions are decoded at once, so that they fit in memory, and the engine kept for the next rollout."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,8 +38,12 @@ def auto_batch_size(model: nn.Module, places: int, free: int | None = None) -> i
     return max(1, int(SHARE * free / cache_bytes(model.config, places, model.dtype)))
 
 
-def halving(run: Callable[[int], Result], rows: int) -> Result:
-    """`run(rows)`, with half as many rows each time the memory does not suffice; one row that does not fit raises."""
+def halving(run: Callable[[int], Result], rows: int, release: Callable[[], None] = lambda: None) -> Result:
+    """`run(rows)`, with half as many rows each time the memory does not suffice; one row that does not fit raises.
+
+    Args:
+        release: frees what a failed try has left behind.
+    """
     while True:
         try:
             return run(rows)
@@ -47,6 +52,9 @@ def halving(run: Callable[[int], Result], rows: int) -> Result:
                 raise
         # Behind the handler: the exception holds the frames, and with them the tensors, of what has failed.
         rows = -(-rows // 2)
+        # First the engine and its graphs: only then can the allocator give their pool back.
+        release()
+        gc.collect()
         torch.cuda.empty_cache()
         print(f"rollout: out of memory, continuing with {rows} samples at once", flush=True)
 
@@ -73,5 +81,7 @@ class EngineCache:
         return room.evict <= cache.evict_at_most and room.places <= cache.places <= room.places + cache.places // WASTE
 
     def release(self) -> None:
-        """Frees the buffers."""
+        """Frees the buffers and the graphs."""
+        if self.engine is not None:
+            self.engine.close()
         self.kind = self.engine = None

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from pte_trl.adapter.model import evicted_encoders
 from pte_trl.cache.bounded import BoundedCache
-from pte_trl.cache.masks import mask_for
+from pte_trl.cache.masks import mask_for, prompt_mask
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.ring import RingCache, aligned, ring_size
 from pte_trl.rollouts.sampling import Sampling, sample
+from pte_trl.rollouts.transfer import uploaded
 
 # Steps between two reads of which rows have ended. A read waits for the GPU, which then idles until the host has
 # queued the next step; on a CPU it costs nothing, so every step is followed by one.
@@ -41,9 +42,7 @@ class CudaGraphed:
 
     def __init__(self, function: Callable[..., None], on: bool):
         self.function, self.on = function, on
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        # One pool for all graphs: they never run at the same time, so their temporary tensors can share memory.
-        self.pool = torch.cuda.graph_pool_handle() if on else None
+        self.clear()
 
     def __call__(self, *key) -> None:
         if not self.on or key not in self.graphs:
@@ -54,13 +53,19 @@ class CudaGraphed:
             return
         if self.graphs[key] is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):  # records, computes nothing: the replay below does
+            # Records, computes nothing: the replay below does. Other threads may ask the device meanwhile: NCCL's
+            # watchdog does, and `pte_trl.runtime.efficiency`.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.function(*key)
             self.graphs[key] = graph
         self.graphs[key].replay()
 
     def clear(self) -> None:
-        self.graphs.clear()
+        """Drops all graphs."""
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        # One pool for all graphs: they never run at the same time, so their temporary tensors can share memory. A new
+        # one, since a pool whose last graph is gone takes no other as long as the allocator holds memory of it.
+        self.pool = torch.cuda.graph_pool_handle() if self.on else None
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,13 @@ class Engine:
         self.due = zeros(3, rows)
         self.eos_token_ids = torch.tensor(sampling.eos_token_ids, device=self.device)
         self.ids = zeros(0, 0)
+
+    def close(self) -> None:
+        """Frees buffers and graphs at once; the engine cannot be used any more.
+
+        Its captured functions are methods of it: a cycle, which the garbage collector would find much later.
+        """
+        vars(self).clear()
 
     # ---- one batch of prompts --------------------------------------------------------------------------------
 
@@ -270,7 +282,7 @@ class Engine:
             self.cache.copy_prompts(self._index(origins), self._index(origins.values()), longest)
 
     def _index(self, numbers: Iterable[int]) -> Tensor:
-        return torch.tensor(list(numbers), device=self.device)
+        return uploaded(list(numbers), self.device)
 
     def _prefill(self, prompts: dict[int, int]) -> None:
         """Row -> prompt: fills them, a part at a time, and keeps the logits after each prompt."""
@@ -280,11 +292,12 @@ class Engine:
             tokens, mask = left_pad([self.prompts[p] for _, p in part], self.sampling.pad_token_id, self.device)
             source = BoundedCache(window=1)  # it takes the prompts alone, and these stay
             position = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = self._forward(tokens, mask, position, source)
+            padded = len({len(self.prompts[p]) for _, p in part}) > 1
+            logits = self._forward(tokens, prompt_mask(self.model, mask, padded), position, source)
             self.cache.load(self._index(row for row, _ in part), source, mask.sum(1))
             self.first_logits.update(zip((p for _, p in part), logits, strict=True))
 
-    def _forward(self, tokens: Tensor, mask: Tensor, position: Tensor, cache: BoundedCache) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: BoundedCache) -> Tensor:
         """(batch, vocabulary) logits after the last token."""
         kind = self.device.type
         # Autocast keeps weights that it has cast until its context ends, and a graph captured inside would go on
@@ -343,7 +356,7 @@ class Engine:
             # Filled up to a power of two by the last row again (each number is another graph): every copy of it
             # reads the same old state and writes the same new one.
             size = len(due) if self.sync_every == 1 else min(self.active, 1 << (len(due) - 1).bit_length())
-            self.due[:, :size] = torch.tensor(due + due[-1:] * (size - len(due)), device=self.device).T
+            self.due[:, :size] = uploaded(due + due[-1:] * (size - len(due)), self.device).T
             self._evict(size)
 
     def _drop(self, size: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.eviction import attention_for
+from pte_trl.cache.masks import prompt_mask
 from pte_trl.rollouts.prompts import distinct, left_pad
 from pte_trl.rollouts.sampling import Sampling, sample
 
@@ -64,7 +65,7 @@ class Batch:
         self.model, self.cache, self.prompt_mask = model, cache, prompt_mask
         self.position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
 
-    def _forward(self, tokens: Tensor, mask: Tensor, extra: dict) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None, extra: dict) -> Tensor:
         """(batch, vocabulary) logits after the last of `tokens`."""
         return self.model(
             input_ids=tokens,
@@ -77,7 +78,7 @@ class Batch:
         ).logits[:, -1]
 
     def prefill(self, tokens: Tensor, extra: dict) -> Tensor:
-        logits = self._forward(tokens, self.prompt_mask, extra)
+        logits = self._forward(tokens, prompt_mask(self.model, self.prompt_mask), extra)
         self.position = self.position[:, -1:]
         return logits
 

@@ -186,4 +186,4 @@ def run_engine(
         engine = engine_cache.get(model, rows, room, sampling)
         return engine.run(prompts, prompt_index, schedules, draws), engine.cache.nbytes / rows
 
-    return halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)))
+    return halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)), engine_cache.release)

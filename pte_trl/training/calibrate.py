@@ -1,9 +1,13 @@
 """Calibration of a fresh adapter's encoders on the first prompts of the training set."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from statistics import fmean
 
+import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from pte_trl.adapter.calibration import fit, measure
 from pte_trl.adapter.model import active_layers, pte_layers
@@ -45,10 +49,11 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
         if trainer.accelerator.is_main_process:
             ids = tokenize_prompts(trainer, [row["prompt"] for row in rows])
             evict = round(fmean(args.cache_policy.schedule(len(prompt)).evict for prompt in ids))
-            if whiten:
-                ids = with_thoughts(trainer, ids)
-            inputs = left_pad(ids, trainer.processing_class.pad_token_id, model.device)
-            found = [measure(model, *inputs, evict, reach=trainer.max_completion_length if whiten else 0)]
+            with placed(model, trainer.accelerator.device):
+                if whiten:
+                    ids = with_thoughts(trainer, ids)
+                inputs = left_pad(ids, trainer.processing_class.pad_token_id, model.device)
+                found = [measure(model, *inputs, evict, reach=trainer.max_completion_length if whiten else 0)]
     (found,) = broadcast_object_list(found)
     fit(model, found)
     ratios = [each.ratio for each in found]
@@ -60,6 +65,24 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
         widths = [each.dimensions for each in found]
         size = found[0].whiteners[0].shape[-1]
         trainer.accelerator.print(f"keys filled {min(widths):.1f} to {max(widths):.1f} of a head's {size} dimensions")
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on `device`, for as long as this lasts.
+
+    Under ZeRO-1/2 and FSDP transformers leaves a model on the CPU, with one thread, until the engine takes it: a
+    forward would take minutes there, and the other processes wait.
+    """
+    home = model.device
+    away = home.type == "cpu" and device.type != "cpu"
+    if away:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if away:
+            model.to(home)
 
 
 def longest_prompt(trainer, batch: int = 1000) -> int:

@@ -1,0 +1,62 @@
+"""Autocast of the fake GPU (tests/fake_cuda.py): torch's own looks at the device in C++, and finds none.
+
+The lists are CUDA's, as far as this package and transformers call them:
+https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior
+"""
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NARROW = {
+    "linear",
+    "matmul",
+    "__matmul__",
+    "__rmatmul__",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "mv",
+    "chain_matmul",
+}
+NARROW |= {"scaled_dot_product_attention"}
+WIDE = {"softmax", "log_softmax", "exp", "log", "pow", "__pow__", "rsqrt", "norm", "cumsum", "sum", "prod", "softplus"}
+WIDE |= {"layer_norm", "cross_entropy", "nll_loss", "mse_loss", "kl_div", "logsumexp", "reciprocal"}
+WIDEST = {"cat", "stack", "addcmul", "dot", "index_put", "scatter_add"}  # the widest of their arguments
+
+
+class Autocast(TorchFunctionMode):
+    """Casts arguments of the device's tensors while `torch.autocast("cuda")` lasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # weights cast, as long as an outer context lasts
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if not torch.is_autocast_enabled("cuda"):
+            self.kept.clear()
+        elif name in NARROW | WIDE | WIDEST and any(x.is_cuda for x in floats((args, kwargs))):
+            narrow = torch.get_autocast_dtype("cuda")
+            dtype = narrow if name in NARROW else torch.float32
+            if name in WIDEST:
+                dtype = max((x.dtype for x in floats((args, kwargs))), key=lambda d: torch.finfo(d).bits)
+            args, kwargs = tree_map(lambda x: self._cast(x, dtype), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _cast(self, x, dtype: torch.dtype):
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.is_cuda) or x.dtype in (dtype, torch.float64):
+            return x
+        lasting = x.is_leaf and x.requires_grad and torch.is_autocast_cache_enabled() and dtype != torch.float32
+        if not lasting:
+            return x.to(dtype)
+        if id(x) not in self.kept:
+            self.kept[id(x)] = (x, x.to(dtype))
+        return self.kept[id(x)][1]
+
+
+def floats(tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
