@@ -44,10 +44,10 @@ FAMILIES = ("qwen2", "llama", "qwen3", "mistral")
 CELLS = [(family, "pte", "blockwise") for family in FAMILIES]
 CELLS += [("llama", "lora", "blockwise"), ("qwen2", "pte sum", "blockwise"), ("llama", "bare", "blockwise")]
 CELLS += [("qwen2", "pte", "sdpa")]
-# Several times what a CPU gives. bfloat16 has eight bits, and engine, replay and segments add up in different orders.
+# A CPU gives 2e-6 in float32 (gradients 9e-7) and 0.02 in bfloat16 (gradients 0.04). bfloat16 has eight bits, and engine, replay and segments add up in different orders.
 BOUNDS = {
     "float32": {"engine": 1e-4, "replay": 1e-4, "segments": 1e-4, "gradients": 1e-3},
-    "bfloat16": {"engine": 0.3, "replay": 0.3, "segments": 0.3, "gradients": 0.2},
+    "bfloat16": {"engine": 0.1, "replay": 0.1, "segments": 0.1, "gradients": 0.2},
 }
 
 
@@ -101,9 +101,7 @@ def against_reference(model: nn.Module) -> tuple[dict, Rollout]:
         for row in range(count):
             ours, theirs = found.completion_ids[row], expected.completion_ids[row]
             same, every = same + (ours == theirs), every + 1
-            for mine, other, a, b in zip(
-                ours, theirs, found.logprobs[row], expected.logprobs[row], strict=False
-            ):
+            for mine, other, a, b in zip(ours, theirs, found.logprobs[row], expected.logprobs[row], strict=False):
                 if mine != other:
                     break
                 most = max(most, abs(a - b))
@@ -208,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     finish("exact", args, rows)
     if left:
         print(f"not run, {args.seconds:g} seconds were over: {', '.join(left)}")
-    if any(row["result"] != "ok" for row in rows):
-        sys.exit(1)
+    if wrong := [row for row in rows if row["result"] != "ok"]:
+        sys.exit(f"{len(wrong)} of {len(rows)} cells are not right, the first: {wrong[0]['result']}")
 
 
 if __name__ == "__main__":

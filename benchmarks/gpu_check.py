@@ -11,6 +11,7 @@ status is 1 where a step has failed.
 """
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -25,6 +26,16 @@ from benchmarks.common import RECORDS, ROOT
 from benchmarks.gpu_report import Machine, Result, write
 
 TRAINING = ("trl", "datasets", "math_verify")
+# Of the rows that a benchmark has recorded, what stands beside the result.
+FIGURES = {
+    "exact": "{family} {adapter} {attention} {dtype}: {result}",
+    "rollout": "{arm} {tokens/s} tokens/s, {of roofline:.0%} of the roofline",
+    "profile_decode": "{arm} {captured ms:.2f} ms a step, {not captured ms:.2f} without graphs, {launches:.0f} launches, "
+    "{launches per layer:.1f} a layer",
+    "replay": "{length} tokens: {arm} {seconds:.2f} s, {over lora:.2f} of lora's time",
+    "step": "{completion} tokens: {arm} {seconds:.2f} s, peak {peak MB:.0f} MB, {peak over lora:.2f} of lora's",
+    "memory": "{completion} tokens: {arm} peak {peak MB:.0f} MB beyond the weights",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,11 @@ class Step:
     def argv(self, small: bool, device: str, out: Path) -> list[str]:
         argv = [f"benchmarks.{self.module}", *shlex.split(self.small if small else self.full), "--device", device]
         return argv + (["--record", "--records", str(out)] if self.records else [])
+
+    def rows(self, out: Path) -> list[dict]:
+        """All rows that the benchmark has ever recorded in `out`."""
+        path = out / f"{self.module}.json"
+        return [row for run in json.loads(path.read_text()) for row in run["rows"]] if path.exists() else []
 
 
 SMALL_ROLLOUT = "--batch 2 --prompt 8 --new-tokens 24 --window 8 --turns 1 --arms pte lora_c --roofline"
@@ -149,7 +165,7 @@ def run(step: Step, argv: list[str], seconds: float, folder: Path) -> Result:
     log = folder / f".{step.name}.log"  # a file: what a stopped process has written is not lost
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths} | step.environment
-    began, stopped = time.perf_counter(), False
+    began, stopped, before = time.perf_counter(), False, len(step.rows(folder))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *argv],
@@ -173,7 +189,8 @@ def run(step: Step, argv: list[str], seconds: float, folder: Path) -> Result:
         status = f"stopped after {took:.0f} s"
     else:
         status = "ok" if process.returncode == 0 else f"failed, exit status {process.returncode}"
-    return Result(step.name, step.answers, command, status, took, text)
+    figures = [FIGURES[step.module].format_map(row) for row in step.rows(folder)[before:]]
+    return Result(step.name, step.answers, command, status, took, text, figures)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -203,7 +220,8 @@ def check(steps: list[Step], args: argparse.Namespace) -> list[Result]:
         if status:
             results.append(Result(step.name, step.answers, f"python -m {shlex.join(argv)}", status, 0.0, ""))
         else:
-            results.append(run(step, argv, min(step.limit, left), out))
+            # Tried small on a CPU that others use too, a step may take longer than on a GPU of its own.
+            results.append(run(step, argv, left if args.small else min(step.limit, left), out))
         print(f"{step.name}: {results[-1].status}, {results[-1].seconds:.0f} s", flush=True)
         write(out / "gpu_check.md", machine, results, [s.name for s in steps[len(results) :]])
     return results
@@ -211,6 +229,8 @@ def check(steps: list[Step], args: argparse.Namespace) -> list[Result]:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    # Told to end, it ends the step under way as well: that has a session of its own, and would keep the GPU.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     by_name = {step.name: step for step in STEPS}
     results = check([by_name[name] for name in args.steps], args)
     print(f"report in {args.out / 'gpu_check.md'}")

@@ -2,7 +2,7 @@
 
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.measure import is_cuda
 from pte_trl.runtime.manifest import command, commit, hardware, versions
 
-LINES, WIDTH = 60, 200  # of what a step has printed
+LINES, WIDTH = 60, 200  # of what a step has printed; longer lines, as a trainer's log, are folded
 FAILED_LINES = 25
 # What says nothing about the project, though it is printed.
 NOISE = ("USDT:", "Loading weights", "pretraining:", "  warnings.warn(")
@@ -24,6 +24,7 @@ class Result:
         status: "ok", or how it failed, or why it was left out.
         seconds: wall time.
         output: everything that it has printed.
+        figures: of what it has recorded, a line each.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Result:
     status: str
     seconds: float
     output: str
+    figures: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:
@@ -78,9 +80,12 @@ def gpu() -> str:
 
 def printed(text: str, lines: int) -> str:
     """The last lines, of a progress bar only its last state, as a block that Markdown leaves alone."""
-    # Never a fence inside the block, which would end it.
-    found = [line.split("\r")[-1].rstrip()[:WIDTH].replace("```", "'''") for line in text.strip("\n").split("\n")]
-    kept = [line for line in found if not line.startswith(NOISE)]
+    kept = []
+    for line in text.strip("\n").split("\n"):
+        # Never a fence inside the block, which would end it.
+        line = line.rstrip("\r").split("\r")[-1].rstrip().replace("```", "'''")
+        if not line.startswith(NOISE):
+            kept += [line[at : at + WIDTH] for at in range(0, max(len(line), 1), WIDTH)]
     cut = [f"({len(kept) - lines} lines before)"] if len(kept) > lines else []
     return "\n".join(["```", *cut, *kept[-lines:], "```"])
 
@@ -105,6 +110,9 @@ def write(path: Path, machine: Machine, results: list[Result], to_come: list[str
     parts += [f"| {r.name} | {cell(r.answers)} | {cell(r.status)} | {r.seconds:.0f} |" for r in results]
     if failed := [r for r in results if r.failed]:
         parts += ["", "## What failed", "", *(f"- `{r.name}`: {r.status}: `{last_words(r)}`" for r in failed)]
+    if measured := [r for r in results if r.figures]:
+        parts += ["", "## Figures", ""]
+        parts += [f"- `{r.name}`: {figure}" for r in measured for figure in r.figures]
     for result in results:
         parts += ["", f"## {result.name}", "", result.answers, "", f"    {result.command}", ""]
         parts += [f"Result: {result.status}; {result.seconds:.0f} seconds."]

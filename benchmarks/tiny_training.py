@@ -63,7 +63,12 @@ def main(argv: list[str] | None = None) -> None:
 
         python("-m", "experiments.tiny.pretrain", "--steps", str(args.pretraining), "--test-problems", "8")
         words = [word for key, value in flags(folder, args).items() for word in (f"--{key}", str(value))]
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/single_gpu.yaml")]
+        launch = [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ROOT / "accelerate_configs/single_gpu.yaml"),
+        ]
         launch += [] if is_cuda(args.device) else ["--cpu"]
         recipe = [str(ROOT / "recipes/grpo_pte.py"), "--config", str(ROOT / "recipes/tiny.yaml")]
         python(*launch, *recipe, *words)
