@@ -5,7 +5,7 @@ PY      := $(VENV)/bin/python
 READY   := $(VENV)/.ready
 DATA_DIR ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sums demo-smollm2 test test-all test-fast lint bench bench-gpu clean report
+.PHONY: help setup demo demo-sums demo-smollm2 test test-all test-fast lint bench bench-gpu gpu-check clean report
 
 help:  ## this list
 	@grep -hE '^[a-zA-Z0-9%-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,10 @@ bench-gpu: $(READY)  ## the same at the paper's sizes on one GPU
 	$(PY) -m benchmarks.memory --shape $(BIG) $(MEMORY_SIZE) $(GPU_FLAGS) $(RECORD)
 	$(PY) -m benchmarks.long --shape $(BIG) $(LONG_SIZE) $(GPU_FLAGS) $(RECORD)
 	$(PY) -m benchmarks.capacity --shape $(BIG) $(CAPACITY_SIZE) $(GPU_FLAGS) $(RECORD)
+
+# make gpu-check CHECK="--small --device cpu --out outputs/gpu-check" tries it where there is no GPU.
+gpu-check: $(READY)  ## a GPU's first 20 minutes: is it right, how fast; report in docs/benchmarks/gpu_check.md
+	$(PY) -m benchmarks.gpu_check $(CHECK)
 
 RECORD ?= --record
 BIG ?= qwen2.5-3b

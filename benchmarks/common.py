@@ -24,6 +24,7 @@ def options(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--clock", choices=tuple(CLOCKS), help="wall on a GPU, cpu (of this process) on a CPU")
     parser.add_argument("--record", action="store_true", help="append to docs/benchmarks/<name>.json")
+    parser.add_argument("--records", type=Path, help="the folder to append in, instead of docs/benchmarks")
     return parser
 
 
@@ -50,11 +51,12 @@ def finish(name: str, args: argparse.Namespace, rows: list[dict]) -> None:
     """Prints the table and, where asked, appends the run to docs/benchmarks/<name>.json, a list of runs."""
     print_table(rows)
     if args.record:
-        print(f"recorded in {record(name, environment(args.device), vars(args), rows)}")
+        settings = {key: value for key, value in vars(args).items() if key != "records"}
+        print(f"recorded in {record(name, environment(args.device), settings, rows, args.records)}")
 
 
-def record(name: str, environment: dict, settings: dict, rows: list[dict]) -> Path:
-    path = RECORDS / f"{name}.json"
+def record(name: str, environment: dict, settings: dict, rows: list[dict], folder: Path | None = None) -> Path:
+    path = (folder or RECORDS) / f"{name}.json"
     runs = json.loads(path.read_text()) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.append({"environment": environment, "settings": settings, "rows": rows})
