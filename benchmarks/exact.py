@@ -44,7 +44,8 @@ FAMILIES = ("qwen2", "llama", "qwen3", "mistral")
 CELLS = [(family, "pte", "blockwise") for family in FAMILIES]
 CELLS += [("llama", "lora", "blockwise"), ("qwen2", "pte sum", "blockwise"), ("llama", "bare", "blockwise")]
 CELLS += [("qwen2", "pte", "sdpa")]
-# A CPU gives 2e-6 in float32 (gradients 9e-7) and 0.02 in bfloat16 (gradients 0.04). bfloat16 has eight bits, and engine, replay and segments add up in different orders.
+# A CPU gives 2e-6 in float32 (gradients 9e-7) and 0.02 in bfloat16 (gradients 0.04). bfloat16 has eight bits, and
+# engine, replay and segments add up in different orders.
 BOUNDS = {
     "float32": {"engine": 1e-4, "replay": 1e-4, "segments": 1e-4, "gradients": 1e-3},
     "bfloat16": {"engine": 0.1, "replay": 0.1, "segments": 0.1, "gradients": 0.2},

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +31,8 @@ TRAINING = ("trl", "datasets", "math_verify")
 FIGURES = {
     "exact": "{family} {adapter} {attention} {dtype}: {result}",
     "rollout": "{arm} {tokens/s} tokens/s, {of roofline:.0%} of the roofline",
-    "profile_decode": "{arm} {captured ms:.2f} ms a step, {not captured ms:.2f} without graphs, {launches:.0f} launches, "
-    "{launches per layer:.1f} a layer",
+    "profile_decode": "{arm} {captured ms:.2f} ms a step, {not captured ms:.2f} without graphs, "
+    "{launches:.0f} launches, {launches per layer:.1f} a layer",
     "replay": "{length} tokens: {arm} {seconds:.2f} s, {over lora:.2f} of lora's time",
     "step": "{completion} tokens: {arm} {seconds:.2f} s, peak {peak MB:.0f} MB, {peak over lora:.2f} of lora's",
     "memory": "{completion} tokens: {arm} peak {peak MB:.0f} MB beyond the weights",
@@ -195,10 +196,8 @@ def run(step: Step, argv: list[str], seconds: float, folder: Path) -> Result:
 
 def end(process: subprocess.Popen) -> None:
     """Kills the step and every process it has left behind, so that the next one has the GPU to itself."""
-    try:
+    with suppress(ProcessLookupError):  # nothing is left
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # nothing is left
-        pass
     process.wait()
 
 

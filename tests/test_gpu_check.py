@@ -1,6 +1,7 @@
 """`make gpu-check`: a step that fails, hangs or does not fit costs only itself, and the report says what happened."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -93,8 +94,8 @@ def test_a_cell_that_is_wrong_is_named(monkeypatch, tmp_path):
         return found
 
     monkeypatch.setattr(exact, "rollout", shifted)
-    with pytest.raises(SystemExit, match="engine > 0.0001, replay > 0.0001"):
-        exact.main("--dtypes float32 --cells 1".split())
+    with pytest.raises(SystemExit, match=re.escape("engine > 0.0001, replay > 0.0001")):
+        exact.main(["--dtypes", "float32", "--cells", "1"])
 
 
 def test_verdicts():
@@ -106,11 +107,11 @@ def test_verdicts():
 
 
 def test_the_profile_counts_the_steps_it_is_told(monkeypatch, capsys):
-    profile_decode.main("--batch 2 --prompt 4 --window 64 --steps 3 --top 5 --arms bare".split())
+    profile_decode.main(shlex.split("--batch 2 --prompt 4 --window 64 --steps 3 --top 5 --arms bare"))
     (header, values) = capsys.readouterr().out.strip().splitlines()[-2:]
     assert header.startswith("arm") and float(values.split()[-1]) > 10
     with pytest.raises(SystemExit):
-        profile_decode.arguments("--window 64 --steps 12".split())
+        profile_decode.arguments(["--window", "64", "--steps", "12"])
 
 
 def test_what_a_step_prints_cannot_end_its_block():
