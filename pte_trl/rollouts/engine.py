@@ -249,7 +249,9 @@ class Engine:
             self._index(getattr(new, name) for new in started.values()) for name in ("sample", "length", "ring")
         )
         self.cache.start(index, length, ring)
-        self.sample[index], self.count[index], self.alive[index] = sample, 0, True
+        self.sample[index] = sample
+        self.count.index_fill_(0, index, 0)
+        self.alive.index_fill_(0, index, True)
         for row, new in started.items():
             self.rows[row] = new
         self._draw(index, torch.stack([self.first_logits[new.prompt] for new in started.values()]))
@@ -323,7 +325,7 @@ class Engine:
         """One step of the first `active` rows: feeds their token, draws the next; attention sees `limit` places."""
         rows, thought = self.row_numbers[:active], self.count[:active] - 1
         place = self.cache.place_of(rows, thought)
-        self.cache.seen[rows, place] = True
+        self.cache.seen[rows, place] = self.cache.shown
         for layer in self.cache.layers:
             layer.aim(rows, place, limit)
         mask = mask_for(self.model, self.cache.seen[:active, None, None, :limit])

@@ -105,6 +105,8 @@ class RingCache(BoundedCache):
         self.layer_class_to_replicate = partial(RingLayer, self.schedule)
         self.rows, self.evict_at_most = rows, evict
         self.seen = torch.zeros(rows, aligned(places), dtype=torch.bool, device=device)
+        # Tensors of the device: `seen[rows, places] = True` would copy the value from the host, which a capture forbids.
+        self.shown, self.hidden = (make((), dtype=torch.bool, device=device) for make in (torch.ones, torch.zeros))
         self.prompt, self.ring = (torch.ones(rows, dtype=torch.long, device=device) for _ in range(2))
         self.numbers = torch.arange(self.places, device=device)
         self.begun = False
@@ -179,7 +181,7 @@ class RingCache(BoundedCache):
             layer = self.layers[index]
             keys, values = (b[rows_of, :, places].transpose(1, 2).masked_fill(stays, 0) for b in layer.buffers)
             layer.accumulators[rows] = encode(keys, values, layer.queries, layer.accumulators[rows])
-        self.seen[rows_of, places] = False
+        self.seen[rows_of, places] = self.hidden
 
     @property
     def nbytes(self) -> int:
