@@ -65,6 +65,7 @@ OUT_OF_RANGE = {
     "optim": "adam",
     "save_strategy": "often",
     "chat_template_kwargs": "[1]",
+    "optim_args": "foo",
     "evict_ratio": 0.0,
     "window": 0,
     "rollout_batch_size": "many",

@@ -18,7 +18,9 @@ from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl.cache.schedule import Schedule
 from pte_trl.runtime.launch import check_launch, check_world, launch_line, named_launch, parse_launch
 from pte_trl.runtime.startup import cache_lines, describe, job_of, running_engine
+from pte_trl.training.arguments import parse_recipe
 from pte_trl.training.config import PteGRPOConfig
+from tests.test_recipes import recipe
 from tests.test_trainer import trainer_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,6 +208,13 @@ def test_launchers_other_than_accelerate_speak_by_their_variables(monkeypatch, t
     args = PteGRPOConfig(output_dir=str(tmp_path), method="lora", use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(ValueError, match="mixed_precision=fp16"):
         check_launch(args)
+
+
+@pytest.mark.parametrize("flags", [["--fsdp"], ["--fsdp", "full_shard"]])
+def test_fsdp_on_one_process_is_refused(tmp_path, flags):
+    """Which transformers does as well, once the weights are loaded."""
+    with pytest.raises(ValueError, match=r"^fsdp=True: divides a model over the processes of a launch, and this"):
+        check_launch(parse_recipe([*recipe(tmp_path), *flags])[1])
 
 
 def test_engines_by_their_classes():

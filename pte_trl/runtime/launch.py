@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from transformers.training_args import ParallelMode
 
 from pte_trl.compat.engines import default_launch_config, launch_parser
 from pte_trl.compat.transformers import fsdp_version_of, zero_stage_of
@@ -158,6 +159,13 @@ def check_launch(args) -> Launch:
     """
     launch = named_launch(args)
     check_world(args.world_size, launch)
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            f"fsdp={args.fsdp!r}: divides a model over the processes of a launch, and this process is alone; allowed "
+            "with `accelerate launch --num_processes 2` or more, or leave fsdp out"
+        )
+    if args.fsdp and args.deepspeed:
+        raise ValueError(f"fsdp={args.fsdp!r} with deepspeed={args.deepspeed!r}: give one of the two")
     recipe = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if launch.precision not in (None, recipe):
         raise ValueError(

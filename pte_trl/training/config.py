@@ -68,6 +68,7 @@ class BoundedTrainingConfig(CacheArguments):
         if self.deepspeed:
             check_extra("deepspeed", f"deepspeed={self.deepspeed!r}")
         super().__post_init__()
+        check_best(self)
         check_resume(self)
         check_trackers(self.report_to)
 
@@ -137,6 +138,22 @@ def check_replay(args: PteGRPOConfig) -> None:
     for key in ("segment_length", "offload_cache"):
         if getattr(args, key):
             raise ValueError(f"{key}={getattr(args, key)!r}: only with replay=segments")
+
+
+def check_best(args: BoundedTrainingConfig) -> None:
+    """Refuses to keep the best checkpoint where nothing says which one that is: none would ever be written.
+
+    Raises:
+        ValueError: as `check_method`.
+    """
+    if args.save_strategy != "best":
+        return
+    for key, value in (("metric_for_best_model", args.metric_for_best_model), ("eval_strategy", args.eval_strategy)):
+        if value in (None, "no"):
+            raise ValueError(
+                f"save_strategy='best' with {key}={getattr(value, 'value', value)!r}: needs metric_for_best_model, "
+                "such as eval_reward or eval_loss, and an eval_strategy; without both, allowed are no, steps and epoch"
+            )
 
 
 def check_resume(args: BoundedTrainingConfig) -> None:
