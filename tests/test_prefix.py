@@ -1,6 +1,7 @@
 """One long run holds every shorter one: the same tokens, and the same records once they are cut and graded again."""
 
 import pytest
+import torch
 
 from experiments.tiny.model import build, build_tokenizer
 from pte_trl.cache.policy import CachePolicy
@@ -23,6 +24,7 @@ POLICIES = {
 
 @pytest.fixture(scope="module")
 def model():
+    torch.manual_seed(0)  # of the weights, and with them of how long the completions are
     return with_pte(tiny("llama"))
 
 
