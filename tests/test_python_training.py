@@ -25,6 +25,7 @@ from pte_trl import (
 )
 from pte_trl.runtime.checkpoints import LISTING
 from pte_trl.training import grpo as recipe_script
+from pte_trl.training.described import trainer_settings
 from tests.launches import TIMES
 from tests.test_trainer import logged, reward_of_length
 
@@ -270,6 +271,11 @@ REFUSED = {
     "a dtype": (lambda s, t: {}, {"model_init_kwargs": {"dtype": "int7"}}, "dtype='int7': allowed are None, 'auto'"),
     "no prompts": (lambda s, t: {"train_dataset": few(["answer"])}, {}, r"columns \['answer'\]; the trainer reads"),
     "too few prompts": (lambda s, t: {"train_dataset": few(["prompt"], 0)}, {}, "the training set has 0 prompts"),
+    "no prompts to evaluate": (
+        *(lambda s, t: {"eval_dataset": few(["answer"])}, {}),
+        r"eval_dataset: has the columns \['answer'\]; the trainer reads",
+    ),
+    "nothing to evaluate": (lambda s, t: {}, {"eval_strategy": "steps"}, "eval_dataset=None: eval_strategy='steps'"),
     "an optimizer": (lambda s, t: {}, {"optim": "grokadamw"}, "optim='grokadamw'"),
 }
 
@@ -308,15 +314,18 @@ def test_gold_answers_are_read_before_weights_load(setting, tmp_path, monkeypatc
     sentence = rf"train_dataset: math-verify cannot read 1 gold answers: row 15: answer={bad!r} \(\w+"
     with pytest.raises(ValueError, match=sentence):
         grpo(setting, tmp_path, {"reward_funcs": [reward_of_length, reward], "train_dataset": data})
+    given = {"reward_funcs": reward, "eval_dataset": {"one": problems(), "two": data}}
+    with pytest.raises(ValueError, match=sentence.replace("train_dataset", r"eval_dataset\['two'\]")):
+        grpo(setting, tmp_path, given)
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):  # another reward may read them otherwise
         grpo(setting, tmp_path, {"train_dataset": data})
 
 
 @pytest.fixture
 def hub_cache(setting, tmp_path, monkeypatch):
-    """A cache, without a hub, of the repository org/model: two revisions, of which `spoilt` has no eos_token."""
+    """A cache, without a hub, of the repository org/model: three revisions, of which `spoilt` has no eos_token."""
     repository = tmp_path / "hub" / "models--org--model"
-    for commit, revision in (("a" * 40, "main"), ("b" * 40, "spoilt")):
+    for commit, revision in (("0" * 40, "main"), ("a" * 40, "other"), ("b" * 40, "spoilt")):
         shutil.copytree(setting / "model", repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(commit)
@@ -328,8 +337,9 @@ def hub_cache(setting, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make", [grpo, distill], ids=["GRPO", "distillation"])
 def test_the_tokenizer_of_a_revision_is_checked(setting, tmp_path, monkeypatch, hub_cache, make):
-    trainer = make(setting, tmp_path / "out", {"model": "org/model"}, model_init_kwargs={"revision": "main"})
+    trainer = make(setting, tmp_path / "out", {"model": "org/model"}, model_init_kwargs={"revision": "other"})
     assert trainer.processing_class.padding_side == "left"
+    assert trainer_settings(trainer)["base_sha256"] == "commit " + "a" * 40
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     for model in ("org/model", str(tmp_path / "hub/models--org--model/snapshots" / ("b" * 40))):
         with pytest.raises(ValueError, match="its tokenizer has no eos_token"):

@@ -49,9 +49,8 @@ def check_save_steps(args) -> None:
         ValueError: naming the key, its value and what is allowed.
     """
     steps = batch_steps(args)
-    key = {"steps": "save_steps", "best": "eval_steps"}.get(
-        args.save_strategy
-    )  # the best is saved when it is evaluated
+    # The best checkpoint is saved where it is evaluated.
+    key = {"steps": "save_steps", "best": "eval_steps"}.get(args.save_strategy)
     if key is None or steps == 1 or (key == "eval_steps" and args.eval_strategy != "steps"):
         return
     every = getattr(args, key)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import yaml
-from transformers.training_args import ParallelMode
 
 from pte_trl.compat.engines import default_launch_config, launch_parser
 from pte_trl.compat.transformers import fsdp_version_of, zero_stage_of
@@ -159,7 +158,7 @@ def check_launch(args) -> Launch:
     """
     launch = named_launch(args)
     check_world(args.world_size, launch)
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+    if args.fsdp and args.parallel_mode.value != "distributed":
         raise ValueError(
             f"fsdp={args.fsdp!r}: divides a model over the processes of a launch, and this process is alone; allowed "
             "with `accelerate launch --num_processes 2` or more, or leave fsdp out"

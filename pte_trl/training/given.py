@@ -66,36 +66,52 @@ def check_given(settings, model: Any, peft_config: Any):
     return config
 
 
-def check_data(settings, dataset: Any, rewards: Any = None) -> None:
-    """Refuses a training set with a missing column, an unreadable gold answer, or too few rows for a generation batch.
+def check_data(settings, dataset: Any, rewards: Any = None, evaluated: Any = None) -> None:
+    """Refuses data with a missing column or an unreadable gold answer, and too few rows for a generation batch.
 
     Streamed data are not checked: their columns, length and rows are not known. Gold answers are checked where an
     `AccuracyReward` reads them, by its own grader, which checks each distinct answer once.
 
+    Args:
+        dataset: to train on.
+        rewards: a reward function, or a list of them.
+        evaluated: `eval_dataset`, one or several by their names.
+
     Raises:
-        ValueError: naming the columns, both numbers, or column, row and value of the first bad answers.
+        ValueError: naming the argument and the columns, both numbers, or column, row and value of the first bad
+            answers.
     """
-    if not isinstance(dataset, Dataset):
-        return
+    if settings.eval_strategy != "no" and evaluated is None:
+        raise ValueError(
+            f"eval_dataset=None: eval_strategy={settings.eval_strategy.value!r} evaluates on one; give it, or allowed "
+            "is eval_strategy no"
+        )
+    sets = evaluated.items() if isinstance(evaluated, dict) else [(None, evaluated)]
+    named = {"eval_dataset" if name is None else f"eval_dataset[{name!r}]": rows for name, rows in sets}
+    for name, rows in ({"train_dataset": dataset} | named).items():
+        if isinstance(rows, Dataset):
+            _check_rows(name, rows, rewards)
+    if isinstance(dataset, Dataset):
+        check_enough(settings, len(dataset))
+
+
+def _check_rows(name: str, dataset: Dataset, rewards: Any) -> None:
     rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
     graders = [each.grader for each in rewards if isinstance(each, AccuracyReward)]
     needed = {"prompt": "the trainer"} | ({"answer": "AccuracyReward"} if graders else {})
     for column, reader in needed.items():
         if column not in dataset.column_names:
-            raise ValueError(
-                f"train_dataset: has the columns {dataset.column_names}; {reader} reads the column {column!r}"
-            )
-    check_enough(settings, len(dataset))
+            raise ValueError(f"{name}: has the columns {dataset.column_names}; {reader} reads the column {column!r}")
     for grader in graders:
-        on_main(lambda grader=grader: _check_answers(dataset, grader))
+        on_main(lambda grader=grader: _check_answers(name, dataset, grader))
 
 
-def _check_answers(dataset: Dataset, grader: Grader) -> None:
+def _check_answers(name: str, dataset: Dataset, grader: Grader) -> None:
     columns = [column for column in ("id", "answer") if column in dataset.column_names]
     try:
         check_golds(dataset.select_columns(columns).with_format(None), grader=grader)
     except ValueError as error:
-        raise ValueError(f"train_dataset: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def named_config(name: str, trust_remote_code: bool, options: dict):

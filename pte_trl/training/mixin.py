@@ -181,7 +181,7 @@ def load_if_named(arguments: dict[str, Any]) -> dict[str, Any]:
     launch = check_launch(args)
     check_engine(args, launch.engine)
     config = check_given(args, model, arguments.get("peft_config"))
-    check_data(args, arguments.get("train_dataset"), arguments.get("reward_funcs"))
+    check_data(args, *(arguments.get(name) for name in ("train_dataset", "reward_funcs", "eval_dataset")))
     if args.method != "lora" and not any(arguments.get("optimizers") or ()):
         check_optimizer(args)
     quantised = arguments.get("quantization_config") or (args.model_init_kwargs or {}).get("quantization_config")

@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> PteDistillationTrainer | None:
 
     def read(tokenizer):
         if script.completions:
-            return read_completions(script.completions, tokenizer)
+            limits = (args.cache_policy, script.max_prompt_tokens, args.chat_template_kwargs)
+            return read_completions(script.completions, tokenizer, *limits)
         return load_data(script, args, tokenizer)
 
     if not script.sample_to:
