@@ -12,7 +12,6 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from experiments.tiny.model import build, build_tokenizer
 from experiments.tiny.task import DIFFICULTIES, rows
-from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.settings.parsing import parse
 from pte_trl.training.arguments import RecipeArguments
@@ -330,12 +329,8 @@ ODD_ROWS = {
     r"prompt=\[1, 2\]: must be a text, or messages with role and content": [GOOD | {"prompt": [1, 2]}],
     r"prompt=\[{'role': 'user'}\]: must be a text, or messages": [GOOD | {"prompt": [{"role": "user"}]}],
     "content': None}.*: must be a text, or messages": [GOOD | {"prompt": [{"role": "user", "content": None}]}],
-    r"prompt='\\ud800': cannot be made tokens": [GOOD | {"prompt": "\ud800"}],
+    r"prompt='\\ud800': is not text": [GOOD | {"prompt": "\ud800"}],
     "prompt is a str, and the first is a list": [GOOD, GOOD | {"prompt": "1+1?"}],
-    r"budget=24: nothing is left for the thought, a prompt has \d+ tokens": [
-        GOOD,
-        GOOD | {"prompt": [{"role": "user", "content": "1 + 1 + 2 + 3 + 5 + 8 + 13?"}]},
-    ],
 }
 
 
@@ -344,15 +339,19 @@ def test_an_odd_row_is_found_when_its_file_is_read(tmp_path, message):
     path = tmp_path / "completions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ODD_ROWS[message]))
     with pytest.raises(ValueError, match=rf"completions\.jsonl, line {len(ODD_ROWS[message])}: .*{message}"):
-        read_completions(str(path), build_tokenizer(), CachePolicy(budget=24))
+        read_completions(str(path), build_tokenizer())
 
 
 def test_messages_that_are_not_alike_and_long_prompts(tmp_path, capsys):
     path, tokenizer = tmp_path / "completions.jsonl", build_tokenizer()
     long = GOOD | {"prompt": [{"role": "user", "content": "1 + " * 50}]}
     path.write_text("".join(json.dumps(row) + "\n" for row in (GOOD, long, GOOD)))
-    assert len(read_completions(str(path), tokenizer, CachePolicy(budget=24), 40)) == 2  # what is dropped need not fit
+    assert len(read_completions(str(path), tokenizer, 40)) == 2
     assert "1 of 3 prompts have more than max_prompt_tokens=40 tokens and are dropped" in capsys.readouterr().out
+    path.write_text(json.dumps(GOOD) + "\n")
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(ValueError, match=r"line 1: prompt=.*: cannot be made tokens \(TemplateError: no such role"):
+        read_completions(str(path), tokenizer)
     unlike = [GOOD | {"prompt": [GOOD["prompt"][0] | {"name": name}]} for name in ("a", 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in unlike))
     with pytest.raises(ValueError, match="the messages of its prompts are not alike"):

@@ -271,7 +271,8 @@ def test_training_evaluation_and_generate_make_the_same_prompt(setting, tmp_path
     script = RecipeArguments(**prompt, dataset_name=str(tmp_path / "one.jsonl"), decontaminate=False)
     tokenizer = load_tokenizer(script)
     tokenizer.chat_template = tokenizer.chat_template if chat else None
-    (trained,) = load_data(script, SimpleNamespace(chat_template_kwargs=None), tokenizer)["prompt"]
+    settings = SimpleNamespace(chat_template_kwargs=None, cache_policy=CachePolicy())
+    (trained,) = load_data(script, settings, tokenizer)["prompt"]
     args = EvaluationArguments(**prompt, output_dir="o", benchmarks=[script.dataset_name])
     (evaluated,) = prompt_tokens(load_benchmark(script.dataset_name), tokenizer, args)
     asked, _ = prepare(tokenizer, question, GenerateArguments(**prompt, question=question, window=8))
@@ -289,6 +290,18 @@ def test_a_window_is_the_one_that_a_training_decodes_and_replays_with(policy):
     windows = [sample_window(policy, len(ids)) for ids in prompts]
     assert [schedule.window for schedule in schedules_of(policy, prompts, None, 40)] == windows
     assert schedules_of(policy, prompts, windows, 40) == policy.schedules(torch.tensor(windows))
+
+
+def test_a_training_leaves_out_prompts_that_fill_its_budget(setting, capsys):
+    script = RecipeArguments(str(setting / "model"), dataset_name=str(setting / "sums.jsonl"), decontaminate=False)
+    tokenizer = load_tokenizer(script)
+    settings = SimpleNamespace(chat_template_kwargs=None, cache_policy=CachePolicy(), budget=None)
+    whole = load_data(script, settings, tokenizer)["prompt"]
+    lengths = [len(tokens_of(prompt, tokenizer)) for prompt in whole]
+    settings.budget = max(lengths)
+    settings.cache_policy = CachePolicy(budget=settings.budget)
+    assert len(load_data(script, settings, tokenizer)) == sum(n < max(lengths) for n in lengths) < len(whole)
+    assert f"budget={max(lengths)}: prompts of more than {max(lengths) - 1} tokens leave" in capsys.readouterr().out
 
 
 def test_seeds_and_windows_belong_to_the_sample():

@@ -11,7 +11,7 @@ from pte_trl.rewards.grader import Grader
 from pte_trl.rollouts.rollout import rollout
 from tests.models import VOCAB, tiny, with_pte
 
-SHORT, LONG = 21, 50
+SHORT, LONG = 25, 50
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [6, 5, 3], [5, 8, 9, 7, 9], [3, 2]]
 POLICIES = {
     "full": CachePolicy(),

@@ -260,5 +260,5 @@ def test_the_cache_in_words(tmp_path):
     assert "at most 512" in kept and evictions == "20 at 3072 tokens and W = 512, more where W is smaller"
     kept, evictions = words(window=None, budget=768)
     assert "W = 256 at prompts of 512" in kept and evictions.startswith("44 at 3072 tokens")
-    kept, _ = words(window=None, budget=300)  # prompts may be longer than that, and a run ends when one comes
+    kept, _ = words(window=None, budget=300)  # max_prompt_tokens may allow more
     assert "W = 1 at prompts of 299" in kept

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pte_trl.cache.policy import FULL_CACHE, CachePolicy
+from pte_trl.cache.policy import FULL_CACHE
 from pte_trl.data.files import open_table
 from pte_trl.data.prompts import drop_long, tokens_of
 from pte_trl.models.generation_config import eos_token_ids
@@ -79,20 +79,18 @@ def write_completions(
 def read_completions(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    policy: CachePolicy = FULL_CACHE,
     max_prompt_tokens: int | None = None,
     chat_template_kwargs: dict | None = None,
 ) -> Dataset:
     """Columns prompt and completion_ids.
 
     Args:
-        policy: the student's.
         max_prompt_tokens: rows with longer prompts are dropped, and their number is printed.
         chat_template_kwargs: those of the config.
 
     Raises:
-        ValueError: no rows, a row without them, a prompt that cannot be made tokens or leaves no room for a thought,
-            or tokens that the tokenizer does not have; names its line.
+        ValueError: no rows, a row without them, a prompt that cannot be made tokens, or tokens that the
+            tokenizer does not have: names its line. No prompt of at most `max_prompt_tokens`.
         OSError: no such file.
     """
     table = open_table(Path(path), ["prompt", "completion_ids"])
@@ -107,11 +105,8 @@ def read_completions(
         rows = Dataset.from_list(table.rows)
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"{path}: the messages of its prompts are not alike ({error})") from error
-    lengths = []
-    for place, prompt in zip(table.places, rows["prompt"], strict=True):  # as a trainer will see it
-        lengths.append(prompt_length(place, prompt, tokenizer, chat_template_kwargs))
-        if max_prompt_tokens is None or lengths[-1] <= max_prompt_tokens:
-            check_fits(place, lengths[-1], policy)
+    seen = zip(table.places, rows["prompt"], strict=True)  # as a trainer will see them
+    lengths = [prompt_length(place, prompt, tokenizer, chat_template_kwargs) for place, prompt in seen]
     return rows if max_prompt_tokens is None else drop_long(rows, lengths, max_prompt_tokens)
 
 
@@ -127,6 +122,10 @@ def check_row(place: str, row: dict, tokens: int) -> None:
         raise ValueError(f"{place}: completion_ids are of another tokenizer than this model's")
     if isinstance(prompt, list) and not all(is_message(message) for message in prompt):
         raise ValueError(f"{place}: prompt={prompt!r:.80}: must be a text, or messages with role and content as text")
+    try:
+        json.dumps(prompt, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: prompt={prompt!r:.80}: is not text (lone surrogates)") from error
 
 
 def is_message(value) -> bool:
@@ -144,10 +143,3 @@ def prompt_length(place: str, prompt: str | list, tokenizer: PreTrainedTokenizer
     except Exception as error:  # a chat template is a program: it may raise anything
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{place}: prompt={prompt!r:.80}: cannot be made tokens ({why})") from error
-
-
-def check_fits(place: str, length: int, policy: CachePolicy) -> None:
-    try:
-        policy.schedule(length)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
