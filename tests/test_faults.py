@@ -254,6 +254,10 @@ def test_what_a_script_does_not_hand_to_the_trainer_is_refused(tmp_path, change)
     [
         ({"optim": "lomo"}, "^optim='lomo': .*install"),
         ({"optim": "sgd", "optim_args": "momentum=-1"}, "^optim='sgd' with optim_args='momentum=-1': .*momentum"),
+        (
+            {"optim_args": "foo=1"},
+            "^optim='adamw_torch.*' with optim_args='foo=1': this optimizer makes no use of them",
+        ),
         ({"optim": "sgd", "optim_args": "momentum=much"}, "^optim='sgd' with optim_args='momentum=much': .*float"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "^lr_scheduler_type='cosine_with_min_lr' with .*min_lr"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"foo": 1}}, "^lr_scheduler_type='cosine' with .*foo"),

@@ -268,6 +268,14 @@ REFUSED = {
         *(lambda s, t: {"peft_config": LoraConfig(target_modules=["c_attn"])}, {"method": "lora_c"}),
         r"peft_config\.target_modules=\['c_attn'\]",
     ),
+    "an adapter that stays as it is": (
+        *(lambda s, t: {"peft_config": PteConfig(**PTE, inference_mode=True)}, {}),
+        "peft_config.inference_mode=True: nothing of the adapter would be trained; allowed is False",
+    ),
+    "an adapter that is on now and then": (
+        *(lambda s, t: {"peft_config": LoraConfig(r=4, alora_invocation_tokens=[3])}, {"method": "lora_c"}),
+        r"alora_invocation_tokens=\[3\]: such an adapter looks for its tokens in every call of the model",
+    ),
     "a dtype": (lambda s, t: {}, {"model_init_kwargs": {"dtype": "int7"}}, "dtype='int7': allowed are None, 'auto'"),
     "no prompts": (lambda s, t: {"train_dataset": few(["answer"])}, {}, r"columns \['answer'\]; the trainer reads"),
     "too few prompts": (lambda s, t: {"train_dataset": few(["prompt"], 0)}, {}, "the training set has 0 prompts"),
@@ -291,6 +299,14 @@ def test_what_cannot_work_is_refused_before_weights_load(setting, tmp_path, monk
     assert "\n" not in str(error.value)
 
 
+def test_tokens_of_a_tied_head_are_refused_in_grpo(setting, tmp_path):
+    """TRL's distillation reads no head, and trains them."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=[3])
+    for method, window in (("lora_c", 8), ("lora", None)):
+        with pytest.raises(ValueError, match=r"trainable_token_indices=\[3\]: this model's head is tied"):
+            grpo(setting, tmp_path, {"peft_config": lora}, method=method, window=window)
+
+
 @pytest.fixture(scope="module")
 def reward():
     reward = AccuracyReward()
@@ -304,6 +320,13 @@ def test_the_reward_needs_answers(setting, tmp_path, monkeypatch, reward):
     given = {"reward_funcs": [reward_of_length, reward], "train_dataset": few(["prompt"])}
     with pytest.raises(ValueError, match=r"the columns \['prompt'\]; AccuracyReward reads the column 'answer'"):
         grpo(setting, tmp_path, given)
+
+
+def test_a_reward_model_that_cannot_be_had(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(ConnectionError, match=r"^reward_funcs='none/such': none/such is not in the local cache"):
+        grpo(setting, tmp_path, {"reward_funcs": [reward_of_length, "none/such"]})
 
 
 @pytest.mark.parametrize("bad", ["see explanation", "", None], ids=repr)

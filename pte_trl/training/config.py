@@ -68,6 +68,7 @@ class BoundedTrainingConfig(CacheArguments):
         if self.deepspeed:
             check_extra("deepspeed", f"deepspeed={self.deepspeed!r}")
         super().__post_init__()
+        self.model_init_kwargs = with_dtype(self.model_init_kwargs)
         check_best(self)
         check_resume(self)
         check_trackers(self.report_to)
@@ -92,6 +93,13 @@ class PteGRPOConfig(BoundedTrainingConfig, GRPOConfig):
 def as_count(value):
     """The number in a text, as flags bring it; anything else as it is."""
     return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
+
+
+def with_dtype(options: dict | None) -> dict | None:
+    """`model_init_kwargs` with `torch_dtype`, transformers' earlier name, as `dtype`, whose default would win."""
+    if not isinstance(options, dict) or "torch_dtype" not in options:
+        return options
+    return {"dtype": options["torch_dtype"]} | {key: value for key, value in options.items() if key != "torch_dtype"}
 
 
 def check_method(args: BoundedTrainingConfig) -> None:

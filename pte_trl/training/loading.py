@@ -1,6 +1,7 @@
 """A model and an adapter, of a recipe or given to a trainer by name: refused before the weights load where they cannot
 work, and loaded."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,6 +96,8 @@ def check_optimizer(args: PteGRPOConfig) -> None:
     weights = [torch.zeros(1, requires_grad=True)]
     try:
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        if args.optim_args and options == without_optim_args(args):
+            raise ValueError("this optimizer makes no use of them; leave optim_args out")
         if optimizer.__module__.startswith("torch.optim"):  # others may want a GPU, or more than one weight
             optimizer(weights, **options)
     except (ImportError, ValueError, AttributeError, TypeError) as error:
@@ -108,6 +111,13 @@ def check_optimizer(args: PteGRPOConfig) -> None:
         raise ValueError(
             f"lr_scheduler_type={getattr(name, 'value', name)!r} with lr_scheduler_kwargs={options!r}: {error}"
         ) from error
+
+
+def without_optim_args(args: PteGRPOConfig) -> dict:
+    """What the optimizer is made with where no `optim_args` are given."""
+    plain = copy.copy(args)
+    plain.optim_args = None
+    return Trainer.get_optimizer_cls_and_kwargs(plain)[1]
 
 
 def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:
