@@ -88,7 +88,13 @@ SHARED_RUNS = {
         "trackio_static_space_id": False,
     },
     # tracemalloc, which it switches on, is slow
-    "memory": {"skip_memory_metrics": False, "max_completion_length": 2, "max_steps": 1},
+    "memory": {
+        "skip_memory_metrics": False,
+        "max_completion_length": 2,
+        "max_steps": 1,
+        "optim": "sgd",
+        "optim_args": "momentum=0.5",
+    },
     "evaluation": {
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -257,7 +263,6 @@ NEEDS = {
         "deepspeed",
         "local_rank",
     ),
-    "an optimizer that takes it (GaLore, LOMO)": ("optim_args",),
 }
 # Set by every test here: where a run writes, and that it leaves a GPU alone.
 BY_EVERY_RUN = ("output_dir", "use_cpu", "method", "window")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import (
     AutoModelForCausalLM,
     GenerationMixin,
@@ -35,6 +36,22 @@ def test_rotary_is_that_of_every_family(family):
     x, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 8)
     _, wanted = module.apply_rotary_pos_emb(x, x, angles.cos(), angles.sin(), unsqueeze_dim=2)
     assert torch.equal(rotate(x, angles.cos(), angles.sin()), wanted)
+
+
+@about("transformers.commit_of")
+def test_the_commit_of_a_configuration(tmp_path, monkeypatch):
+    repository = tmp_path / "models--org--model"
+    for commit, revision in (("a" * 40, "main"), ("b" * 40, "other")):
+        tiny(dtype=torch.float32).save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision, commit in ((None, "a"), ("other", "b"), ("b" * 40, "b")):
+        options = {} if revision is None else {"revision": revision}
+        loaded = AutoModelForCausalLM.from_pretrained("org/model", **options)
+        assert transformers.commit_of(loaded.config) == commit * 40
+    assert transformers.commit_of(tiny().config) is None
 
 
 @about("transformers.PREFIX_CHECKPOINT_DIR")

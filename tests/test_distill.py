@@ -318,8 +318,43 @@ def test_completions_that_were_sampled_once(tmp_path):
     second.train()
     lengths = [len(row["completion_ids"]) for row in rows[:8]]
     assert logged(second, "completions/mean_length")[0] == pytest.approx(sum(lengths) / 8, rel=1e-3)
-    path.write_text('{"prompt": "x", "completion_ids": [999999]}\n')
-    with pytest.raises(ValueError, match="line 1: completion_ids are of another tokenizer"):
+
+
+GOOD = {"prompt": [{"role": "user", "content": "1+1?"}], "completion_ids": [5, 6]}
+# Rows of a file of completions -> what is said of the last one.
+ODD_ROWS = {
+    "completion_ids are of another tokenizer": [GOOD | {"completion_ids": [999999]}],
+    "needs prompt .* has prompt: list": [GOOD | {"prompt": []}],
+    "needs prompt .* has prompt: int": [GOOD | {"prompt": 7}],
+    r"prompt=\[1, 2\]: must be a text, or messages with role and content": [GOOD | {"prompt": [1, 2]}],
+    r"prompt=\[{'role': 'user'}\]: must be a text, or messages": [GOOD | {"prompt": [{"role": "user"}]}],
+    "content': None}.*: must be a text, or messages": [GOOD | {"prompt": [{"role": "user", "content": None}]}],
+    r"prompt='\\ud800': is not text": [GOOD | {"prompt": "\ud800"}],
+    "prompt is a str, and the first is a list": [GOOD, GOOD | {"prompt": "1+1?"}],
+}
+
+
+@pytest.mark.parametrize("message", ODD_ROWS)
+def test_an_odd_row_is_found_when_its_file_is_read(tmp_path, message):
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ODD_ROWS[message]))
+    with pytest.raises(ValueError, match=rf"completions\.jsonl, line {len(ODD_ROWS[message])}: .*{message}"):
+        read_completions(str(path), build_tokenizer())
+
+
+def test_messages_that_are_not_alike_and_long_prompts(tmp_path, capsys):
+    path, tokenizer = tmp_path / "completions.jsonl", build_tokenizer()
+    long = GOOD | {"prompt": [{"role": "user", "content": "1 + " * 50}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (GOOD, long, GOOD)))
+    assert len(read_completions(str(path), tokenizer, 40)) == 2
+    assert "1 of 3 prompts have more than max_prompt_tokens=40 tokens and are dropped" in capsys.readouterr().out
+    path.write_text(json.dumps(GOOD) + "\n")
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(ValueError, match=r"line 1: prompt=.*: cannot be made tokens \(TemplateError: no such role"):
+        read_completions(str(path), tokenizer)
+    unlike = [GOOD | {"prompt": [GOOD["prompt"][0] | {"name": name}]} for name in ("a", 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in unlike))
+    with pytest.raises(ValueError, match="the messages of its prompts are not alike"):
         read_completions(str(path), tokenizer)
 
 

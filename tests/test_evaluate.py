@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+import torch
 
-from experiments.tiny.model import build
-from experiments.tiny.task import DIFFICULTIES, rows
-from pte_trl import PteConfig
 from pte_trl.cache.eviction import STRATEGIES
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.data.prompts import tokens_of
@@ -25,60 +20,23 @@ from pte_trl.evaluation.config import FROM_RECIPE, EvaluationArguments, ModelSou
 from pte_trl.evaluation.generate import GenerateArguments, prepare
 from pte_trl.evaluation.prefix import prefix_records
 from pte_trl.evaluation.records import SCHEMA, read_records
-from pte_trl.evaluation.regrade import main as regrade_command
 from pte_trl.evaluation.regrade import regrade
 from pte_trl.evaluation.runner import CHUNK_TOKENS, REFILLS, chunk_size, prompt_tokens, sample_window, seed_of
 from pte_trl.evaluation.script import main
 from pte_trl.models.tokens import load_tokenizer
-from pte_trl.rollouts.rollout import rollout
-from pte_trl.runtime.ownership import own
+from pte_trl.rollouts.rollout import rollout, schedules_of
 from pte_trl.settings.parsing import read_recipe
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.run import load_data
+from tests.evaluations import PROBLEMS, SAMPLES, argv, content, untrained
 from tests.forked import python
-from tests.models import randomise_up
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBLEMS, SAMPLES = 7, 3
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """An untrained model, a PTE adapter that does something, and problems with prompts of two lengths."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    model, tokenizer = build(seed=0)
-    tokenizer.save_pretrained(folder / "model")
-    # It draws from 900 tokens alike: with these, half of the completions end, each after another number of tokens.
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(200, 212)]
-    model.save_pretrained(folder / "model")
-    adapted = get_peft_model(model, PteConfig(rank=4, num_global_tokens=4))
-    randomise_up(adapted)
-    adapted.save_pretrained(folder / "adapter")
-    some = rows("test", 4, 0, DIFFICULTIES["easy"]) + rows("test", 3, 0, DIFFICULTIES["hard"])
-    (folder / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
-    return folder
-
-
-def argv(setting, out, **changes) -> list[str]:
-    options = {
-        "model_name_or_path": setting / "model",
-        "adapter": setting / "adapter",
-        "dtype": "float32",
-        "benchmarks": setting / "sums.jsonl",
-        "output_dir": out,
-        "budget": 48,
-        "max_new_tokens": 40,
-        "samples": SAMPLES,
-        "temperature": 1.0,
-        "batch_size": 4,
-        "grader_workers": 1,  # each takes a second to start
-        "use_cpu": "true",
-    } | changes
-    return [str(part) for key, value in options.items() if value is not None for part in (f"--{key}", value)]
-
-
-def content(out) -> str:
-    return (Path(out) / "sums" / "records.jsonl").read_text()
+    return untrained(tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +54,7 @@ def test_every_sample_is_a_record_with_its_settings(setting, finished):
     assert any(r["evictions"] for r in records)
     for record in records:
         assert record["schema"] == SCHEMA
-        assert record["sample_window"] == 48 - -(-record["prompt_tokens"] // 8) * 8
+        assert record["sample_window"] == 48 - record["prompt_tokens"]
         assert record["finish_reason"] == ("length" if record["tokens"] == 40 else "stop")
         assert record["adapter"] == str(setting / "adapter")
         assert record["prompt"].endswith("<|im_start|>assistant\n")
@@ -175,62 +133,6 @@ def test_in_bfloat16_too_a_batch_cut_by_a_kill_gives_the_same_records(setting, t
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
-def test_other_problems_under_the_same_name_are_refused(setting, finished, tmp_path):
-    before = content(finished)
-    other = tmp_path / "sums.jsonl"
-    other.write_text((setting / "sums.jsonl").read_text().replace("Find", "Seek"))
-    with pytest.raises(SystemExit, match="benchmark_sha256"):
-        main(argv(setting, finished, benchmarks=other))
-    assert content(finished) == before
-
-
-def test_fewer_samples_than_are_there_already_are_refused(setting, finished, tmp_path):
-    (tmp_path / "sums").mkdir()
-    (tmp_path / "sums" / "part-0.jsonl").write_text("".join(content(finished).splitlines(keepends=True)[:9]))
-    with pytest.raises(SystemExit, match=r"9 samples of another selection.*samples=2"):
-        main(argv(setting, tmp_path, samples=2))
-
-
-@pytest.mark.parametrize(("key", "value"), [("temperature", 0.5), ("budget", 56), ("samples", 2), ("seed", 1)])
-def test_a_folder_of_other_settings_is_refused(setting, finished, key, value):
-    before = content(finished)
-    with pytest.raises(SystemExit, match=f"{key}={value}|{key}=48|{key}=1.0|{key}=0"):
-        main(argv(setting, finished, **{key: value}))
-    assert content(finished) == before
-
-
-def test_what_is_there_is_looked_at_before_the_weights_load(setting, finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pte_trl.evaluation.script.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
-    main(argv(setting, finished))
-    assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"temperature=1\.0, this evaluation has 0\.5"):
-        main(argv(setting, finished, temperature=0.5))
-    shutil.copytree(finished, tmp_path / "out")
-    (tmp_path / "out/sums/records.jsonl").write_text("5\n")
-    with pytest.raises(SystemExit, match=r"records\.jsonl, line 1: is 5 and no record"):
-        main(argv(setting, tmp_path / "out"))
-
-
-def test_nothing_to_grade_again_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match=r"no records\.jsonl below"):
-        regrade_command([str(tmp_path)])
-
-
-def test_an_adapter_trained_anew_is_another_setting(setting, finished, tmp_path):
-    shutil.copytree(finished / "sums", tmp_path / "sums")
-    other = shutil.copytree(setting / "adapter", tmp_path / "adapter") / "adapter_model.safetensors"
-    weights = load_file(other)
-    save_file({name: weight + 1e-3 for name, weight in weights.items()}, other)
-    shutil.move(setting / "adapter", setting / "before")
-    try:
-        shutil.copytree(tmp_path / "adapter", setting / "adapter")
-        with pytest.raises(SystemExit, match="adapter_sha256"):
-            main(argv(setting, tmp_path))
-    finally:
-        shutil.rmtree(setting / "adapter")
-        shutil.move(setting / "before", setting / "adapter")
-
-
 def launch(setting, out, *prefix: str, **changes) -> subprocess.Popen:
     # By a launcher, its ranks share what is imported; alone, it is a process of its own, which can be killed.
     command = [
@@ -281,116 +183,14 @@ def test_regrading_gives_the_verdicts_back(finished, tmp_path):
     assert regrade(folder) == 0
 
 
-def test_prompts_beyond_the_budget_are_recorded_as_such(setting, tmp_path):
-    summary = main(argv(setting, tmp_path, budget=32))[str(setting / "sums.jsonl")]
+def test_prompts_beyond_the_budget_are_recorded_as_such(setting, finished, tmp_path):
+    longest = max(record["prompt_tokens"] for record in read_records(finished / "sums"))
+    summary = main(argv(setting, tmp_path, budget=longest))[str(setting / "sums.jsonl")]
     records = read_records(tmp_path / "sums")
     without = [r for r in records if r["finish_reason"] == "no_room"]
-    assert {r["problem_id"] for r in without} == {r["problem_id"] for r in records if r["prompt_tokens"] > 24}
+    assert {r["problem_id"] for r in without} == {r["problem_id"] for r in records if r["prompt_tokens"] == longest}
     assert summary["no_room_rate"] == len(without) / len(records) > 0
     assert not any(r["correct"] for r in without)
-
-
-# ---- what is no evaluation -------------------------------------------------------------------------------------
-
-
-def spoilt(setting, folder, name: str, change) -> Path:
-    """A copy of the model or the adapter with other weights."""
-    copy = shutil.copytree(setting / name, folder / name)
-    (file,) = copy.glob("*.safetensors")
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-    return copy
-
-
-def nan_in_last(tensors: dict) -> dict:
-    tensors[max(tensors)].view(-1)[0] = float("nan")
-    return tensors
-
-
-def finished_files(folder) -> list:
-    return [path.name for name in ("records.jsonl", "manifest.json") for path in folder.rglob(name)]
-
-
-@pytest.mark.parametrize("options", [{}, {"budget": None}, {"temperature": 0}, {"eviction": "h2o"}])
-def test_a_model_that_is_not_finite_is_not_recorded_as_wrong(setting, tmp_path, options):
-    model = spoilt(setting, tmp_path, "model", nan_in_last)
-    message = (
-        r"error: .*sums.jsonl, rank 0: log-probs are not finite \(nan\) in 2 of 2 samples, first in problem .*prompt"
-    )
-    with pytest.raises(SystemExit, match=message):
-        main(
-            argv(setting, tmp_path / "out", model_name_or_path=model, limit=2, samples=1, max_new_tokens=4, **options)
-        )
-    assert finished_files(tmp_path) == []
-
-
-ADAPTERS = {
-    "hold NaN or infinity, first": nan_in_last,
-    "lacks": lambda tensors: {name: tensors[name] for name in sorted(tensors)[::2]},
-}
-
-
-@pytest.mark.parametrize("message", ADAPTERS)
-def test_an_adapter_that_is_not_whole_is_refused(setting, tmp_path, message):
-    adapter = spoilt(setting, tmp_path, "adapter", ADAPTERS[message])
-    with pytest.raises(SystemExit, match=message):
-        main(argv(setting, tmp_path / "out", adapter=adapter))
-    assert finished_files(tmp_path) == []
-
-
-def test_a_base_model_whose_weights_changed_is_another_setting(setting, finished, tmp_path):
-    """The first half of the records is there; the other must not be another model's."""
-    model = spoilt(setting, tmp_path, "model", lambda tensors: {n: t + 1e-3 for n, t in tensors.items()})
-    (tmp_path / "out/sums").mkdir(parents=True)
-    lines = content(finished).replace(json.dumps(str(setting / "model")), json.dumps(str(model)))
-    (tmp_path / "out/sums/part-0.jsonl").write_text("".join(lines.splitlines(keepends=True)[:9]))
-    with pytest.raises(SystemExit, match=r"holds records with base_sha256='\w+', this evaluation has '\w+'"):
-        main(argv(setting, tmp_path / "out", model_name_or_path=model))
-    assert finished_files(tmp_path) == []
-
-
-def test_a_budget_that_no_prompt_fits_is_refused(setting, tmp_path):
-    message = r"budget=16: .*sums.jsonl has no prompt that leaves room in it, the shortest has \d+ tokens; allowed are"
-    with pytest.raises(SystemExit, match=message):
-        main(argv(setting, tmp_path, budget=16))
-    assert finished_files(tmp_path) == []
-
-
-def test_a_second_evaluation_in_the_same_place_is_refused(setting, tmp_path):
-    own(tmp_path / "sums")
-    with pytest.raises(SystemExit, match=r"sums: this process is writing there; wait for it or end it"):
-        main(argv(setting, tmp_path))
-
-
-def test_a_damaged_line_ends_an_evaluation_with_its_file_and_number(setting, finished, tmp_path):
-    shutil.copytree(finished / "sums", tmp_path / "sums")
-    records = tmp_path / "sums/records.jsonl"
-    records.write_text(records.read_text() + '{"a": 1}\n')
-    with pytest.raises(SystemExit, match=r"error: .*records\.jsonl, line 22: a record without a proper problem_id"):
-        main(argv(setting, tmp_path))
-
-
-BAD = [
-    ({"eviction": "h2o", "budget": None}, "eviction='h2o': nothing is evicted from a full cache"),
-    ({"budget": 1}, "budget=1"),
-    ({"window": 8}, "window=8, budget=48"),
-    ({"temperature": -1}, "temperature=-1"),
-    ({"top_p": 0}, "top_p=0"),
-    ({"samples": 0}, "samples=0"),
-    ({"evict_ratio": 2}, "evict_ratio=2"),
-    ({"dtype": "int8"}, "dtype='int8'"),
-    ({"eviction": "youngest"}, "eviction='youngest'"),
-    ({"adapter": "/nowhere"}, "/nowhere"),
-    ({"benchmarks": "math5000"}, "math5000"),
-    ({"chat_template_kwargs": "{"}, "chat_template_kwargs='{'"),
-    ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2': allowed are"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_input_stops_before_the_weights_load(setting, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr("pte_trl.evaluation.script.load_for_evaluation", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises((SystemExit, ValueError), match=message):
-        main(argv(setting, tmp_path, **changes))
 
 
 @pytest.mark.parametrize("eviction", STRATEGIES)
@@ -471,7 +271,8 @@ def test_training_evaluation_and_generate_make_the_same_prompt(setting, tmp_path
     script = RecipeArguments(**prompt, dataset_name=str(tmp_path / "one.jsonl"), decontaminate=False)
     tokenizer = load_tokenizer(script)
     tokenizer.chat_template = tokenizer.chat_template if chat else None
-    (trained,) = load_data(script, SimpleNamespace(chat_template_kwargs=None), tokenizer)["prompt"]
+    settings = SimpleNamespace(chat_template_kwargs=None, cache_policy=CachePolicy())
+    (trained,) = load_data(script, settings, tokenizer)["prompt"]
     args = EvaluationArguments(**prompt, output_dir="o", benchmarks=[script.dataset_name])
     (evaluated,) = prompt_tokens(load_benchmark(script.dataset_name), tokenizer, args)
     asked, _ = prepare(tokenizer, question, GenerateArguments(**prompt, question=question, window=8))
@@ -483,23 +284,31 @@ def test_training_evaluation_and_generate_make_the_same_prompt(setting, tmp_path
     assert tokenizer.decode(asked) == said
 
 
-def test_text_is_no_leave_to_run_code(tmp_path):
-    (tmp_path / "r.yaml").write_text('model_name_or_path: m\ntrust_remote_code: "false"\n')
-    with pytest.raises(ValueError, match="trust_remote_code='false': must be true or false"):
-        ModelSource(recipe=str(tmp_path / "r.yaml"))
+@pytest.mark.parametrize("policy", [CachePolicy(budget=48), CachePolicy(12), CachePolicy("auto")], ids=str)
+def test_a_window_is_the_one_that_a_training_decodes_and_replays_with(policy):
+    prompts = [[1] * length for length in (1, 7, 8, 9, 23, 47)]
+    windows = [sample_window(policy, len(ids)) for ids in prompts]
+    assert [schedule.window for schedule in schedules_of(policy, prompts, None, 40)] == windows
+    assert schedules_of(policy, prompts, windows, 40) == policy.schedules(torch.tensor(windows))
+
+
+def test_a_training_leaves_out_prompts_that_fill_its_budget(setting, capsys):
+    script = RecipeArguments(str(setting / "model"), dataset_name=str(setting / "sums.jsonl"), decontaminate=False)
+    tokenizer = load_tokenizer(script)
+    settings = SimpleNamespace(chat_template_kwargs=None, cache_policy=CachePolicy(), budget=None)
+    whole = load_data(script, settings, tokenizer)["prompt"]
+    lengths = [len(tokens_of(prompt, tokenizer)) for prompt in whole]
+    settings.budget = max(lengths)
+    settings.cache_policy = CachePolicy(budget=settings.budget)
+    assert len(load_data(script, settings, tokenizer)) == sum(n < max(lengths) for n in lengths) < len(whole)
+    assert f"budget={max(lengths)}: prompts of more than {max(lengths) - 1} tokens leave" in capsys.readouterr().out
 
 
 def test_seeds_and_windows_belong_to_the_sample():
     assert seed_of(0, "a", "b", 0) == seed_of(0, "a", "b", 0) < 2**32
     assert len({seed_of(s, b, p, n) for s in (0, 1) for b in "ab" for p in "cd" for n in (0, 1)}) == 16
 
-    lengths, policy = (1, 8, 9, 512, 760, 761, 900), CachePolicy(budget=768)
-    assert [sample_window(policy, tokens) for tokens in lengths] == [760, 760, 752, 256, 8, 0, 0]
+    lengths, policy = (1, 8, 9, 512, 767, 768, 900), CachePolicy(budget=768)
+    assert [sample_window(policy, tokens) for tokens in lengths] == [767, 760, 759, 256, 1, 0, 0]
     assert sample_window(CachePolicy(12), 900) == 12
     assert sample_window(CachePolicy(), 900) is None
-
-
-def test_a_known_benchmark_with_missing_rows_is_refused(tmp_path):
-    (tmp_path / "aime24.jsonl").write_text(json.dumps({"id": "1", "problem": "p", "answer": "1"}) + "\n")
-    with pytest.raises(ValueError, match="aime24: has 1 problems, must have 30"):
-        load_benchmark("aime24", tmp_path)

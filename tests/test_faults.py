@@ -233,7 +233,13 @@ def test_code_that_comes_with_a_model_runs_only_where_the_recipe_says_so(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"eval_strategy": "steps"}, {"eval_on_start": True}, {"model_init_kwargs": {"a": 1}}]
+    "change",
+    [
+        {"eval_strategy": "steps"},
+        {"eval_on_start": True},
+        {"load_best_model_at_end": True},
+        {"model_init_kwargs": {"a": 1}},
+    ],
 )
 def test_what_a_script_does_not_hand_to_the_trainer_is_refused(tmp_path, change):
     build(seed=0)[0].save_pretrained(tmp_path / "model")
@@ -247,6 +253,12 @@ def test_what_a_script_does_not_hand_to_the_trainer_is_refused(tmp_path, change)
     ("change", "message"),
     [
         ({"optim": "lomo"}, "^optim='lomo': .*install"),
+        ({"optim": "sgd", "optim_args": "momentum=-1"}, "^optim='sgd' with optim_args='momentum=-1': .*momentum"),
+        (
+            {"optim_args": "foo=1"},
+            "^optim='adamw_torch.*' with optim_args='foo=1': this optimizer makes no use of them",
+        ),
+        ({"optim": "sgd", "optim_args": "momentum=much"}, "^optim='sgd' with optim_args='momentum=much': .*float"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "^lr_scheduler_type='cosine_with_min_lr' with .*min_lr"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"foo": 1}}, "^lr_scheduler_type='cosine' with .*foo"),
     ],

@@ -144,18 +144,32 @@ def test_a_neutral_generation_config_leaves_plain_sampling(hostile):
     assert eos_token_ids(model, tokenizer) == [3, tokenizer.eos_token_id]
 
 
+def test_weights_that_are_not_finite_end_it(model, tmp_path, capsys):
+    """As in training and evaluation; without a check it would write a text of the first token."""
+    spoilt = AutoModelForCausalLM.from_pretrained(model)
+    spoilt.model.layers[-1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    folder = shutil.copytree(model, tmp_path / "spoilt")
+    spoilt.save_pretrained(folder)
+    with pytest.raises(SystemExit, match=r"^error: question 'a1b2\. Find A\.': logits are not finite \(nan\)"):
+        main(argv(folder))
+
+
 # ---- settings -----------------------------------------------------------------------------------------------------
 
 
 def test_a_flag_takes_the_place_of_the_recipe_s_window(model, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("window: 8\nmax_new_tokens: 4\n")
-    seen = []
-    monkeypatch.setattr("pte_trl.evaluation.generate.answer", lambda *args: seen.append(args[3]))
+    seen, prompt_ids = [], []
+    monkeypatch.setattr(
+        "pte_trl.evaluation.generate.answer",
+        lambda model, tokenizer, ids, schedule, args: (prompt_ids.append(ids), seen.append(schedule)),
+    )
     main(argv(model, config=recipe, max_new_tokens=None))
-    assert seen == [Schedule(40 - 16)]  # the prompt's tokens, rounded up as in an evaluation
+    (asked,) = prompt_ids
+    assert seen == [CachePolicy(budget=40).schedule(len(asked))] == [Schedule(40 - len(asked))]  # as in training
     main(argv(model, config=recipe, budget=None, max_new_tokens=None))
-    assert seen == [Schedule(24), Schedule(8)]
+    assert seen[1:] == [Schedule(8)]
     recipe.write_text("window: 8\nbudget: 64\n")
     with pytest.raises(SystemExit, match="window=8, budget=64: give exactly one of the two"):
         main(argv(model, config=recipe, budget=None))
@@ -199,7 +213,7 @@ BAD = [
     ({"window": 4}, "window=4, budget=40"),
     ({"budget": 1}, "budget=1: must be an integer of at least 2"),
     ({"budget": None, "window": 0}, "window=0: must be an integer of at least 1"),
-    ({"budget": 16}, r"budget=16: nothing is left for the thought.* has 1\d tokens; allowed is 17 or more"),
+    ({"budget": 8}, r"budget=8: nothing is left for the thought.* has 1\d tokens; allowed is 1\d or more"),
     ({"evict_ratio": 0}, "evict_ratio=0.0"),
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be an integer of at least 1"),
     ({"status_every": 0}, "status_every=0: must be an integer of at least 1"),

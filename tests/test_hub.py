@@ -1,5 +1,6 @@
 """Hub names: what is missing, not open or not reachable is refused in one sentence, within seconds."""
 
+import json
 import socket
 import threading
 import time
@@ -32,7 +33,8 @@ class Server(BaseHTTPRequestHandler):
                     self.wfile.write(b"H")
                 time.sleep(0.05)
             return
-        body = b'{"id": "org/model", "gated": "auto"}' if status == 200 else b"{}"
+        about = {"id": "org/model"} | ({"gated": "auto"} if self.server.gated else {})
+        body = json.dumps(about if status == 200 else {}).encode()
         if self.path.endswith("/auth-check"):
             status = 403
         self.send_response(status)
@@ -53,6 +55,7 @@ def server(monkeypatch, tmp_path):
     """A hub of our own, with an empty cache."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.daemon_threads, server.status, server.asked, server.closing = True, 404, [], False
+    server.gated = True
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     elsewhere(monkeypatch, tmp_path, server.server_address[1])
     yield server
@@ -79,6 +82,7 @@ def elsewhere(monkeypatch, tmp_path, port: int) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(hub, "LIMIT", 0.5)
+    monkeypatch.setattr(hub, "_answered", {})
     monkeypatch.chdir(tmp_path)
 
 
@@ -133,6 +137,21 @@ def test_a_cached_model_with_the_hub_there_changes_nothing(server, tmp_path):
     cache(tmp_path, "models--org--model", "config.json")
     hub.reachable(MODEL)
     assert server.asked == ["/api/models/org/model"] and not huggingface_hub.is_offline_mode()
+
+
+def test_a_start_asks_once_for_each_name(server, tmp_path, monkeypatch):
+    """Settings, model, data and benchmarks are looked at in turn."""
+    server.status, server.gated = 200, False
+    other = hub.HubName("org/data", "dataset", "dataset_name='org/data'", "data_dir to a folder")
+    for names in ((MODEL, other), (MODEL,), (other,), (MODEL,)):
+        hub.reachable(*names)
+    assert server.asked == ["/api/models/org/model", "/api/datasets/org/data"]
+    cache(tmp_path, "models--org--model", "config.json")
+    hub.reachable(MODEL)
+    assert len(server.asked) == 2, "the hub has answered a moment ago"
+    monkeypatch.setattr(hub, "FRESH", 0.0)
+    hub.reachable(MODEL)
+    assert len(server.asked) == 3
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -69,6 +69,9 @@ def test_each_file_of_a_model_changes_its_own_key(tmp_path, name):
     assert [key for key in before if before[key] != after[key]] == [DECIDE[name]] * (DECIDE[name] is not None)
 
 
+KEYS = ("base_sha256", "tokenizer_sha256")
+
+
 def test_a_model_of_the_hub_is_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repo = tmp_path / "models--org--name"
@@ -79,6 +82,7 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "try_to_load_from_cache", _from(tmp_path))
     assert base_identity("org/name")["base_sha256"] == "commit abc123"
     assert base_identity("org/other")["base_sha256"] is None
+    assert base_identity("org/name", commit="b" * 40) == dict.fromkeys(KEYS, "commit " + "b" * 40)
 
 
 def _from(cache):

@@ -65,6 +65,7 @@ OUT_OF_RANGE = {
     "optim": "adam",
     "save_strategy": "often",
     "chat_template_kwargs": "[1]",
+    "optim_args": "foo",
     "evict_ratio": 0.0,
     "window": 0,
     "rollout_batch_size": "many",
@@ -75,6 +76,12 @@ OUT_OF_RANGE = {
 def test_a_python_user_meets_the_same_sentence(tmp_path, key):
     with pytest.raises(ValueError, match=rf"^{key}=.*: must be "):
         PteGRPOConfig(**{"output_dir": str(tmp_path), "window": 8, "use_cpu": True, key: OUT_OF_RANGE[key]})
+
+
+@pytest.mark.parametrize("options", [{"torch_dtype": "bfloat16"}, '{"torch_dtype": "bfloat16"}'], ids=type)
+def test_an_earlier_name_of_dtype_counts(tmp_path, options):
+    args = PteGRPOConfig(output_dir=tmp_path, window=8, use_cpu=True, bf16=False, model_init_kwargs=options)
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
 
 
 def test_a_folder_may_be_a_path(tmp_path):

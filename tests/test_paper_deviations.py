@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.paper import numbers, plan, results, tables
+from experiments.paper import numbers, plan, results, scores, tables
 from experiments.paper.captions import missing_names
 from experiments.paper.deviations import data, deviations
 from experiments.paper.plan import Cell
 from experiments.tiny.model import build
 from pte_trl.cache.schedule import Schedule
+from pte_trl.rewards.grader import Grader
 from pte_trl.runtime.efficiency import visible_pairs
 from tests.paper_runs import MATH, MODEL, STAND_IN, evaluation, table1_cells, write_evaluation, write_training
 
@@ -164,8 +165,10 @@ def test_completions_within_the_length_are_not_cut(tmp_path):
         results.rows("figure5", [Cell(keys, source, "pass@1@97")])
 
 
-def test_longer_completions_are_cut_and_graded_again(tmp_path):
-    pytest.importorskip("pte_trl.evaluation.prefix")
+def test_longer_completions_are_cut_and_graded_again_by_one_grader(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("pte_trl.rewards.grader.Grader", lambda: made.append(Grader()) or made[-1])
+    scores._grader.cache_clear()
     model, tokenizer = build(seed=0)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -175,8 +178,15 @@ def test_longer_completions_are_cut_and_graded_again(tmp_path):
     settings |= {"model_name_or_path": str(tmp_path / "model")}
     write_evaluation(tmp_path / "run", [[1], [1]], tokens=[[len(ids)], [len(ids)]], **settings)
     source, keys = evaluation(tmp_path / "run", length=96), {"method": "pte", "max_generation_length": "3072"}
-    cells = [Cell(keys, source, f"pass@1@{length}") for length in (len(ids), len(ids) - 3)]
-    assert [(row.ours, row.at) for row in results.rows("figure5", cells)] == [(100, len(ids)), (0, len(ids) - 3)]
+    cells = [Cell(keys, source, f"pass@1@{length}") for length in (len(ids), len(ids) - 3, len(ids) - 4)]
+    assert [(row.ours, row.at) for row in results.rows("figure5", cells)] == [
+        (100, len(ids)),
+        (0, len(ids) - 3),
+        (0, len(ids) - 4),
+    ]
+    assert len(made) == 1
+    made[0].close()
+    scores._grader.cache_clear()
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "pass@0", "pass@", "pass@1@", "pass@1@x"])

@@ -1,6 +1,7 @@
 """One long run holds every shorter one: the same tokens, and the same records once they are cut and graded again."""
 
 import pytest
+import torch
 
 from experiments.tiny.model import build, build_tokenizer
 from pte_trl.cache.policy import CachePolicy
@@ -10,7 +11,7 @@ from pte_trl.rewards.grader import Grader
 from pte_trl.rollouts.rollout import rollout
 from tests.models import VOCAB, tiny, with_pte
 
-SHORT, LONG = 21, 50
+SHORT, LONG = 25, 50
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [6, 5, 3], [5, 8, 9, 7, 9], [3, 2]]
 POLICIES = {
     "full": CachePolicy(),
@@ -23,6 +24,7 @@ POLICIES = {
 
 @pytest.fixture(scope="module")
 def model():
+    torch.manual_seed(0)  # of the weights, and with them of how long the completions are
     return with_pte(tiny("llama"))
 
 

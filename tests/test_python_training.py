@@ -25,6 +25,7 @@ from pte_trl import (
 )
 from pte_trl.runtime.checkpoints import LISTING
 from pte_trl.training import grpo as recipe_script
+from pte_trl.training.described import trainer_settings
 from tests.launches import TIMES
 from tests.test_trainer import logged, reward_of_length
 
@@ -267,9 +268,22 @@ REFUSED = {
         *(lambda s, t: {"peft_config": LoraConfig(target_modules=["c_attn"])}, {"method": "lora_c"}),
         r"peft_config\.target_modules=\['c_attn'\]",
     ),
+    "an adapter that stays as it is": (
+        *(lambda s, t: {"peft_config": PteConfig(**PTE, inference_mode=True)}, {}),
+        "peft_config.inference_mode=True: nothing of the adapter would be trained; allowed is False",
+    ),
+    "an adapter that is on now and then": (
+        *(lambda s, t: {"peft_config": LoraConfig(r=4, alora_invocation_tokens=[3])}, {"method": "lora_c"}),
+        r"alora_invocation_tokens=\[3\]: such an adapter looks for its tokens in every call of the model",
+    ),
     "a dtype": (lambda s, t: {}, {"model_init_kwargs": {"dtype": "int7"}}, "dtype='int7': allowed are None, 'auto'"),
     "no prompts": (lambda s, t: {"train_dataset": few(["answer"])}, {}, r"columns \['answer'\]; the trainer reads"),
     "too few prompts": (lambda s, t: {"train_dataset": few(["prompt"], 0)}, {}, "the training set has 0 prompts"),
+    "no prompts to evaluate": (
+        *(lambda s, t: {"eval_dataset": few(["answer"])}, {}),
+        r"eval_dataset: has the columns \['answer'\]; the trainer reads",
+    ),
+    "nothing to evaluate": (lambda s, t: {}, {"eval_strategy": "steps"}, "eval_dataset=None: eval_strategy='steps'"),
     "an optimizer": (lambda s, t: {}, {"optim": "grokadamw"}, "optim='grokadamw'"),
 }
 
@@ -283,6 +297,14 @@ def test_what_cannot_work_is_refused_before_weights_load(setting, tmp_path, monk
     with pytest.raises((ValueError, OSError), match=message) as error:
         make(setting, tmp_path / "out", given(setting, tmp_path), **changes)
     assert "\n" not in str(error.value)
+
+
+def test_tokens_of_a_tied_head_are_refused_in_grpo(setting, tmp_path):
+    """TRL's distillation reads no head, and trains them."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=[3])
+    for method, window in (("lora_c", 8), ("lora", None)):
+        with pytest.raises(ValueError, match=r"trainable_token_indices=\[3\]: this model's head is tied"):
+            grpo(setting, tmp_path, {"peft_config": lora}, method=method, window=window)
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +322,13 @@ def test_the_reward_needs_answers(setting, tmp_path, monkeypatch, reward):
         grpo(setting, tmp_path, given)
 
 
+def test_a_reward_model_that_cannot_be_had(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(ConnectionError, match=r"^reward_funcs='none/such': none/such is not in the local cache"):
+        grpo(setting, tmp_path, {"reward_funcs": [reward_of_length, "none/such"]})
+
+
 @pytest.mark.parametrize("bad", ["see explanation", "", None], ids=repr)
 def test_gold_answers_are_read_before_weights_load(setting, tmp_path, monkeypatch, reward, bad):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
@@ -308,15 +337,18 @@ def test_gold_answers_are_read_before_weights_load(setting, tmp_path, monkeypatc
     sentence = rf"train_dataset: math-verify cannot read 1 gold answers: row 15: answer={bad!r} \(\w+"
     with pytest.raises(ValueError, match=sentence):
         grpo(setting, tmp_path, {"reward_funcs": [reward_of_length, reward], "train_dataset": data})
+    given = {"reward_funcs": reward, "eval_dataset": {"one": problems(), "two": data}}
+    with pytest.raises(ValueError, match=sentence.replace("train_dataset", r"eval_dataset\['two'\]")):
+        grpo(setting, tmp_path, given)
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):  # another reward may read them otherwise
         grpo(setting, tmp_path, {"train_dataset": data})
 
 
 @pytest.fixture
 def hub_cache(setting, tmp_path, monkeypatch):
-    """A cache, without a hub, of the repository org/model: two revisions, of which `spoilt` has no eos_token."""
+    """A cache, without a hub, of the repository org/model: three revisions, of which `spoilt` has no eos_token."""
     repository = tmp_path / "hub" / "models--org--model"
-    for commit, revision in (("a" * 40, "main"), ("b" * 40, "spoilt")):
+    for commit, revision in (("0" * 40, "main"), ("a" * 40, "other"), ("b" * 40, "spoilt")):
         shutil.copytree(setting / "model", repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(commit)
@@ -328,8 +360,9 @@ def hub_cache(setting, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make", [grpo, distill], ids=["GRPO", "distillation"])
 def test_the_tokenizer_of_a_revision_is_checked(setting, tmp_path, monkeypatch, hub_cache, make):
-    trainer = make(setting, tmp_path / "out", {"model": "org/model"}, model_init_kwargs={"revision": "main"})
+    trainer = make(setting, tmp_path / "out", {"model": "org/model"}, model_init_kwargs={"revision": "other"})
     assert trainer.processing_class.padding_side == "left"
+    assert trainer_settings(trainer)["base_sha256"] == "commit " + "a" * 40
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     for model in ("org/model", str(tmp_path / "hub/models--org--model/snapshots" / ("b" * 40))):
         with pytest.raises(ValueError, match="its tokenizer has no eos_token"):

@@ -74,6 +74,15 @@ BAD = [
     ({"replay": "segments", "method": "lora", "window": None}, "replay='segments'"),
     ({"offload_cache": True}, "offload_cache=True: only with replay=segments"),
     ({"evict_ratio": 1.5}, "evict_ratio=1.5"),
+    *(
+        ({"optim_args": wrong}, f"optim_args='{wrong}': must be NAME=VALUE pairs")
+        for wrong in ("foo", "a=1,b", "a=1=2")
+    ),
+    ({"save_strategy": "best"}, "save_strategy='best' with metric_for_best_model=None: needs metric_for_best_model"),
+    (
+        {"save_strategy": "best", "metric_for_best_model": "eval_reward"},
+        "save_strategy='best' with eval_strategy='no'",
+    ),
     ({"method": "lorac"}, "method='lorac'.*lora_c"),
     ({"method": "lora"}, "window=16.*full cache"),
     ({"top_p": 0.9}, "top_p=0.9"),

@@ -177,6 +177,11 @@ def test_putting_aside_twice_keeps_both(tmp_path):
 def test_save_steps_that_split_a_generation_batch_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(recipe(tmp_path, save_strategy="steps", **changes))
+    # The best checkpoint is written where it is evaluated.
+    changes = {{"save_steps": "eval_steps"}.get(key, key): value for key, value in changes.items()}
+    best = {"save_strategy": "best", "metric_for_best_model": "eval_reward", "eval_strategy": "steps"}
+    with pytest.raises(ValueError, match=message.replace("save_steps", "eval_steps")):
+        parse_recipe(recipe(tmp_path, **best, **changes))
 
 
 @pytest.mark.parametrize(

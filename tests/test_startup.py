@@ -17,8 +17,10 @@ from experiments.tiny.task import DIFFICULTIES, rows
 from pte_trl.cache.schedule import Schedule
 from pte_trl.runtime.launch import check_launch, check_world, launch_line, named_launch, parse_launch
 from pte_trl.runtime.startup import cache_lines, describe, job_of, running_engine
+from pte_trl.training.arguments import parse_recipe
 from pte_trl.training.config import PteGRPOConfig
 from tests.launches import accelerate_launch
+from tests.test_recipes import recipe
 from tests.test_trainer import trainer_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,6 +210,13 @@ def test_launchers_other_than_accelerate_speak_by_their_variables(monkeypatch, t
         check_launch(args)
 
 
+@pytest.mark.parametrize("flags", [["--fsdp"], ["--fsdp", "full_shard"]])
+def test_fsdp_on_one_process_is_refused(tmp_path, flags):
+    """Which transformers does as well, once the weights are loaded."""
+    with pytest.raises(ValueError, match=r"^fsdp=True: divides a model over the processes of a launch, and this"):
+        check_launch(parse_recipe([*recipe(tmp_path), *flags])[1])
+
+
 def test_engines_by_their_classes():
     plain = nn.Linear(2, 2)
     assert running_engine(plain) == "single"
@@ -251,5 +260,5 @@ def test_the_cache_in_words(tmp_path):
     assert "at most 512" in kept and evictions == "20 at 3072 tokens and W = 512, more where W is smaller"
     kept, evictions = words(window=None, budget=768)
     assert "W = 256 at prompts of 512" in kept and evictions.startswith("44 at 3072 tokens")
-    kept, _ = words(window=None, budget=300)  # prompts may be longer than that, and a run ends when one comes
+    kept, _ = words(window=None, budget=300)  # max_prompt_tokens may allow more
     assert "W = 1 at prompts of 299" in kept

@@ -86,7 +86,20 @@ def _measure(folder: str, changed: int, benchmark: str, longest: int, metric: st
 def _cut(records: list[Record], length: int) -> list[Record]:
     """Cut off after `length` tokens of the model's own tokenizer, and graded again."""
     from pte_trl.evaluation.prefix import prefix_records
+
+    return prefix_records(records, length, _tokenizer(records[0]["model_name_or_path"]), _grader())
+
+
+@cache
+def _tokenizer(name: str):
     from pte_trl.models.tokens import load_tokenizer
 
-    model = SimpleNamespace(model_name_or_path=records[0]["model_name_or_path"])
-    return prefix_records(records, length, load_tokenizer(model))
+    return load_tokenizer(SimpleNamespace(model_name_or_path=name))
+
+
+@cache
+def _grader():
+    """One for all lengths and folders: its processes take seconds to start, and end with this one."""
+    from pte_trl.rewards.grader import Grader
+
+    return Grader()

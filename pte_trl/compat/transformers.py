@@ -29,6 +29,7 @@ __all__ = [
     "WEIGHTS_INDEX_NAME",
     "WEIGHTS_NAME",
     "attention_of",
+    "commit_of",
     "fsdp_version_of",
     "is_flash_attention_requested",
     "layer_types",
@@ -50,6 +51,11 @@ __all__ = [
 def attention_of(config: PreTrainedConfig | None) -> str | None:
     """Name of the attention implementation in use, which can be set in public and only be read here."""
     return getattr(config, "_attn_implementation", None)
+
+
+def commit_of(config: PreTrainedConfig) -> str | None:
+    """The hub's commit that a configuration was loaded from, whatever `revision` named it; None for a folder's."""
+    return getattr(config, "_commit_hash", None)
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:

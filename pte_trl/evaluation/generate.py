@@ -5,11 +5,13 @@ The command is `recipes/generate.py`.
 
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from pte_trl.cache.arguments import CacheArguments
@@ -19,13 +21,14 @@ from pte_trl.data.needs import check_needs
 from pte_trl.data.prompts import tokens_of
 from pte_trl.evaluation.config import ModelSource
 from pte_trl.evaluation.loading import check_evaluation_model, load_for_evaluation
-from pte_trl.evaluation.runner import rounded
 from pte_trl.models.generation_config import eos_token_ids
 from pte_trl.models.template import make_prompt
 from pte_trl.models.tokens import load_tokenizer
 from pte_trl.rollouts.sampling import Sampling
 from pte_trl.rollouts.streaming import stream
 from pte_trl.runtime.entry import framed, settings_checked
+from pte_trl.runtime.faults import Fault
+from pte_trl.runtime.finite import tail
 from pte_trl.settings.parsing import parse
 
 
@@ -119,13 +122,36 @@ def prepare(tokenizer: PreTrainedTokenizerBase, question: str, args: GenerateArg
     chat = tokenizer.chat_template is not None
     prompt = make_prompt(question, args.system_prompt, args.system_prompt_role, chat=chat)
     ids = tokens_of(prompt, tokenizer, args.chat_template_kwargs)
-    policy, length = args.cache_policy, rounded(len(ids))
-    if not policy.fits(length):
+    if not args.cache_policy.fits(len(ids)):
         raise ValueError(
             f"budget={args.budget}: nothing is left for the thought, {question!r} has {len(ids)} tokens; allowed is "
-            f"{length + 1} or more"
+            f"{len(ids) + 1} or more"
         )
-    return ids, policy.schedule(length)
+    return ids, args.cache_policy.schedule(len(ids))
+
+
+@contextmanager
+def finite_logits(model: nn.Module, question: str):
+    """Stops at logits of a NaN or an infinity, from which any text could be drawn.
+
+    Raises:
+        Fault: naming the question.
+    """
+
+    def check(module, inputs, output) -> None:
+        # Minus infinity for a single token is no fault: some models rule tokens out so.
+        size = output.logits[:, -1].float().logsumexp(-1)
+        if not torch.isfinite(size).all():
+            raise Fault(
+                f"question {tail(question)}: logits are not finite ({size[0].item()}); the model or its adapter is "
+                "spoilt"
+            )
+
+    hook = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def answer(model, tokenizer, ids: list[int], schedule: Schedule, args: GenerateArguments) -> str:
@@ -156,5 +182,6 @@ def main(argv: list[str] | None = None) -> list[str]:
     answers = []
     for question, ids, schedule in prepared:
         print(f"question: {question}", flush=True)
-        answers.append(answer(model, tokenizer, ids, schedule, args))
+        with finite_logits(model, question):
+            answers.append(answer(model, tokenizer, ids, schedule, args))
     return answers

@@ -38,7 +38,6 @@ from pte_trl.runtime.together import on_main
 PACKAGES = ("pte_trl", "torch", "transformers")  # their versions are in every record, and those of the judges
 REFILLS = 8  # a chunk has so many times `batch_size` samples at most: more keep the rows busier, and a kill loses more
 CHUNK_TOKENS = 1 << 24  # and so many tokens: their random numbers, ids and log-probs take 20 bytes each
-ROUND = 8  # prompts are counted in steps of so many tokens: those of one step share a window
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,11 @@ def seed_of(seed: int, benchmark: str, problem_id: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "big")
 
 
-def rounded(prompt_tokens: int) -> int:
-    """A prompt's length, rounded up to a multiple of ROUND."""
-    return -(-prompt_tokens // ROUND) * ROUND
-
-
 def sample_window(policy: CachePolicy, prompt_tokens: int) -> int | None:
-    """W of a sample from its own prompt's length, rounded up; None for the full cache, 0 if no room is left."""
+    """W of a sample from its own prompt's length, as in training; None for the full cache, 0 if no room is left."""
     if not policy.bounded:
         return None
-    length = rounded(prompt_tokens)
-    return policy.schedule(length).window if policy.fits(length) else 0
+    return policy.schedule(prompt_tokens).window if policy.fits(prompt_tokens) else 0
 
 
 def chunk_size(samples: int, processes: int, args: EvaluationArguments) -> int:
@@ -98,12 +91,11 @@ def check_room(name: str, problems: Dataset, tokenizer: PreTrainedTokenizerBase,
         ValueError: none leaves any, so nothing would be evaluated.
     """
     lengths = [len(ids) for ids in prompt_tokens(problems, tokenizer, args)]
-    without = sum(not args.cache_policy.fits(rounded(length)) for length in lengths)
+    without = sum(not args.cache_policy.fits(length) for length in lengths)
     if without == len(lengths):
         raise ValueError(
             f"budget={args.budget!r}: {name} has no prompt that leaves room in it, the shortest has {min(lengths)} "
-            f"tokens; allowed are budgets from {rounded(min(lengths)) + 1}, for all its prompts from "
-            f"{rounded(max(lengths)) + 1}"
+            f"tokens; allowed are budgets from {min(lengths) + 1}, for all its prompts from {max(lengths) + 1}"
         )
     if without:
         PartialState().print(f"{name}: {without} of {len(lengths)} prompts leave no room in budget={args.budget}")

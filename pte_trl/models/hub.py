@@ -9,6 +9,7 @@ set to read the cache at once.
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,13 @@ from huggingface_hub.utils import validate_repo_id
 from pte_trl.compat.hub import datasets_cache, set_offline
 
 LIMIT = 6.0  # seconds for one answer of the hub, in total: name lookup, connection, answer
+FRESH = 600.0  # seconds that an answer counts: a start looks at a name in several places, and asks once
 
 # The file that every repository of a kind has; in the cache it shows that the repository was loaded before.
 _FIRST_FILE = {"model": "config.json", "adapter": "adapter_config.json", "dataset": "README.md"}
+
+# Address of the hub, kind and name of a repository -> when it answered.
+_answered: dict[tuple[str, str, str], float] = {}
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class HubName:
     @property
     def repo_type(self) -> str:
         return "dataset" if self.kind == "dataset" else "model"
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return huggingface_hub.HfApi().endpoint, self.repo_type, self.repo_id
 
     def missing(self) -> str:
         return (
@@ -97,24 +106,28 @@ def is_cached(hub: HubName) -> bool:
 
 
 def reachable(*hubs: HubName) -> None:
-    """Returns if every repository can be had, from the hub or the cache.
+    """Returns if every repository can be had, from the hub or the cache; a process asks once for each name.
 
     Raises:
         FileNotFoundError: the hub has no such repository.
         PermissionError: it denies access to one.
         ConnectionError: the hub cannot be reached, or fails, and the repository is not in the cache.
     """
+    fresh = {key for key, when in _answered.items() if time.monotonic() - when < FRESH}
     cached = [hub for hub in hubs if is_cached(hub)]
     for hub in hubs:
-        if hub not in cached:
+        if hub not in cached and hub.key not in fresh:
             ask(hub)
-    if cached and len(cached) == len(hubs) and not is_offline():
+            _answered[hub.key] = time.monotonic()
+    answers = {address for address, *_ in fresh}
+    if cached and len(cached) == len(hubs) and not is_offline() and cached[0].key[0] not in answers:
         try:
             ask(cached[0])
         except ConnectionError as error:
-            go_offline(str(error.__cause__))
+            return go_offline(str(error.__cause__))
         except (FileNotFoundError, PermissionError):
             pass  # the hub answers; the libraries take what is cached where they must
+        _answered[cached[0].key] = time.monotonic()
 
 
 def is_offline() -> bool:

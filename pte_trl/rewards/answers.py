@@ -7,7 +7,7 @@ whole answer unreadable: an answer that was read up to a point could be paid for
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pte_trl.rewards.characters import Unreadable
 from pte_trl.rewards.expressions import expression
@@ -122,7 +122,7 @@ def _carry_name(elements: tuple[Element, ...]) -> tuple[Element, ...]:
     """`x = 1, 2` names both."""
     first, *rest = elements
     if first.name and rest and not any(element.name for element in rest):
-        rest = [Element(**{**vars(element), "name": first.name}) for element in rest]
+        rest = [replace(element, name=first.name) for element in rest]
     return (first, *rest)
 
 

@@ -49,11 +49,14 @@ def check_save_steps(args) -> None:
         ValueError: naming the key, its value and what is allowed.
     """
     steps = batch_steps(args)
-    if args.save_strategy != "steps" or steps == 1:
+    # The best checkpoint is saved where it is evaluated.
+    key = {"steps": "save_steps", "best": "eval_steps"}.get(args.save_strategy)
+    if key is None or steps == 1 or (key == "eval_steps" and args.eval_strategy != "steps"):
         return
-    if args.save_steps < 1 or args.save_steps % steps:
+    every = getattr(args, key)
+    if every < 1 or every % steps:
         raise ValueError(
-            f"save_steps={args.save_steps:g}: would split a generation batch, which is used for {steps} optimizer "
+            f"{key}={every:g}: would split a generation batch, which is used for {steps} optimizer "
             f"steps (steps_per_generation x num_iterations / gradient_accumulation_steps); allowed are multiples of "
             f"{steps}"
         )

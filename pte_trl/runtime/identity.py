@@ -107,14 +107,20 @@ def hash_of(parts: Iterable) -> str:
 # ---- what a run is made of -------------------------------------------------------------------------------------
 
 
-def base_identity(name: str) -> dict[str, str | None]:
-    """base_sha256 and tokenizer_sha256 of a model: of the files of a folder, else the hub's commit that is used."""
+def base_identity(name: str, commit: str | None = None) -> dict[str, str | None]:
+    """base_sha256 and tokenizer_sha256 of a model: of the files of a folder, else the hub's commit that is used.
+
+    Args:
+        commit: that the model came from, where it is known; without it, the one that the cache has as main.
+    """
     folder = Path(name)
     if folder.is_dir():
         return {"base_sha256": files_hash(folder, WEIGHTS), "tokenizer_sha256": files_hash(folder, TOKENIZER)}
-    file = try_to_load_from_cache(name, "config.json")  # PATH/snapshots/COMMIT/config.json
-    commit = f"commit {Path(file).parent.name}" if isinstance(file, str) else None
-    return {"base_sha256": commit, "tokenizer_sha256": commit}
+    if commit is None:
+        file = try_to_load_from_cache(name, "config.json")  # PATH/snapshots/COMMIT/config.json
+        commit = Path(file).parent.name if isinstance(file, str) else None
+    named = None if commit is None else f"commit {commit}"
+    return {"base_sha256": named, "tokenizer_sha256": named}
 
 
 def adapter_identity(folder: str | Path | None) -> str | None:
@@ -132,16 +138,19 @@ def rows_identity(rows: Dataset) -> str:
     return hash_of([columns, *rows.select_columns(columns)]) if columns else hash_of([])
 
 
-def training_identity(script, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None) -> dict:
+def training_identity(
+    script, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None, commit: str | None = None
+) -> dict:
     """What a training's settings record of its inputs; the main process reads the files, all get the answer.
 
     Args:
         script: `RecipeArguments`, model and adapter; None for one that was made in memory.
         rows: the training set as the trainer gets it, after every selection; None for a streamed one.
+        commit: as in `base_identity`.
     """
     name = script.model_name_or_path
     files = on_main(
-        lambda: (base_identity(name) if name else {}) | {"adapter_sha256": adapter_identity(script.adapter)}
+        lambda: (base_identity(name, commit) if name else {}) | {"adapter_sha256": adapter_identity(script.adapter)}
     )
     return files | {
         "template_sha256": template_identity(tokenizer),

@@ -158,6 +158,13 @@ def check_launch(args) -> Launch:
     """
     launch = named_launch(args)
     check_world(args.world_size, launch)
+    if args.fsdp and args.parallel_mode.value != "distributed":
+        raise ValueError(
+            f"fsdp={args.fsdp!r}: divides a model over the processes of a launch, and this process is alone; allowed "
+            "with `accelerate launch --num_processes 2` or more, or leave fsdp out"
+        )
+    if args.fsdp and args.deepspeed:
+        raise ValueError(f"fsdp={args.fsdp!r} with deepspeed={args.deepspeed!r}: give one of the two")
     recipe = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if launch.precision not in (None, recipe):
         raise ValueError(

@@ -88,7 +88,7 @@ def job_of(trainer, engine: str | None, max_prompt_tokens: int) -> Job:
 
 
 def longest_prompt_that_fits(policy: CachePolicy, max_prompt_tokens: int) -> int:
-    """A prompt that fills the whole budget ends the run when it comes; `max_prompt_tokens` may allow it, though."""
+    """A prompt that fills the whole budget, which `max_prompt_tokens` may allow, leaves no room for a thought."""
     return max_prompt_tokens if policy.budget is None else min(max_prompt_tokens, policy.budget - 1)
 
 

@@ -13,7 +13,7 @@ import typing
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 # Strict: true is no number, 2.5 no integer, 7 no text. NaN and infinity are no numbers, either.
 CONFIG = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -39,6 +39,15 @@ def _object(value):
     return value
 
 
+def _pairs(value: str) -> str:
+    """NAME=VALUE, NAME=VALUE: what transformers splits without a look."""
+    for pair in value.split(","):
+        name, equals, rest = pair.partition("=")
+        if not (equals and name.strip() and rest.strip()) or "=" in rest:
+            raise ValueError("no NAME=VALUE")
+    return value
+
+
 COUNT = Limit(Annotated[int, Field(ge=1)], "an integer of at least 1")
 NATURAL = Limit(Annotated[int, Field(ge=0)], "an integer of at least 0")
 POSITIVE = Limit(Annotated[float, Field(gt=0)], "a finite number above 0")
@@ -48,6 +57,7 @@ BELOW_ONE = Limit(Annotated[float, Field(ge=0, lt=1)], "a number of at least 0 a
 POSITIVE_SHARE = Limit(Annotated[float, Field(gt=0, le=1)], "a number above 0 and at most 1")
 SEED = Limit(Annotated[int, Field(ge=0, lt=2**32)], "an integer from 0 to 4294967295")
 PORT = Limit(Annotated[int, Field(ge=1, le=65535)], "a port, an integer from 1 to 65535")
+PAIRS = Limit(Annotated[str, AfterValidator(_pairs)], "NAME=VALUE pairs with commas between them")
 OBJECT = Limit(Annotated[Any, BeforeValidator(_object)], "a mapping, or the text of a JSON object")
 
 
@@ -68,6 +78,9 @@ LIMITS: dict[str, Limit] = {
     "max_steps": Limit(Literal[-1] | COUNT.type, "an integer of at least 1, or -1 for num_train_epochs"),
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "adam_epsilon", "max_grad_norm"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), BELOW_ONE),
+    "optim_args": PAIRS,
+    # `--fsdp` alone is true; transformers also takes the options of earlier versions, as text or a list of it.
+    "fsdp": Limit(bool | str | list | None, "true or false, or the options of earlier versions as text"),
     "neftune_noise_alpha": NOT_NEGATIVE,
     "torch_empty_cache_steps": COUNT,
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), POSITIVE),

@@ -68,6 +68,8 @@ class BoundedTrainingConfig(CacheArguments):
         if self.deepspeed:
             check_extra("deepspeed", f"deepspeed={self.deepspeed!r}")
         super().__post_init__()
+        self.model_init_kwargs = with_dtype(self.model_init_kwargs)
+        check_best(self)
         check_resume(self)
         check_trackers(self.report_to)
 
@@ -91,6 +93,13 @@ class PteGRPOConfig(BoundedTrainingConfig, GRPOConfig):
 def as_count(value):
     """The number in a text, as flags bring it; anything else as it is."""
     return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
+
+
+def with_dtype(options: dict | None) -> dict | None:
+    """`model_init_kwargs` with `torch_dtype`, transformers' earlier name, as `dtype`, whose default would win."""
+    if not isinstance(options, dict) or "torch_dtype" not in options:
+        return options
+    return {"dtype": options["torch_dtype"]} | {key: value for key, value in options.items() if key != "torch_dtype"}
 
 
 def check_method(args: BoundedTrainingConfig) -> None:
@@ -137,6 +146,22 @@ def check_replay(args: PteGRPOConfig) -> None:
     for key in ("segment_length", "offload_cache"):
         if getattr(args, key):
             raise ValueError(f"{key}={getattr(args, key)!r}: only with replay=segments")
+
+
+def check_best(args: BoundedTrainingConfig) -> None:
+    """Refuses to keep the best checkpoint where nothing says which one that is: none would ever be written.
+
+    Raises:
+        ValueError: as `check_method`.
+    """
+    if args.save_strategy != "best":
+        return
+    for key, value in (("metric_for_best_model", args.metric_for_best_model), ("eval_strategy", args.eval_strategy)):
+        if value in (None, "no"):
+            raise ValueError(
+                f"save_strategy='best' with {key}={getattr(value, 'value', value)!r}: needs metric_for_best_model, "
+                "such as eval_reward or eval_loss, and an eval_strategy; without both, allowed are no, steps and epoch"
+            )
 
 
 def check_resume(args: BoundedTrainingConfig) -> None:

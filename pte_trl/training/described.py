@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from datasets import Dataset
 
 from pte_trl.adapter.check import active_config
+from pte_trl.compat.transformers import commit_of
 from pte_trl.runtime.identity import training_identity
 
 
@@ -34,4 +35,5 @@ def trainer_settings(trainer) -> dict:
         settings |= {key: sorted(x) if isinstance(x, set) else x for key, x in adapter.to_dict().items()}
     source = SimpleNamespace(model_name_or_path=name or None, adapter=None)
     rows = trainer.train_dataset if isinstance(trainer.train_dataset, Dataset) else None
-    return settings | training_identity(source, trainer.processing_class, rows)
+    # A `revision`, the trainer's or that of a model which the user has loaded, is another commit than main's.
+    return settings | training_identity(source, trainer.processing_class, rows, commit_of(trainer.model.config))

@@ -48,7 +48,10 @@ def check_given(settings, model: Any, peft_config: Any):
         raise ValueError(f"model={_kind(model)}: must be a hub name, a folder or a model")
     if not (peft_config is None or isinstance(peft_config, PeftConfig)):
         raise ValueError(f"peft_config={_kind(peft_config)}: must be a PteConfig, a LoraConfig or another PeftConfig")
+    if peft_config is not None and peft_config.inference_mode:
+        raise ValueError("peft_config.inference_mode=True: nothing of the adapter would be trained; allowed is False")
     if not isinstance(model, str):
+        _check_tokens(settings, peft_config, getattr(model, "config", None))
         found, source = _check_model(settings, model, peft_config)
         check_adapter(method, found, source=source)
         if method != "lora":
@@ -59,6 +62,7 @@ def check_given(settings, model: Any, peft_config: Any):
     check_adapter(method, peft_config, source="peft_config")
     options = settings.model_init_kwargs or {}
     config = named_config(model, settings.trust_remote_code, options)
+    _check_tokens(settings, peft_config, config)
     if method != "lora":
         _check_bounded(config, options.get("attn_implementation"), peft_config)
     if isinstance(peft_config, (PteConfig, LoraConfig)) and config.model_type in FAMILIES:
@@ -66,36 +70,63 @@ def check_given(settings, model: Any, peft_config: Any):
     return config
 
 
-def check_data(settings, dataset: Any, rewards: Any = None) -> None:
-    """Refuses a training set with a missing column, an unreadable gold answer, or too few rows for a generation batch.
+def check_reward_models(rewards: Any) -> None:
+    """Reward models that are given by name can be had.
+
+    Raises:
+        OSError, ValueError: as `hub.reachable`.
+    """
+    names = [each for each in (rewards if isinstance(rewards, (list, tuple)) else [rewards]) if isinstance(each, str)]
+    hubs = [repository("model", "reward_funcs", name) for name in names]
+    reachable(*(hub for hub in hubs if hub is not None))
+
+
+def check_data(settings, dataset: Any, rewards: Any = None, evaluated: Any = None) -> None:
+    """Refuses data with a missing column or an unreadable gold answer, and too few rows for a generation batch.
 
     Streamed data are not checked: their columns, length and rows are not known. Gold answers are checked where an
     `AccuracyReward` reads them, by its own grader, which checks each distinct answer once.
 
+    Args:
+        dataset: to train on.
+        rewards: a reward function, or a list of them.
+        evaluated: `eval_dataset`, one or several by their names.
+
     Raises:
-        ValueError: naming the columns, both numbers, or column, row and value of the first bad answers.
+        ValueError: naming the argument and the columns, both numbers, or column, row and value of the first bad
+            answers.
     """
-    if not isinstance(dataset, Dataset):
-        return
+    if settings.eval_strategy != "no" and evaluated is None:
+        raise ValueError(
+            f"eval_dataset=None: eval_strategy={settings.eval_strategy.value!r} evaluates on one; give it, or allowed "
+            "is eval_strategy no"
+        )
+    sets = evaluated.items() if isinstance(evaluated, dict) else [(None, evaluated)]
+    named = {"eval_dataset" if name is None else f"eval_dataset[{name!r}]": rows for name, rows in sets}
+    for name, rows in ({"train_dataset": dataset} | named).items():
+        if isinstance(rows, Dataset):
+            _check_rows(name, rows, rewards)
+    if isinstance(dataset, Dataset):
+        check_enough(settings, len(dataset))
+
+
+def _check_rows(name: str, dataset: Dataset, rewards: Any) -> None:
     rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
     graders = [each.grader for each in rewards if isinstance(each, AccuracyReward)]
     needed = {"prompt": "the trainer"} | ({"answer": "AccuracyReward"} if graders else {})
     for column, reader in needed.items():
         if column not in dataset.column_names:
-            raise ValueError(
-                f"train_dataset: has the columns {dataset.column_names}; {reader} reads the column {column!r}"
-            )
-    check_enough(settings, len(dataset))
+            raise ValueError(f"{name}: has the columns {dataset.column_names}; {reader} reads the column {column!r}")
     for grader in graders:
-        on_main(lambda grader=grader: _check_answers(dataset, grader))
+        on_main(lambda grader=grader: _check_answers(name, dataset, grader))
 
 
-def _check_answers(dataset: Dataset, grader: Grader) -> None:
+def _check_answers(name: str, dataset: Dataset, grader: Grader) -> None:
     columns = [column for column in ("id", "answer") if column in dataset.column_names]
     try:
         check_golds(dataset.select_columns(columns).with_format(None), grader=grader)
     except ValueError as error:
-        raise ValueError(f"train_dataset: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def named_config(name: str, trust_remote_code: bool, options: dict):
@@ -172,9 +203,25 @@ def _check_model(settings, model: nn.Module, peft_config: PeftConfig | None) -> 
     return active_config(model), "the model's adapter"
 
 
+def _check_tokens(settings, adapter: PeftConfig | None, config) -> None:
+    """GRPO's loss reads weight and bias of the head, which PEFT wraps with the embeddings that are tied to it."""
+    tokens = getattr(adapter, "trainable_token_indices", None)
+    if tokens and hasattr(settings, "num_generations") and getattr(config, "tie_word_embeddings", False):
+        raise ValueError(
+            f"peft_config.trainable_token_indices={tokens!r}: this model's head is tied to its embeddings, and TRL's "
+            "loss cannot read a head with an adapter; allowed are models with a head of their own, or modules_to_save"
+        )
+
+
 def _check_bounded(config, attention: str | None, adapter: PeftConfig) -> None:
     """What a decode with evictions and its replay can do, of the model's configuration."""
     check_supported(config)
+    if tokens := getattr(adapter, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"alora_invocation_tokens={tokens!r}: such an adapter looks for its tokens in every call of the model, "
+            "and a decode feeds one token a call, so it would be off there and on in training; allowed is None, or "
+            "method=lora"
+        )
     if attention is not None:
         one_of("attn_implementation", attention, MASKED_ATTENTION)
     if hasattr(adapter, "geometry"):

@@ -1,6 +1,7 @@
 """A model and an adapter, of a recipe or given to a trainer by name: refused before the weights load where they cannot
 work, and loaded."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +79,7 @@ def check_without_effect(args: PteGRPOConfig) -> None:
     for key, allowed, why in (
         ("eval_strategy", "no", no_set),
         ("eval_on_start", False, no_set),
+        ("load_best_model_at_end", False, no_set),
         ("model_init_kwargs", None, "the keys dtype, attn_implementation and trust_remote_code say how it is loaded"),
     ):
         value = getattr(getattr(args, key), "value", getattr(args, key))
@@ -86,23 +88,36 @@ def check_without_effect(args: PteGRPOConfig) -> None:
 
 
 def check_optimizer(args: PteGRPOConfig) -> None:
-    """Makes the optimizer's class and, for one weight, the schedule: packages or arguments may be missing.
+    """Makes the optimizer and the schedule for one weight: packages or arguments may be missing.
 
     Raises:
-        ValueError: naming the setting, with what transformers says.
+        ValueError: naming the setting, with what transformers or torch says.
     """
+    weights = [torch.zeros(1, requires_grad=True)]
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"optim={args.optim.value!r}: {error}") from error
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        if args.optim_args and options == without_optim_args(args):
+            raise ValueError("this optimizer makes no use of them; leave optim_args out")
+        if optimizer.__module__.startswith("torch.optim"):  # others may want a GPU, or more than one weight
+            optimizer(weights, **options)
+    except (ImportError, ValueError, AttributeError, TypeError) as error:
+        given = f" with optim_args={args.optim_args!r}" if args.optim_args else ""
+        raise ValueError(f"optim={args.optim.value!r}{given}: {error}") from error
     name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
     try:
-        weight = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        weight = torch.optim.SGD(weights)
         get_scheduler(name, weight, num_warmup_steps=1, num_training_steps=9, scheduler_specific_kwargs=options)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"lr_scheduler_type={getattr(name, 'value', name)!r} with lr_scheduler_kwargs={options!r}: {error}"
         ) from error
+
+
+def without_optim_args(args: PteGRPOConfig) -> dict:
+    """What the optimizer is made with where no `optim_args` are given."""
+    plain = copy.copy(args)
+    plain.optim_args = None
+    return Trainer.get_optimizer_cls_and_kwargs(plain)[1]
 
 
 def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:

@@ -29,7 +29,7 @@ from pte_trl.runtime.trained import check_finished
 from pte_trl.runtime.watch import RankWatch, SaveByTime, StopOnTerm
 from pte_trl.training.calibrate import calibrate_encoders, is_fresh, longest_prompt
 from pte_trl.training.described import trainer_settings
-from pte_trl.training.given import check_data, check_given
+from pte_trl.training.given import check_data, check_given, check_reward_models
 from pte_trl.training.loading import check_optimizer, load_named, load_named_tokenizer
 from pte_trl.training.metrics import TrainerMetrics
 from pte_trl.training.unsupported import check_arguments
@@ -175,13 +175,15 @@ def load_if_named(arguments: dict[str, Any]) -> dict[str, Any]:
         model and processing_class where they are loaded here.
 
     Raises:
-        ValueError, OSError: as `check_given`, `check_data`, `check_launch`, `check_optimizer` and `check_engine`.
+        ValueError, OSError: as `check_given`, `check_reward_models`, `check_data`, `check_launch`,
+            `check_optimizer` and `check_engine`.
     """
     args, model = arguments["args"], arguments["model"]
     launch = check_launch(args)
     check_engine(args, launch.engine)
     config = check_given(args, model, arguments.get("peft_config"))
-    check_data(args, arguments.get("train_dataset"), arguments.get("reward_funcs"))
+    check_reward_models(arguments.get("reward_funcs"))
+    check_data(args, *(arguments.get(name) for name in ("train_dataset", "reward_funcs", "eval_dataset")))
     if args.method != "lora" and not any(arguments.get("optimizers") or ()):
         check_optimizer(args)
     quantised = arguments.get("quantization_config") or (args.model_init_kwargs or {}).get("quantization_config")

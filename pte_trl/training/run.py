@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from pte_trl.runtime.identity import training_identity
 from pte_trl.runtime.launch import check_launch
 from pte_trl.runtime.ownership import own
 from pte_trl.runtime.resume import is_finished, starting_point
+from pte_trl.runtime.startup import longest_prompt_that_fits
 from pte_trl.runtime.together import on_main
 from pte_trl.runtime.trained import check_enough
 from pte_trl.runtime.watch import SIGNALS
@@ -123,6 +125,14 @@ def load_data(script, args, tokenizer: PreTrainedTokenizerBase, grader=None) -> 
         tokenizer,
         system_prompt=script.system_prompt,
         system_prompt_role=script.system_prompt_role,
-        max_prompt_tokens=script.max_prompt_tokens,
+        max_prompt_tokens=longest_prompt_kept(script, args),
         chat_template_kwargs=args.chat_template_kwargs,
     )
+
+
+def longest_prompt_kept(script, args) -> int:
+    """Tokens of a prompt at most: `max_prompt_tokens`, or what a budget leaves a thought behind; printed then."""
+    limit = longest_prompt_that_fits(args.cache_policy, script.max_prompt_tokens)
+    if limit < script.max_prompt_tokens:
+        PartialState().print(f"budget={args.budget}: prompts of more than {limit} tokens leave no room for a thought")
+    return limit

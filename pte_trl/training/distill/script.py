@@ -12,7 +12,7 @@ from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.distill import PteDistillationTrainer, PteDistillConfig
 from pte_trl.training.distill.completions import check_new_file, read_completions, write_completions
 from pte_trl.training.loading import load_model
-from pte_trl.training.run import load_data, prepare, train
+from pte_trl.training.run import load_data, longest_prompt_kept, prepare, train
 
 
 @dataclass
@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> PteDistillationTrainer | None:
 
     def read(tokenizer):
         if script.completions:
-            return read_completions(script.completions, tokenizer)
+            return read_completions(
+                script.completions, tokenizer, longest_prompt_kept(script, args), args.chat_template_kwargs
+            )
         return load_data(script, args, tokenizer)
 
     if not script.sample_to:
