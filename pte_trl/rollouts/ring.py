@@ -105,7 +105,7 @@ class RingCache(BoundedCache):
         self.layer_class_to_replicate = partial(RingLayer, self.schedule)
         self.rows, self.evict_at_most = rows, evict
         self.seen = torch.zeros(rows, aligned(places), dtype=torch.bool, device=device)
-        # Tensors of the device: `seen[rows, places] = True` would copy the value from the host, which a capture forbids.
+        # Of the device: `seen[rows, places] = True` would copy the value from the host, which a capture forbids.
         self.shown, self.hidden = (make((), dtype=torch.bool, device=device) for make in (torch.ones, torch.zeros))
         self.prompt, self.ring = (torch.ones(rows, dtype=torch.long, device=device) for _ in range(2))
         self.numbers = torch.arange(self.places, device=device)
