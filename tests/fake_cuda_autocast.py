@@ -4,6 +4,8 @@ The lists are CUDA's, as far as this package and transformers call them:
 https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior
 """
 
+from unittest import mock
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -35,11 +37,21 @@ class Autocast(TorchFunctionMode):
         super().__init__()
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # weights cast, as long as an outer context lasts
 
+    def __enter__(self):
+        # torch calls it where the outermost context ends.
+        self.patch = mock.patch.object(torch, "clear_autocast_cache", self.kept.clear)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *failure):
+        super().__exit__(*failure)
+        self.patch.stop()
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if not torch.is_autocast_enabled("cuda"):
-            self.kept.clear()
-        elif name in NARROW | WIDE | WIDEST and any(x.is_cuda for x in floats((args, kwargs))):
+            return func(*args, **kwargs)
+        if name in NARROW | WIDE | WIDEST and any(x.is_cuda for x in floats((args, kwargs))):
             narrow = torch.get_autocast_dtype("cuda")
             dtype = narrow if name in NARROW else torch.float32
             if name in WIDEST:

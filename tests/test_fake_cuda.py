@@ -2,11 +2,16 @@
 
 import copy
 
+import pytest
 import torch
 
 from pte_trl.cache.policy import CachePolicy
+from pte_trl.rollouts import engine
 from pte_trl.rollouts.batching import EngineCache
-from tests.fake_cuda import FakeCuda
+from pte_trl.rollouts.engine import CudaGraphed, Engine
+from pte_trl.rollouts.prompts import left_pad
+from tests.fake_cuda import DeviceMix, FakeCuda, WaitInCapture
+from tests.fake_cuda_graph import DeadPool, FreedMemory
 from tests.grids import grid
 from tests.models import tiny
 from tests.test_engine import MODELS, assert_same, sampled
@@ -46,3 +51,122 @@ def test_the_engine(model, rows):
                     parameter.mul_(1.05)
         assert gpu.captured and gpu.replays > 3 * gpu.captured
         assert set(gpu.waits) - ONCE == {REGULAR}
+
+
+def test_another_number_of_completions():
+    """One kept engine, 7, 5 and 7 completions: the graphs of the first write into records that are gone."""
+    cpu, kept = MODELS["pte"](small()), EngineCache()
+    with FakeCuda() as gpu:
+        there, engines = moved(cpu, gpu), set()
+        for count in (7, 5, 7):
+            some = SHORT | {"prompts": PROMPTS[:count], "max_new_tokens": 8}
+            assert_same(sampled(there, batch_size=2, engine_cache=kept, **some), sampled(cpu, reference=True, **some))
+            engines.add(id(kept.engine))
+        assert len(engines) == 1 and gpu.captured >= 3 * 2
+
+
+@pytest.mark.parametrize("model", ["pte", pytest.param("bare", marks=pytest.mark.thorough)])
+def test_autocast(monkeypatch, model):
+    """A captured step casts its weights itself, so graphs give what the same steps give without."""
+    with FakeCuda() as gpu:
+        there, found = moved(MODELS[model](small(torch.float32)), gpu), []
+        for replayed in (True, False):
+            if not replayed:
+                monkeypatch.setattr(CudaGraphed, "__call__", lambda self, *key: self.function(*key))
+            with torch.autocast("cuda", torch.bfloat16):
+                found.append(sampled(there, batch_size=3, **SHORT | {"max_new_tokens": 9}))
+            assert gpu.replays
+    assert found[0].logprobs == found[1].logprobs
+    plain = sampled(MODELS[model](small(torch.float32)), reference=True, **SHORT | {"max_new_tokens": 9})
+    assert found[0].logprobs != plain.logprobs, "nothing was cast"
+
+
+# ---- what must be found --------------------------------------------------------------------------------------------
+
+
+def counted_by_the_host(monkeypatch, model):
+    """Positions from a counter of the host: a graph would keep the one of its capture."""
+    counter = [0]
+
+    def place(module, args, kwargs):
+        ids = kwargs["input_ids"]
+        counter[0] = counter[0] + 1 if ids.shape[1] == 1 else ids.shape[1] - 1
+        position = torch.full(ids.shape, counter[0], device=ids.device)
+        return args, kwargs | ({"position_ids": position} if ids.shape[1] == 1 else {})
+
+    model.register_forward_pre_hook(place, with_kwargs=True)
+
+
+def copied_from_the_host(monkeypatch, model):
+    model.lm_head.register_forward_hook(lambda *call: call[-1] + torch.tensor([0.0], device=call[-1].device))
+
+
+def picked_by_booleans(monkeypatch, model):
+    def hook(module, args, out):
+        out[out > 1e9] = 0
+
+    model.lm_head.register_forward_hook(hook)
+
+
+def replaced_buffer(monkeypatch, model):
+    run = Engine.run
+
+    def replacing(self, *args):
+        found = run(self, *args)
+        self.cache.seen = self.cache.seen.clone()
+        return found
+
+    monkeypatch.setattr(Engine, "run", replacing)
+
+
+def left_on_the_host(monkeypatch, model):
+    monkeypatch.setattr(engine, "left_pad", lambda prompts, pad, device: left_pad(prompts, pad, "cpu"))
+
+
+def a_dead_pool(monkeypatch, model):
+    def clear(self):
+        self.graphs, self.pool = {}, getattr(self, "pool", None) or torch.cuda.graph_pool_handle()
+
+    monkeypatch.setattr(CudaGraphed, "clear", clear)
+
+
+def casts_kept_in_a_graph(monkeypatch, model):
+    def keeping(*args, real=torch.autocast, **options):
+        return real(*args, **options | {"cache_enabled": True})
+
+    monkeypatch.setattr(torch, "autocast", keeping)
+
+
+FAULTS = {
+    copied_from_the_host: WaitInCapture,
+    picked_by_booleans: WaitInCapture,
+    replaced_buffer: FreedMemory,
+    left_on_the_host: DeviceMix,
+    a_dead_pool: DeadPool,
+    casts_kept_in_a_graph: FreedMemory,
+}
+
+
+@pytest.mark.parametrize("plant", FAULTS)
+def test_a_planted_fault_is_found(monkeypatch, plant):
+    model, kept = small(torch.float32), EngineCache()
+    with FakeCuda() as gpu:
+        there = moved(model, gpu)
+        plant(monkeypatch, there)
+        with pytest.raises(FAULTS[plant]):
+            for count in (5, 5, 4):
+                some = SHORT | {"prompts": PROMPTS[:count], "max_new_tokens": 8}
+                with torch.autocast("cuda", torch.bfloat16, enabled=plant is casts_kept_in_a_graph):
+                    sampled(there, batch_size=2, engine_cache=kept, **some)
+
+
+def test_a_counter_of_the_host_is_found(monkeypatch):
+    """It gives the right tokens without graphs, and others with them."""
+    model, one = small(), SHORT | {"prompts": PROMPTS[:1], "eos_token_ids": [-1]}
+    expected = sampled(model, **one).completion_ids
+    counted_by_the_host(monkeypatch, model)
+    assert sampled(model, **one).completion_ids == expected
+    with FakeCuda() as gpu:
+        there = moved(model, gpu)
+        counted_by_the_host(monkeypatch, there)
+        assert sampled(there, **one).completion_ids != expected
