@@ -62,6 +62,12 @@ class CudaTensor(Tensor):
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
 
+    def __getitem__(self, key):
+        return super().__getitem__(indices(key))
+
+    def __setitem__(self, key, value):
+        super().__setitem__(indices(key), value)
+
     def get_device(self) -> int:
         return 0
 
@@ -80,6 +86,13 @@ class CudaTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return FakeCuda.active().execute(func, args, kwargs or {})
+
+
+def indices(key):
+    """An index with its lists as tensors: C++ would make them where it sees the tensor, that is, without values."""
+    if isinstance(key, list):
+        return torch.tensor(key, device=CUDA)
+    return tuple(indices(part) for part in key) if isinstance(key, tuple) else key
 
 
 def on_device(device) -> bool:
@@ -178,6 +191,8 @@ class FakeCuda(TorchDispatchMode):
         for x in tensors_in((args, kwargs)):
             there |= isinstance(x, CudaTensor)
             host += [] if isinstance(x, CudaTensor) else [x]
+        if any(x.is_meta for x in host):
+            raise NotImplementedError(f"{func} at {where()}: a tensor was made in C++, for the device, and has no values")
         if name in ("_to_copy", "copy_"):
             to_device = self._copy(name, args, kwargs)
         else:

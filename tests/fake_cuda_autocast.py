@@ -48,7 +48,8 @@ class Autocast(TorchFunctionMode):
         self.patch.stop()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        args, kwargs = [numbered(x) for x in args], {key: numbered(x) for key, x in (kwargs or {}).items()}
+        name = getattr(func, "__name__", "")
         if not torch.is_autocast_enabled("cuda"):
             return func(*args, **kwargs)
         if name in NARROW | WIDE | WIDEST and any(x.is_cuda for x in floats((args, kwargs))):
@@ -68,6 +69,12 @@ class Autocast(TorchFunctionMode):
         if id(x) not in self.kept:
             self.kept[id(x)] = (x, x.to(dtype))
         return self.kept[id(x)][1]
+
+
+def numbered(x):
+    """A device "cuda" with its number, which C++ would ask a CUDA build for."""
+    bare = x.type == "cuda" and x.index is None if isinstance(x, torch.device) else isinstance(x, str) and x == "cuda"
+    return torch.device("cuda", 0) if bare else x
 
 
 def floats(tree) -> list[Tensor]:
