@@ -1,19 +1,27 @@
 """The GPU paths on a fake device (tests/fake_cuda.py): results of the CPU, no mixture of devices, few waits."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
+import pte_trl.replay.attention  # noqa: F401
+from pte_trl.adapter.calibration import fit, measure
+from pte_trl.cache.eviction import STRATEGIES
 from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.plan import replay_inputs
+from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts import engine
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.rollouts.engine import CudaGraphed, Engine
 from pte_trl.rollouts.prompts import left_pad
+from pte_trl.training.calibrate import placed
 from tests.fake_cuda import DeviceMix, FakeCuda, WaitInCapture
 from tests.fake_cuda_graph import DeadPool, FreedMemory
 from tests.grids import grid
-from tests.models import tiny
+from tests.models import chosen, gap, left_padded_batch, tiny, with_pte
 from tests.test_engine import MODELS, assert_same, sampled
 
 PROMPTS = [[5, 6, 7, 8, 9]] * 3 + [[10, 11]] * 2 + [[12, 13, 14]] + [[5, 6, 7, 8, 9]]
@@ -170,3 +178,84 @@ def test_a_counter_of_the_host_is_found(monkeypatch):
         there = moved(model, gpu)
         counted_by_the_host(monkeypatch, there)
         assert sampled(there, **one).completion_ids != expected
+
+
+# ---- the rest of rollout and replay --------------------------------------------------------------------------------
+
+
+def test_sampling_with_top_p():
+    """The scan and the sort inside a captured step."""
+    cpu, options = MODELS["pte"](small()), SHORT | {"top_p": 0.9}
+    with FakeCuda() as gpu:
+        assert_same(sampled(moved(cpu, gpu), batch_size=3, **options), sampled(cpu, reference=True, **options))
+        assert gpu.replays and set(gpu.waits) - ONCE == {REGULAR}
+
+
+@pytest.mark.parametrize("eviction", [name for name in STRATEGIES if name != "sliding_window"])
+def test_every_strategy(eviction):
+    cpu, options = MODELS["pte"](small()), SHORT | {"policy": CachePolicy(5, eviction=eviction)}
+    with FakeCuda() as gpu:
+        assert_same(sampled(moved(cpu, gpu), **options), sampled(cpu, **options))
+
+
+IDS, MASK, PROMPT = left_padded_batch([6, 3], 21)
+SCHEDULES = [Schedule(6), Schedule(8)]
+
+
+def one_pass(model, ids, mask):
+    inputs = replay_inputs(model, mask, PROMPT, SCHEDULES)
+    return chosen(model(input_ids=ids, **inputs).logits[:, PROMPT - 1 : -1].log_softmax(-1), ids, PROMPT)
+
+
+def segments(model, ids, mask, **options):
+    return segment_logps(model, ids, mask, PROMPT, SCHEDULES, temperature=1.0, **options)[0]
+
+
+VIEWS = {"one pass": one_pass, "segments": segments, "offload": partial(segments, offload=True)}
+
+
+@grid(view=VIEWS, model=["pte, sum, all seven", "pte, whitened", "lora_c"], attention=["blockwise", "sdpa"])
+def test_replay_and_its_gradients(view, model, attention):
+    base = small()
+    base.set_attn_implementation(attention)
+    cpu = MODELS[model](base)
+    with FakeCuda() as gpu:
+        there, found = moved(cpu, gpu), []
+        for each, device in ((cpu, "cpu"), (there, "cuda:0")):
+            each.train().gradient_checkpointing_enable({"use_reentrant": False})
+            each.enable_input_require_grads()
+            logps = VIEWS[view](each, IDS.to(device), MASK.to(device))
+            logps.sum().backward()
+            gradients = {name: p.grad.cpu() for name, p in each.named_parameters() if p.requires_grad}
+            found.append((logps.detach().cpu(), gradients))
+        (expected, wanted), (logps, gradients) = found
+        assert gap(logps, expected) < 1e-9 and wanted.keys() == gradients.keys()
+        assert all(gap(gradients[name], wanted[name]) < 1e-9 for name in wanted) and len(wanted) > 3
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_calibration(whiten):
+    """What is handed to the other processes lies on the CPU: unpickled there, it would go to the first GPU."""
+    cpu = with_pte(small(torch.float32), whiten=whiten)
+    with FakeCuda() as gpu:
+        there = moved(cpu, gpu)
+        found = measure(there, IDS.to("cuda:0"), MASK.to("cuda:0"), 2)
+        assert not any(whitener.is_cuda for each in found for whitener in each.whiteners or ())
+        fit(there, found)
+        expected = measure(cpu, IDS, MASK, 2)
+        assert [each.ratio for each in found] == pytest.approx([each.ratio for each in expected], rel=1e-4)
+        again = measure(there, IDS.to("cuda:0"), MASK.to("cuda:0"), 2)
+        assert [each.ratio for each in again] == pytest.approx([0.25] * len(again), rel=0.02)
+
+
+def test_calibration_is_measured_on_the_gpu():
+    """Of a model that waits on the CPU for its engine, as under ZeRO and FSDP; it is put back."""
+    model = with_pte(small(torch.float32))
+    with FakeCuda() as gpu:
+        with placed(model, torch.device("cuda", 0)):
+            assert model.device.type == "cuda"
+        assert model.device.type == "cpu" and not any(p.is_cuda for p in model.parameters())
+        there = moved(model, gpu)
+        with placed(there, torch.device("cuda", 0)):
+            pass
+        assert there.device.type == "cuda" and not gpu.waits
