@@ -270,17 +270,17 @@ class FakeCuda(TorchDispatchMode):
 
     def _replacements(self):
         """(owner, name, value) of what is patched while the device is there."""
-        cuda, nothing = torch.cuda, lambda *args, **kwargs: None
+        cuda = torch.cuda
         about = SimpleNamespace(total_memory=80 << 30, major=9, minor=0, name="NVIDIA H100 (fake)")
         constants = {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True}
         constants |= {"get_device_name": about.name, "get_device_properties": about, "is_initialized": True}
         constants |= {"mem_get_info": (40 << 30, 80 << 30), "get_device_capability": (9, 0)}
         for name in ("memory_reserved", "memory_allocated", "max_memory_allocated", "max_memory_reserved"):
             constants[name] = 0
-        for name, value in constants.items():
-            yield cuda, name, lambda *args, value=value, **kwargs: value
         for name in ("_lazy_init", "empty_cache", "reset_peak_memory_stats", "set_device", "manual_seed_all"):
-            yield cuda, name, nothing
+            constants[name] = None
+        for name, value in constants.items():  # each a function of its own: torch.compile keeps a table of them
+            yield cuda, name, lambda *args, value=value, **kwargs: value
         yield cuda, "synchronize", lambda *args: self.wait("synchronize")
         yield cuda, "CUDAGraph", lambda *args, **kwargs: Graph(self)
         yield cuda, "graph", lambda graph, **options: graph.capture(**options)
@@ -288,6 +288,7 @@ class FakeCuda(TorchDispatchMode):
         yield cuda, "get_rng_state", lambda *args: torch.get_rng_state()
         yield cuda, "set_rng_state", lambda state, *args: torch.set_rng_state(state)
         yield sys.modules["torch.cuda.amp.common"], "amp_definitely_not_available", lambda: False
+        yield torch.amp, "is_autocast_available", lambda kind: True
         # `.to` makes new parameters: `parameter.data = ...` would leave the old one a meta tensor.
         yield torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True
         # These read their data in C++, below the dispatcher.

@@ -4,6 +4,7 @@ The lists are CUDA's, as far as this package and transformers call them:
 https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior
 """
 
+from contextlib import ExitStack
 from unittest import mock
 
 import torch
@@ -38,14 +39,23 @@ class Autocast(TorchFunctionMode):
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # weights cast, as long as an outer context lasts
 
     def __enter__(self):
+        self.patches = ExitStack()
         # torch calls it where the outermost context ends.
-        self.patch = mock.patch.object(torch, "clear_autocast_cache", self.kept.clear)
-        self.patch.start()
+        self.patches.enter_context(mock.patch.object(torch, "clear_autocast_cache", self.kept.clear))
+        self.patches.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", self._backward))
         return super().__enter__()
 
     def __exit__(self, *failure):
         super().__exit__(*failure)
-        self.patch.stop()
+        self.patches.close()
+
+    def _backward(self, *args, run=torch.autograd._engine_run_backward, **options):
+        """A mode is off inside of what it is asked about, and a checkpoint runs its forward again in a backward."""
+        super().__enter__()
+        try:
+            return run(*args, **options)
+        finally:
+            super().__exit__(None, None, None)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = [numbered(x) for x in args], {key: numbered(x) for key, x in (kwargs or {}).items()}

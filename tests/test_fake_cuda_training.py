@@ -69,7 +69,7 @@ def test_a_step_in_mixed_precision(tmp_path):
 
 def test_evaluation_and_generate(setting, tmp_path):  # noqa: F811
     """The records of both devices differ in nothing but rounding."""
-    small = {"samples": 1, "max_new_tokens": 14, "top_p": 0.9, "budget": 40}
+    small = {"samples": 1, "max_new_tokens": 14, "top_p": 0.9}
     asked = [
         "--model_name_or_path",
         str(setting / "model"),
@@ -81,6 +81,7 @@ def test_evaluation_and_generate(setting, tmp_path):  # noqa: F811
     asked += ["--question", "1+1", "--window", "6", "--max_new_tokens", "10"]
     evaluate(argv(setting, tmp_path / "cpu", **small))
     answers = generate.main([*asked, "--use_cpu", "true"])
+    AcceleratorState._reset_state(reset_partial_state=True)
     with FakeCuda() as gpu:
         evaluate(argv(setting, tmp_path / "gpu", **small, use_cpu="false"))
         assert gpu.replays
