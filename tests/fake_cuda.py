@@ -95,7 +95,8 @@ class CudaTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return FakeCuda.active().execute(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():
+            return FakeCuda.active().execute(func, args, kwargs or {})
 
 
 def indices(key):
@@ -126,16 +127,19 @@ def written(func, args, kwargs) -> list:
 
 def mapped(change, tree):
     """`tree_map`, for what operations take and return, several times as fast."""
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(mapped(change, x) for x in tree)
-    if isinstance(tree, dict):
-        return {key: mapped(change, x) for key, x in tree.items()}
-    return change(tree)
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([mapped(change, x) for x in tree])
+    return {key: mapped(change, x) for key, x in tree.items()} if kind is dict else change(tree)
 
 
-def tensors_in(tree) -> list[Tensor]:
-    found = []
-    mapped(lambda x: found.append(x) if isinstance(x, Tensor) else None, tree)
+def tensors_in(tree, found: list[Tensor]) -> list[Tensor]:
+    """`found`, with the tensors of a tree behind it."""
+    for x in tree:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif type(x) in (list, tuple):
+            tensors_in(x, found)
     return found
 
 
@@ -189,7 +193,8 @@ class FakeCuda(TorchDispatchMode):
         FakeCuda.stack.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.execute(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():
+            return self.execute(func, args, kwargs or {})
 
     # ---- one operation -------------------------------------------------------------------------------------------
 
@@ -198,7 +203,7 @@ class FakeCuda(TorchDispatchMode):
             return CUDA
         name = func._schema.name.split("::")[1]
         host, there = [], False
-        for x in tensors_in((args, kwargs)):
+        for x in tensors_in(kwargs.values(), tensors_in(args, [])):
             there |= isinstance(x, CudaTensor)
             host += [] if isinstance(x, CudaTensor) else [x]
         if any(x.is_meta for x in host):
