@@ -287,6 +287,7 @@ class FakeCuda(TorchDispatchMode):
         for name, value in constants.items():  # each a function of its own: torch.compile keeps a table of them
             yield cuda, name, lambda *args, value=value, **kwargs: value
         yield cuda, "synchronize", lambda *args: self.wait("synchronize")
+        yield cuda, "is_current_stream_capturing", lambda: self.capturing is not None
         yield cuda, "CUDAGraph", lambda *args, **kwargs: Graph(self)
         yield cuda, "graph", lambda graph, **options: graph.capture(**options)
         yield cuda, "graph_pool_handle", self.pools.new
