@@ -58,7 +58,9 @@ class Autocast(TorchFunctionMode):
             super().__exit__(None, None, None)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args, kwargs = [numbered(x) for x in args], {key: numbered(x) for key, x in (kwargs or {}).items()}
+        kwargs = kwargs or {}
+        if func is not torch.device:
+            args, kwargs = [numbered(x) for x in args], {key: numbered(x) for key, x in kwargs.items()}
         name = getattr(func, "__name__", "")
         if not torch.is_autocast_enabled("cuda"):
             return func(*args, **kwargs)

@@ -25,7 +25,7 @@ from tests.models import chosen, gap, left_padded_batch, tiny, with_pte
 from tests.test_engine import MODELS, assert_same, sampled
 
 PROMPTS = [[5, 6, 7, 8, 9]] * 3 + [[10, 11]] * 2 + [[12, 13, 14]] + [[5, 6, 7, 8, 9]]
-SHORT = {"prompts": PROMPTS, "policy": CachePolicy(5), "max_new_tokens": 16, "eos_token_ids": [40, 41, 42]}
+SHORT = {"prompts": PROMPTS, "policy": CachePolicy(4), "max_new_tokens": 12, "eos_token_ids": [40, 41, 42]}
 # Once per rollout: the random numbers go up, the results come down.
 ONCE = {("host to device", "rollouts/sampling.py:uniforms"), ("device to host", "rollouts/rollout.py:rollout")}
 ONCE |= {("device to host", "rollouts/rollout.py:<listcomp>"), ("device to host", "rollouts/rollout.py:<genexpr>")}
@@ -57,7 +57,7 @@ def test_the_engine(model, rows):
             with torch.no_grad():
                 for parameter in (*there.parameters(), *cpu.parameters()):
                     parameter.mul_(1.05)
-        assert gpu.captured and gpu.replays > 3 * gpu.captured
+        assert gpu.captured and gpu.replays > gpu.captured
         assert set(gpu.waits) - ONCE == {REGULAR}
 
 
@@ -191,15 +191,22 @@ def test_sampling_with_top_p():
         assert gpu.replays and set(gpu.waits) - ONCE == {REGULAR}
 
 
-@pytest.mark.parametrize("eviction", [name for name in STRATEGIES if name != "sliding_window"])
+@pytest.mark.parametrize(
+    "eviction",
+    [
+        pytest.param(name, marks=[] if name == "h2o" else pytest.mark.thorough)
+        for name in STRATEGIES
+        if name != "sliding_window"
+    ],
+)
 def test_every_strategy(eviction):
-    cpu, options = MODELS["pte"](small()), SHORT | {"policy": CachePolicy(5, eviction=eviction)}
+    cpu, options = MODELS["pte"](small()), SHORT | {"policy": CachePolicy(4, eviction=eviction)}
     with FakeCuda() as gpu:
         assert_same(sampled(moved(cpu, gpu), **options), sampled(cpu, **options))
 
 
-IDS, MASK, PROMPT = left_padded_batch([6, 3], 21)
-SCHEDULES = [Schedule(6), Schedule(8)]
+IDS, MASK, PROMPT = left_padded_batch([6, 3], 14)
+SCHEDULES = [Schedule(4), Schedule(6)]
 
 
 def one_pass(model, ids, mask):
@@ -243,9 +250,10 @@ def test_calibration(whiten):
         assert not any(whitener.is_cuda for each in found for whitener in each.whiteners or ())
         fit(there, found)
         expected = measure(cpu, IDS, MASK, 2)
+        fit(cpu, expected)
         assert [each.ratio for each in found] == pytest.approx([each.ratio for each in expected], rel=1e-4)
-        again = measure(there, IDS.to("cuda:0"), MASK.to("cuda:0"), 2)
-        assert [each.ratio for each in again] == pytest.approx([0.25] * len(again), rel=0.02)
+        for name, tensor in cpu.state_dict().items():
+            assert torch.allclose(there.state_dict()[name].cpu(), tensor, rtol=1e-4, atol=1e-6), name
 
 
 def test_calibration_is_measured_on_the_gpu():

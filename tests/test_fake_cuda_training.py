@@ -14,7 +14,7 @@ from tests.test_distill import distiller
 from tests.test_evaluate import argv, setting  # noqa: F401
 from tests.test_trainer import logged, trainer_for
 
-SHORT = {"max_steps": 1, "max_completion_length": 14, "window": 6}
+SHORT = {"max_steps": 1, "max_completion_length": 10, "window": 4}
 GRPO = {
     "pte": {},
     "segments, offload": {"replay": "segments", "offload_cache": True},
