@@ -35,6 +35,16 @@ INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 SOURCES = ("/pte_trl/", "/tests/", "/benchmarks/", "/trl/", "/transformers/", "/peft/", "/accelerate/")
 
 
+aten = torch.ops.aten
+# Products of narrow numbers with a wide result: the CPU has them for equal types only.
+CUDA_ONLY = {
+    aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    aten.mm.dtype_out: lambda a, b, dtype, *, out: torch.mm(a.to(dtype), b.to(dtype), out=out),
+    aten.addmm.dtype: lambda c, a, b, dtype, **scales: torch.addmm(c.to(dtype), a.to(dtype), b.to(dtype), **scales),
+    aten.addmm.dtype_out: lambda c, a, b, dtype, **more: torch.addmm(c.to(dtype), a.to(dtype), b.to(dtype), **more),
+}
+
+
 class DeviceMix(RuntimeError):
     """An operation got tensors of the host and of the device."""
 
@@ -62,6 +72,12 @@ class CudaTensor(Tensor):
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
 
+    def __getitem__(self, key):
+        return super().__getitem__(indices(key))
+
+    def __setitem__(self, key, value):
+        super().__setitem__(indices(key), value)
+
     def get_device(self) -> int:
         return 0
 
@@ -86,7 +102,15 @@ class CudaTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return FakeCuda.active().execute(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():
+            return FakeCuda.active().execute(func, args, kwargs or {})
+
+
+def indices(key):
+    """An index with its lists as tensors: C++ would make them where it sees the tensor, that is, without values."""
+    if isinstance(key, list):
+        return torch.tensor(key, device=CUDA)
+    return tuple(indices(part) for part in key) if isinstance(key, tuple) else key
 
 
 def on_device(device) -> bool:
@@ -110,16 +134,19 @@ def written(func, args, kwargs) -> list:
 
 def mapped(change, tree):
     """`tree_map`, for what operations take and return, several times as fast."""
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(mapped(change, x) for x in tree)
-    if isinstance(tree, dict):
-        return {key: mapped(change, x) for key, x in tree.items()}
-    return change(tree)
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([mapped(change, x) for x in tree])
+    return {key: mapped(change, x) for key, x in tree.items()} if kind is dict else change(tree)
 
 
-def tensors_in(tree) -> list[Tensor]:
-    found = []
-    mapped(lambda x: found.append(x) if isinstance(x, Tensor) else None, tree)
+def tensors_in(tree, found: list[Tensor]) -> list[Tensor]:
+    """`found`, with the tensors of a tree behind it."""
+    for x in tree:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif type(x) in (list, tuple):
+            tensors_in(x, found)
     return found
 
 
@@ -173,7 +200,8 @@ class FakeCuda(TorchDispatchMode):
         FakeCuda.stack.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.execute(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():
+            return self.execute(func, args, kwargs or {})
 
     # ---- one operation -------------------------------------------------------------------------------------------
 
@@ -182,9 +210,13 @@ class FakeCuda(TorchDispatchMode):
             return CUDA
         name = func._schema.name.split("::")[1]
         host, there = [], False
-        for x in tensors_in((args, kwargs)):
+        for x in tensors_in(kwargs.values(), tensors_in(args, [])):
             there |= isinstance(x, CudaTensor)
             host += [] if isinstance(x, CudaTensor) else [x]
+        if any(x.is_meta for x in host):
+            raise NotImplementedError(
+                f"{func} at {where()}: a tensor was made in C++, for the device, and has no values"
+            )
         if name in ("_to_copy", "copy_"):
             to_device = self._copy(name, args, kwargs)
         else:
@@ -194,7 +226,7 @@ class FakeCuda(TorchDispatchMode):
         inputs, options = mapped(plain, args), mapped(plain, kwargs)
         options.pop("pin_memory", None)
         if self.capturing is None or not to_device:
-            out = func(*inputs, **options)
+            out = CUDA_ONLY.get(func, func)(*inputs, **options)
         else:
             out = self.capturing.record(func, inputs, options, is_view(func))
         if not to_device:
@@ -250,24 +282,26 @@ class FakeCuda(TorchDispatchMode):
 
     def _replacements(self):
         """(owner, name, value) of what is patched while the device is there."""
-        cuda, nothing = torch.cuda, lambda *args, **kwargs: None
+        cuda = torch.cuda
         about = SimpleNamespace(total_memory=80 << 30, major=9, minor=0, name="NVIDIA H100 (fake)")
         constants = {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True}
         constants |= {"get_device_name": about.name, "get_device_properties": about, "is_initialized": True}
         constants |= {"mem_get_info": (40 << 30, 80 << 30), "get_device_capability": (9, 0)}
         for name in ("memory_reserved", "memory_allocated", "max_memory_allocated", "max_memory_reserved"):
             constants[name] = 0
-        for name, value in constants.items():
-            yield cuda, name, lambda *args, value=value, **kwargs: value
         for name in ("_lazy_init", "empty_cache", "reset_peak_memory_stats", "set_device", "manual_seed_all"):
-            yield cuda, name, nothing
+            constants[name] = None
+        for name, value in constants.items():  # each a function of its own: torch.compile keeps a table of them
+            yield cuda, name, lambda *args, value=value, **kwargs: value
         yield cuda, "synchronize", lambda *args: self.wait("synchronize")
+        yield cuda, "is_current_stream_capturing", lambda: self.capturing is not None
         yield cuda, "CUDAGraph", lambda *args, **kwargs: Graph(self)
         yield cuda, "graph", lambda graph, **options: graph.capture(**options)
         yield cuda, "graph_pool_handle", self.pools.new
         yield cuda, "get_rng_state", lambda *args: torch.get_rng_state()
         yield cuda, "set_rng_state", lambda state, *args: torch.set_rng_state(state)
         yield sys.modules["torch.cuda.amp.common"], "amp_definitely_not_available", lambda: False
+        yield torch.amp, "is_autocast_available", lambda kind: True
         # `.to` makes new parameters: `parameter.data = ...` would leave the old one a meta tensor.
         yield torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True
         # These read their data in C++, below the dispatcher.

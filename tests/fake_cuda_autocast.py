@@ -4,6 +4,9 @@ The lists are CUDA's, as far as this package and transformers call them:
 https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior
 """
 
+from contextlib import ExitStack
+from unittest import mock
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -35,11 +38,33 @@ class Autocast(TorchFunctionMode):
         super().__init__()
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # weights cast, as long as an outer context lasts
 
+    def __enter__(self):
+        self.patches = ExitStack()
+        # torch calls it where the outermost context ends.
+        self.patches.enter_context(mock.patch.object(torch, "clear_autocast_cache", self.kept.clear))
+        self.patches.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", self._backward))
+        return super().__enter__()
+
+    def __exit__(self, *failure):
+        super().__exit__(*failure)
+        self.patches.close()
+
+    def _backward(self, *args, run=torch.autograd._engine_run_backward, **options):
+        """A mode is off inside of what it is asked about, and a checkpoint runs its forward again in a backward."""
+        super().__enter__()
+        try:
+            return run(*args, **options)
+        finally:
+            super().__exit__(None, None, None)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        if func is not torch.device:
+            args, kwargs = [numbered(x) for x in args], {key: numbered(x) for key, x in kwargs.items()}
+        name = getattr(func, "__name__", "")
         if not torch.is_autocast_enabled("cuda"):
-            self.kept.clear()
-        elif name in NARROW | WIDE | WIDEST and any(x.is_cuda for x in floats((args, kwargs))):
+            return func(*args, **kwargs)
+        if name in NARROW | WIDE | WIDEST and any(x.is_cuda for x in floats((args, kwargs))):
             narrow = torch.get_autocast_dtype("cuda")
             dtype = narrow if name in NARROW else torch.float32
             if name in WIDEST:
@@ -56,6 +81,12 @@ class Autocast(TorchFunctionMode):
         if id(x) not in self.kept:
             self.kept[id(x)] = (x, x.to(dtype))
         return self.kept[id(x)][1]
+
+
+def numbered(x):
+    """A device "cuda" with its number, which C++ would ask a CUDA build for."""
+    bare = x.type == "cuda" and x.index is None if isinstance(x, torch.device) else isinstance(x, str) and x == "cuda"
+    return torch.device("cuda", 0) if bare else x
 
 
 def floats(tree) -> list[Tensor]:

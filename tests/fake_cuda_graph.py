@@ -99,10 +99,10 @@ class Graph:
         freed = [tuple(x.shape) for x in self.inputs.values() if not Memory.of(x)]
         if freed:
             raise FreedMemory(f"a graph reads memory freed since its capture, of a tensor of shape {freed[0]}")
-        for graph in self.pool:
-            poison(graph.own.values())
         # Plain tensors of the CPU, so the device need not look at them.
         with torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            for graph in self.pool:
+                poison(graph.own.values())
             for func, args, kwargs, results in self.steps:
                 out = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
                 for kept, new in zip(results or (), out, strict=bool(results)):
