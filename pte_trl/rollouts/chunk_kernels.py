@@ -5,17 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pte_trl.rollouts.chunks import CHUNK
+from pte_trl.rollouts.chunks import CHUNK, LEVEL_BITS, UNUSED_BITS, reads
 
-BITS = 5  # of the cut that one read of the logits finds: more cost arithmetic, fewer cost reads
-BLOCK = 256  # logits that are compared with all 2**BITS levels at once
-# Low bits of a float32 that the values of a dtype do not use. They need not be searched. (float64 is rounded to float32.)
-UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 12}
-
-
-def reads(dtype: torch.dtype) -> int:
-    """How often `nucleus_cut` reads the logits."""
-    return -(-(32 - UNUSED_BITS.get(dtype, 0)) // BITS)
+BLOCK = 256  # logits that are compared with all levels at once
 
 
 @triton.jit
@@ -104,6 +96,6 @@ def nucleus_cut(logits: Tensor, scale: float, peak: Tensor, target: Tensor) -> t
     with torch.cuda.device_of(logits):
         _nucleus_cut[len(logits),](
             logits, logits.stride(0), float(scale), peak, target, cut, above,
-            logits.shape[1], unused, BITS, reads(logits.dtype), BLOCK, num_warps=8,
+            logits.shape[1], unused, LEVEL_BITS, reads(logits.dtype), BLOCK, num_warps=8,
         )  # fmt: skip
     return cut, above

@@ -15,6 +15,16 @@ CHUNK = 512  # logits whose sum is written
 HEAD = 1024  # largest logits of a row in which the end of the nucleus is looked for first, on a CPU
 # Elements that are worked on at once: about what a CPU's second-level cache holds; on CUDA what is never short.
 AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
+LEVEL_BITS = (
+    5  # of the cut that CUDA's kernel finds by one read of the logits: more is more arithmetic and fewer reads
+)
+# Low bits of a float32 that are zero in every value of a dtype, and so are not searched. float64 is rounded to float32.
+UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 12}
+
+
+def reads(dtype: torch.dtype) -> int:
+    """How often the kernel of `nucleus_cut` reads the logits."""
+    return -(-(32 - UNUSED_BITS.get(dtype, 0)) // LEVEL_BITS)
 
 
 def _parts(logits: Tensor, *of_rows: Tensor | None):

@@ -29,6 +29,8 @@ def uniforms(
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row of (batch, vocabulary) logits, and its log-prob under the distribution it came from.
 
+    The reference implementation: the engine calls `pte_trl.rollouts.draw.draw`, which is compared with it.
+
     Args:
         temperature: 0 is greedy (log-probs are then at temperature 1).
         top_p: sample from the smallest set of tokens with this much probability.
