@@ -1,4 +1,4 @@
-"""`draw` against `sample`, its reference implementation: tokens, log-probs, odd logits, bytes moved, Triton kernels."""
+"""`draw` against its reference implementation `sample`: tokens, log-probs, odd logits, bytes, Triton kernels."""
 
 import sys
 from contextlib import nullcontext
@@ -60,7 +60,7 @@ def test_a_nucleus_longer_than_the_head(dtype, top_p):
 
 
 @pytest.mark.parametrize("temperature", [0, 0.6])
-@pytest.mark.parametrize("top_p", [1.0, 0.3, 1e-300])
+@pytest.mark.parametrize("top_p", [1.0, 0.3, 1e-9])
 def test_odd_rows(temperature, top_p):
     logits = torch.full((5, 2 * CHUNK + 3), -INF)
     logits[0] = 0  # uniform

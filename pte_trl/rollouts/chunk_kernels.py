@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pte_trl.rollouts.chunks import CHUNK, LEVEL_BITS, UNUSED_BITS, reads
+from pte_trl.rollouts.chunks import CHUNK, UNUSED_BITS, level_bits, reads
 
 BLOCK = 256  # logits that are compared with all levels at once
 
@@ -66,7 +66,7 @@ def _nucleus_cut(
         over += tl.sum(tl.where(levels == best + 1, masses, 0.0), 0)
         low += best.to(tl.int64) << step
         known = step
-    # Of a negative number the unused bits are ones here. Sums that miss the goal by rounding leave `low` below all floats.
+    # Of a negative number the unused bits are ones here. Sums that miss the goal by rounding leave `low` at 0.
     lowest_float = 0x007FFFFF  # -inf
     negative = 0xFFFFFFFF - tl.maximum(low + ((1 << UNUSED) - 1), lowest_float)
     bits = tl.where(low < 0x80000000, negative, low - 0x80000000)
@@ -96,6 +96,6 @@ def nucleus_cut(logits: Tensor, scale: float, peak: Tensor, target: Tensor) -> t
     with torch.cuda.device_of(logits):
         _nucleus_cut[len(logits),](
             logits, logits.stride(0), float(scale), peak, target, cut, above,
-            logits.shape[1], unused, LEVEL_BITS, reads(logits.dtype), BLOCK, num_warps=8,
+            logits.shape[1], unused, level_bits(logits.dtype), reads(logits.dtype), BLOCK, num_warps=8,
         )  # fmt: skip
     return cut, above

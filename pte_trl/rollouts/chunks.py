@@ -1,8 +1,8 @@
 """Two reductions over the vocabulary, as operations of PyTorch with a kernel for CUDA.
 
 On a CPU they take a few rows at a time, so that what is written in between stays in the processor's cache. On CUDA
-Triton kernels (`pte_trl.rollouts.chunk_kernels`) keep it in registers. Where Triton cannot compile, CUDA runs what a CPU
-runs, for many rows at a time. Being operations of their own they are one node for `torch.compile`.
+Triton kernels (`pte_trl.rollouts.chunk_kernels`) keep it in registers. Where Triton cannot compile, CUDA runs
+PyTorch's operations, for many rows at a time. Each of the two is one node for `torch.compile`.
 """
 
 from functools import cache
@@ -15,16 +15,18 @@ CHUNK = 512  # logits whose sum is written
 HEAD = 1024  # largest logits of a row in which the end of the nucleus is looked for first, on a CPU
 # Elements that are worked on at once: about what a CPU's second-level cache holds; on CUDA what is never short.
 AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
-LEVEL_BITS = (
-    5  # of the cut that CUDA's kernel finds by one read of the logits: more is more arithmetic and fewer reads
-)
-# Low bits of a float32 that are zero in every value of a dtype, and so are not searched. float64 is rounded to float32.
+# Low bits of a float32 that are zero in every value of a dtype, and so are not searched. float64 becomes float32.
 UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 12}
+
+
+def level_bits(dtype: torch.dtype) -> int:
+    """Bits of the cut that CUDA's kernel finds by one read of the logits: more is more arithmetic and fewer reads."""
+    return 5 if dtype in UNUSED_BITS else 6
 
 
 def reads(dtype: torch.dtype) -> int:
     """How often the kernel of `nucleus_cut` reads the logits."""
-    return -(-(32 - UNUSED_BITS.get(dtype, 0)) // LEVEL_BITS)
+    return -(-(32 - UNUSED_BITS.get(dtype, 0)) // level_bits(dtype))
 
 
 def _parts(logits: Tensor, *of_rows: Tensor | None):
@@ -44,7 +46,7 @@ def chunk_sums(logits: Tensor, scale: float, cut: Tensor | None) -> tuple[Tensor
         cut: (batch,) float32; only logits above it are summed. All, if None.
 
     Returns:
-        the largest of logits / scale in each chunk, over all its logits, and the sum of exp(logits / scale - that), both
+        the largest of logits / scale in each chunk, of all its logits, and the sum of exp(logits / scale - that),
         (batch, chunks) float32; how many logits are equal to `cut`, (batch, chunks) int64.
     """
     shape = (len(logits), -(-logits.shape[1] // CHUNK))
@@ -113,7 +115,7 @@ def _end(ordered: Tensor, scale: float, peak: Tensor, target: Tensor) -> tuple[T
     return cut.squeeze(1), masses.masked_fill(ordered <= cut, 0).sum(1), reached[:, -1] >= target
 
 
-# ---- other devices ---------------------------------------------------------------------------------------------------
+# ---- other devices -------------------------------------------------------------------------------------------------
 
 
 @chunk_sums.register_fake

@@ -56,7 +56,7 @@ def _masses(maxes: Tensor, sums: Tensor, peak: Tensor) -> Tensor:
 def _nucleus(
     logits: Tensor, scale: float, top_p: float, peak: Tensor, masses: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The smallest logit in the nucleus, the mass of a token that has it, and how many of these are in it; (batch,)."""
+    """Of each row the smallest logit in the nucleus, the mass of a token that has it, how many of these are in it."""
     target = (masses.sum(1) * top_p).clamp(min=torch.finfo(torch.float64).tiny)  # at least one token
     cut, above = nucleus_cut(logits, scale, peak, target)
     share = ((cut / scale).double() - peak.double()).exp()
