@@ -1,6 +1,6 @@
 """`draw` against its reference implementation `sample`: tokens, log-probs, odd logits, bytes, Triton kernels."""
 
-import sys
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -148,7 +148,8 @@ def test_the_operations_keep_to_their_schemas():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(chunk_sums, (logits, 0.5, cut), test_utils=checks)
     torch.library.opcheck(chunk_sums, (logits.bfloat16(), 1.0, None), test_utils=checks)
-    torch.library.opcheck(nucleus_cut, (logits, 0.5, logits.amax(1) / 0.5, cut.double() + 1.5), test_utils=checks)
+    maxes, total = chunk_sums(logits, 0.5, None)[0], cut.double() + 3
+    torch.library.opcheck(nucleus_cut, (logits, 0.5, maxes, maxes.amax(1), total, total / 2), test_utils=checks)
 
 
 def test_rows_that_are_taken_a_few_at_a_time(monkeypatch):
@@ -161,36 +162,58 @@ def test_rows_that_are_taken_a_few_at_a_time(monkeypatch):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The Triton kernels, run by Triton's interpreter. The wheels of torch for CPUs come without Triton."""
+    """The Triton kernels, on a GPU if there is one, else in Triton's interpreter.
+
+    The wheels of torch for CPUs come without Triton. It must be told to interpret before it is imported.
+    """
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
-    monkeypatch.delitem(sys.modules, "pte_trl.rollouts.chunk_kernels", raising=False)
+    if not torch.cuda.is_available():
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("without a GPU the kernels run under TRITON_INTERPRET=1 only")
+        monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     from pte_trl.rollouts import chunk_kernels
 
-    yield chunk_kernels
-    sys.modules.pop("pte_trl.rollouts.chunk_kernels")
+    return chunk_kernels
+
+
+def on_device(function, *arguments):
+    """What a kernel returns, on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [x.cpu() for x in function(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_triton_kernels(kernels, dtype):
-    logits = torch.randn(5, CHUNK + 200) * 2
+    vocabulary = kernels.TILE + CHUNK + 200
+    logits = torch.randn(7, vocabulary) * 2
     logits[1] -= 30  # negative ones only
     logits[2, ::2] = -INF
-    logits[3] = torch.where(torch.rand(CHUNK + 200) < 0.5, 0.0, -0.0)
+    logits[3] = torch.where(torch.rand(vocabulary) < 0.5, 0.0, -0.0)
     logits[4] = -logits[4].abs().round()  # many ties
+    logits[5, :40] += 20  # the second tile is far below the cut
+    logits[6, -1] = 6e4  # all others are far below
     logits, scale = logits.to(dtype), 0.6
     maxes, sums, _ = chunk_sums(logits, scale, None)
     peak = maxes.amax(1)
     total = (sums * (maxes - peak.unsqueeze(1)).double().exp()).sum(1)
     for share in (1e-9, 0.4, 0.97):
-        cut, above = nucleus_cut(logits, scale, peak, total * share)
-        found = kernels.nucleus_cut(logits, scale, peak, total * share)
+        cut, above = nucleus_cut(logits, scale, maxes, peak, total, total * share)
+        found = on_device(kernels.nucleus_cut, logits, scale, maxes, peak, total, total * share)
         assert torch.equal(cut, found[0])
         torch.testing.assert_close(above, found[1], rtol=1e-6, atol=1e-9)
     for low in (None, cut):
-        expected, found = chunk_sums(logits, scale, low), kernels.chunk_sums(logits, scale, low)
+        expected, found = chunk_sums(logits, scale, low), on_device(kernels.chunk_sums, logits, scale, low)
         for one, other in zip(expected, found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
-    nothing, _ = kernels.nucleus_cut(logits[:1], scale, peak[:1], total[:1] * 1.01)  # more than there is: all are kept
-    assert nothing.item() == -INF
+    # More than there is: all are kept.
+    everything, _ = on_device(kernels.nucleus_cut, logits, scale, maxes, peak, total, total * 1.01)
+    assert (everything == -INF).all()
+
+
+@pytest.mark.parametrize("odd", [torch.nan, INF, -INF])
+def test_the_triton_kernels_end_on_what_is_not_a_number(kernels, odd):
+    """With some float32, of any value: `draw` makes a token of it."""
+    logits = torch.full((1, CHUNK), odd)
+    maxes, total = torch.full((1, 1), odd), torch.full((1,), torch.nan, dtype=torch.float64)
+    cut, above = on_device(kernels.nucleus_cut, logits, 1.0, maxes, maxes[:, 0], total, total)
+    assert cut.shape == above.shape == (1,)

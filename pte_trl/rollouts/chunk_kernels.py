@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pte_trl.rollouts.chunks import CHUNK, UNUSED_BITS, level_bits, reads
+from pte_trl.rollouts.chunks import CHUNK, UNUSED_BITS, level_bits
 
-BLOCK = 256  # logits that are compared with all levels at once
+TILE = 2048  # logits of one program of `nucleus_cut`; a multiple of CHUNK
+WARPS = 4  # of such a program
 
 
 @triton.jit
@@ -37,41 +38,77 @@ def _sortable(x):
 
 
 @triton.jit
-def _nucleus_cut(
-    logits, stride, scale, peak, target, cut, above,
-    VOCABULARY: tl.constexpr, UNUSED: tl.constexpr, BITS: tl.constexpr, READS: tl.constexpr, BLOCK: tl.constexpr,
+def _float(unit, UNUSED: tl.constexpr):
+    """The float32 of a sortable integer without its unused bits. Of a negative number these are ones here."""
+    low = unit << UNUSED
+    bits = tl.where(low < 0x80000000, 0xFFFFFFFF - (low + ((1 << UNUSED) - 1)), low - 0x80000000)
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bounds(scale, vocabulary, peak, total, target, low, high, above, UNUSED: tl.constexpr):
+    """[low, high) that holds the cut of one row, in sortable integers without the unused bits.
+
+    Logits below `bound` have too little mass, all together, to be needed. Where that is lost in rounding it is -inf.
+    """
+    row = tl.program_id(0)
+    top, whole = tl.load(peak + row), tl.load(total + row)
+    spare = ((whole - tl.load(target + row)) / 2 - whole * 1e-6).to(tl.float32)
+    margin = tl.abs(top * scale) * 1e-5 + 1e-30  # logits, and their quotients with scale, are rounded
+    bound = (top + tl.log(tl.maximum(spare, 0.0) / vocabulary)) * scale - margin
+    bound = tl.where(bound > float("-inf"), bound, float("-inf"))  # not NaN
+    largest = top * scale + margin
+    largest = tl.where(largest < float("inf"), largest, float("inf"))
+    tl.store(low + row, _sortable(bound) >> UNUSED)
+    tl.store(high + row, (_sortable(largest) >> UNUSED) + 1)
+    tl.store(above + row, whole * 0.0)
+
+
+@triton.jit
+def _level_sums(
+    logits, stride, vocabulary, scale, peak, maxes, low, high, parts,
+    UNUSED: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One row. Before each read the cut is known to lie in [low, low + 2**known), as sortable integers."""
+    """Of one tile of one row: the mass of [low + level * step, high) for each level but the first."""
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, end, top = tl.load(low + row), tl.load(high + row), tl.load(peak + row)
+    step = (end - start + LEVELS - 1) // LEVELS
+    first, beyond = _float(start, UNUSED), _float(end, UNUSED)
+    chunks = (vocabulary + CHUNK - 1) // CHUNK
+    chunk = tile * (TILE // CHUNK) + tl.arange(0, TILE // CHUNK)
+    largest = tl.max(tl.load(maxes + row * chunks + chunk, mask=chunk < chunks, other=float("-inf")), 0)
+    levels = tl.arange(0, LEVELS)
+    masses = tl.zeros([LEVELS], tl.float32)
+    if (end - start > 1) & (largest >= first / scale):  # else there is no need to read the logits
+        place = tile * TILE + tl.arange(0, TILE)
+        x = tl.load(logits + row * stride + place, mask=place < vocabulary, other=float("-inf")).to(tl.float32)
+        inside = (x >= first) & ((x >= beyond) == 0)  # `beyond` is NaN where the interval includes infinity
+        if tl.max(inside.to(tl.int32), 0) > 0:
+            weight = tl.where(inside, tl.exp(x / scale - top), 0.0)
+            for level in range(1, LEVELS):
+                mass = tl.sum(tl.where(x >= _float(start + level * step, UNUSED), weight, 0.0), 0)
+                masses = tl.where(levels == level, mass, masses)
+    tl.store(parts + (row * tl.num_programs(1) + tile) * LEVELS + levels, masses)
+
+
+@triton.jit
+def _narrow(
+    parts, tiles, target, low, high, above, cut,
+    UNUSED: tl.constexpr, LEVELS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One row: the last level from which the mass reaches the target becomes the interval."""
     row = tl.program_id(0).to(tl.int64)
-    top, goal = tl.load(peak + row), tl.load(target + row)
-    levels = tl.arange(0, 1 << BITS)
-    low = row * 0
-    over = goal * 0.0  # the mass of [low + 2**known, infinity)
-    known = tl.program_id(0) * 0 + 32
-    for _ in range(READS):
-        step = tl.maximum(known - BITS, UNUSED)
-        masses = tl.zeros([1 << BITS], tl.float64)  # from each level to the end of the interval
-        for start in range(0, VOCABULARY, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + row * stride + place, mask=place < VOCABULARY, other=float("-inf")).to(tl.float32)
-            offset = _sortable(x) - low
-            inside = (offset >= 0) & ((offset >> known) == 0)
-            if tl.max(inside.to(tl.int32), 0) > 0:  # after a few reads hardly any block has one
-                level = tl.where(inside, offset >> step, -1).to(tl.int32)
-                weight = tl.exp(x / scale - top)
-                parts = tl.where(level[:, None] >= levels[None, :], weight[:, None], 0.0)
-                masses += tl.sum(parts, 0).to(tl.float64)
-        # Masses fall with the level. The last one from which the goal is reached:
-        best = tl.maximum(tl.sum((over + masses >= goal).to(tl.int32), 0) - 1, 0)
-        over += tl.sum(tl.where(levels == best + 1, masses, 0.0), 0)
-        low += best.to(tl.int64) << step
-        known = step
-    # Of a negative number the unused bits are ones here. Sums that miss the goal by rounding leave `low` at 0.
-    lowest_float = 0x007FFFFF  # -inf
-    negative = 0xFFFFFFFF - tl.maximum(low + ((1 << UNUSED) - 1), lowest_float)
-    bits = tl.where(low < 0x80000000, negative, low - 0x80000000)
-    tl.store(cut + row, bits.to(tl.int32).to(tl.float32, bitcast=True))
-    tl.store(above + row, over)
+    start, end, over = tl.load(low + row), tl.load(high + row), tl.load(above + row)
+    step = (end - start + LEVELS - 1) // LEVELS
+    levels, tile = tl.arange(0, LEVELS), tl.arange(0, TILES)
+    places = (row * tiles + tile[:, None]) * LEVELS + levels[None, :]
+    masses = tl.sum(tl.load(parts + places, mask=tile[:, None] < tiles, other=0.0).to(tl.float64), 0)
+    best = tl.sum(((over + masses >= tl.load(target + row)) & (levels > 0)).to(tl.int32), 0)
+    start += best * step
+    tl.store(low + row, start)
+    tl.store(high + row, tl.minimum(end, start + step))
+    tl.store(above + row, over + tl.sum(tl.where(levels == best + 1, masses, 0.0), 0))
+    tl.store(cut + row, _float(start, UNUSED))
 
 
 def chunk_sums(logits: Tensor, scale: float, cut: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,14 +125,25 @@ def chunk_sums(logits: Tensor, scale: float, cut: Tensor | None) -> tuple[Tensor
     return maxes, sums, ties
 
 
-def nucleus_cut(logits: Tensor, scale: float, peak: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def nucleus_cut(
+    logits: Tensor, scale: float, maxes: Tensor, peak: Tensor, total: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    peak, target = peak.contiguous(), target.contiguous()
+    maxes, peak, total, target = (x.contiguous() for x in (maxes, peak, total, target))
+    rows, vocabulary = logits.shape
+    scale, unused, bits = float(scale), UNUSED_BITS.get(logits.dtype, 0), level_bits(logits.dtype)
+    tiles = triton.cdiv(vocabulary, TILE)
     cut, above = torch.empty_like(peak), torch.empty_like(target)
-    unused = UNUSED_BITS.get(logits.dtype, 0)
+    low, high = (torch.empty_like(target, dtype=torch.long) for _ in range(2))
+    parts = logits.new_empty(rows * tiles * 2 ** max(bits), dtype=torch.float32)
     with torch.cuda.device_of(logits):
-        _nucleus_cut[len(logits),](
-            logits, logits.stride(0), float(scale), peak, target, cut, above,
-            logits.shape[1], unused, level_bits(logits.dtype), reads(logits.dtype), BLOCK, num_warps=8,
-        )  # fmt: skip
+        _bounds[rows,](scale, vocabulary, peak, total, target, low, high, above, unused, num_warps=1)
+        for level in bits:
+            _level_sums[rows, tiles](
+                logits, logits.stride(0), vocabulary, scale, peak, maxes, low, high, parts,
+                unused, 2**level, CHUNK, TILE, num_warps=WARPS,
+            )  # fmt: skip
+            _narrow[rows,](
+                parts, tiles, target, low, high, above, cut, unused, 2**level, triton.next_power_of_2(tiles)
+            )
     return cut, above

@@ -19,14 +19,18 @@ AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 12}
 
 
-def level_bits(dtype: torch.dtype) -> int:
-    """Bits of the cut that CUDA's kernel finds by one read of the logits: more is more arithmetic and fewer reads."""
-    return 5 if dtype in UNUSED_BITS else 6
+# Bits of the cut that CUDA's kernels find by each read of the logits: more is more arithmetic and fewer reads. The
+# last reads of float32 skip nearly all logits.
+LEVEL_BITS = {torch.bfloat16: (4, 4, 4, 4), torch.float16: (5, 5, 5, 5), torch.float32: (5, 5, 5, 5, 6, 6)}
+
+
+def level_bits(dtype: torch.dtype) -> tuple[int, ...]:
+    return LEVEL_BITS.get(dtype, LEVEL_BITS[torch.float32])
 
 
 def reads(dtype: torch.dtype) -> int:
-    """How often the kernel of `nucleus_cut` reads the logits."""
-    return -(-(32 - UNUSED_BITS.get(dtype, 0)) // level_bits(dtype))
+    """How often the kernels of `nucleus_cut` read the logits at most."""
+    return len(level_bits(dtype))
 
 
 def _parts(logits: Tensor, *of_rows: Tensor | None):
@@ -75,18 +79,23 @@ def _sums_of_rows(logits: Tensor, scale: float, cut: Tensor | None, maxes: Tenso
 
 
 @torch.library.custom_op("pte_trl::nucleus_cut", mutates_args=())
-def nucleus_cut(logits: Tensor, scale: float, peak: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def nucleus_cut(
+    logits: Tensor, scale: float, maxes: Tensor, peak: Tensor, total: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
     """The largest logit at and above which the mass reaches `target`, and the mass of what lies above it.
 
     A CPU sorts the head of a row, and the whole row only where the nucleus is longer. In a captured graph there is no
-    such choice, and a sort of the whole vocabulary moves more bytes than all the rest. So the kernel for CUDA searches
-    the bits of the answer, a few in each read of the logits, until it is exact: a fixed number of reads, nothing
-    written, and the sums are in a fixed order. Without Triton, CUDA sorts.
+    such choice, and a sort of the whole vocabulary moves more bytes than all the rest. So the kernels for CUDA search
+    the bits of the answer, a few in each read of the logits, until it is exact. The number of reads is fixed, but
+    chunks whose largest logit is below the answer are left out once that is known. The sums are in a fixed order.
+    Without Triton, CUDA sorts.
 
     Args:
         logits: (batch, vocabulary).
         scale: the temperature.
-        peak: (batch,) float32, the largest of logits / scale.
+        maxes: (batch, chunks) float32, as `chunk_sums` returns them.
+        peak: (batch,) float32, the largest of them.
+        total: (batch,) float64, the mass of all logits, in units of exp(peak).
         target: (batch,) float64, in units of exp(peak); positive.
 
     Returns:
@@ -126,7 +135,7 @@ def _(logits, scale, cut):
 
 
 @nucleus_cut.register_fake
-def _(logits, scale, peak, target):
+def _(logits, scale, maxes, peak, total, target):
     return torch.empty_like(peak), torch.empty_like(target)
 
 
@@ -138,7 +147,8 @@ def _kernels(device: torch.device):
 
         logits = torch.zeros(1, CHUNK, device=device)
         maxes, sums, _ = chunk_kernels.chunk_sums(logits, 1.0, None)
-        chunk_kernels.nucleus_cut(logits, 1.0, maxes[:, 0].contiguous(), sums[:, 0].double() / 2)
+        total = sums[:, 0].double()
+        chunk_kernels.nucleus_cut(logits, 1.0, maxes, maxes[:, 0], total, total / 2)
     except Exception as error:  # no Triton, no C compiler, an unknown GPU: it differs between machines
         print(f"sampling: Triton kernels do not run here, using PyTorch's operations ({error!r})", flush=True)
         return None
@@ -152,6 +162,6 @@ def _(logits, scale, cut):
 
 
 @nucleus_cut.register_kernel("cuda")
-def _(logits, scale, peak, target):
+def _(logits, scale, maxes, peak, total, target):
     kernels = _kernels(logits.device)
-    return (kernels.nucleus_cut if kernels else nucleus_cut._init_fn)(logits, scale, peak, target)
+    return (kernels.nucleus_cut if kernels else nucleus_cut._init_fn)(logits, scale, maxes, peak, total, target)

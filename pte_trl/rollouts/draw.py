@@ -37,7 +37,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> t
     if temperature == 0:
         token = logits.argmax(1)
     elif top_p < 1:
-        cut, share, quota = _nucleus(logits, scale, top_p, peak, masses)
+        cut, share, quota = _nucleus(logits, scale, top_p, maxes, peak, masses.sum(1))
         maxes, sums, ties = chunk_sums(logits, scale, cut)
         ties = _first(ties, quota)
         masses = _masses(maxes, sums, peak) + ties * share.unsqueeze(1)
@@ -54,11 +54,11 @@ def _masses(maxes: Tensor, sums: Tensor, peak: Tensor) -> Tensor:
 
 
 def _nucleus(
-    logits: Tensor, scale: float, top_p: float, peak: Tensor, masses: Tensor
+    logits: Tensor, scale: float, top_p: float, maxes: Tensor, peak: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row the smallest logit in the nucleus, the mass of a token that has it, how many of these are in it."""
-    target = (masses.sum(1) * top_p).clamp(min=torch.finfo(torch.float64).tiny)  # at least one token
-    cut, above = nucleus_cut(logits, scale, peak, target)
+    target = (total * top_p).clamp(min=torch.finfo(torch.float64).tiny)  # at least one token
+    cut, above = nucleus_cut(logits, scale, maxes, peak, total, target)
     share = ((cut / scale).double() - peak.double()).exp()
     # The first so many with which the mass reaches the target. Without a share, of -inf, it does not matter.
     quota = ((target - above) / share).ceil().nan_to_num(1.0).clamp(1, logits.shape[1]).long()
