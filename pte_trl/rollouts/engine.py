@@ -21,9 +21,10 @@ from pte_trl.adapter.model import evicted_encoders
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.masks import mask_for, prompt_mask
 from pte_trl.cache.schedule import Schedule
+from pte_trl.rollouts.draw import draw
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.ring import RingCache, aligned, ring_size
-from pte_trl.rollouts.sampling import Sampling, sample
+from pte_trl.rollouts.sampling import Sampling
 from pte_trl.rollouts.transfer import uploaded
 
 # Steps between two reads of which rows have ended. A read waits for the GPU, which then idles until the host has
@@ -339,7 +340,7 @@ class Engine:
         # Ended rows write into the spare last line. `masked_fill` and not `where`, whose scalar comes from the host.
         line = self.sample[rows].masked_fill(~alive, len(self.ids) - 1)
         column = at.clamp(max=self.ids.shape[1] - 1)
-        token, logp = sample(logits, self.sampling.temperature, self.sampling.top_p, self.draws[line, column])
+        token, logp = draw(logits, self.sampling.temperature, self.sampling.top_p, self.draws[line, column])
         self.ids[line, column], self.logps[line, column], self.lengths[line] = token, logp, at + 1
         stopped = (token.unsqueeze(1) == self.eos_token_ids).any(1)
         self.token[rows], self.count[rows] = token, at + 1

@@ -29,6 +29,8 @@ def uniforms(
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row of (batch, vocabulary) logits, and its log-prob under the distribution it came from.
 
+    The reference implementation: the engine calls `pte_trl.rollouts.draw.draw`, which is compared with it.
+
     Args:
         temperature: 0 is greedy (log-probs are then at temperature 1).
         top_p: sample from the smallest set of tokens with this much probability.
@@ -48,9 +50,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 
 def nucleus(logps: Tensor, top_p: float) -> Tensor:
     """Log-probs of the smallest set of tokens whose probability reaches `top_p`, renormalised; -inf elsewhere."""
-    ordered, order = logps.sort(dim=-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()  # what more likely tokens already have
-    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+    ordered, order = logps.sort(dim=-1, descending=True, stable=True)
+    # In float64, and as a share of their own sum: in float32 both are off by several tokens of a large vocabulary.
+    reached = ordered.exp().cumsum(-1, dtype=torch.float64)
+    before = reached - ordered.exp()  # what more likely tokens already have
+    ordered = ordered.masked_fill(before >= top_p * reached[..., -1:], -torch.inf)
     return torch.full_like(logps, -torch.inf).scatter(-1, order, ordered).log_softmax(-1)
 
 
