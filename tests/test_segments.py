@@ -73,7 +73,7 @@ def test_layers_run_again_in_backward_where_the_model_has_checkpointing(monkeypa
         handle.remove()
     assert torch.equal(found, expected)
     assert_same(gradients, expected_gradients, 1e-12)
-    count = 1 + len(list(Schedule(WINDOW).chunks(IDS.shape[1] - PROMPT - 1)))
+    count = len(segment_run.spans_of(Schedule(WINDOW), PROMPT, IDS.shape[1] - PROMPT - 1))
     # Forward; again to have a graph; again inside each layer, except in small segments, which all of these are.
     assert len(runs) == (2 if small else 3) * count * len(layers) > 0
     assert all(layer.gradient_checkpointing and "forward" not in vars(layer) for layer in layers)
