@@ -170,7 +170,7 @@ class PteAttention(nn.Module, PteLayer):
             self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
 
     def _encode_runs(self, name: str, keys: Tensor, values: Tensor, run: int, layer: BoundedLayer) -> Tensor:
-        """(batch, J, n_g, r) accumulators after J evictions of `run` tokens; keys (batch, kv heads, J run, head_dim)."""
+        """(batch, J, n_g, r) accumulators after J evictions of `run` tokens; keys: (batch, kv heads, J run, …)."""
         encoder = self.pte_encoder[name]
         latents = encoder.latents(*(x.transpose(1, 2).flatten(2) for x in (keys, values)))
         updates = encoder.update(layer.queries, *(x.unflatten(1, (-1, run)) for x in latents))

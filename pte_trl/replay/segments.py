@@ -2,9 +2,9 @@
 
 The prompt is the first segment; then come runs of about W thought tokens, each over several evictions
 (`pte_trl.replay.segment_run`). Going forward, no graph is kept: only the keys and values of every token, and what the
-encoder holds at every segment's start. Going backward, the segments are run again, last first. Later segments have seen
-a segment's keys and values and what the encoder held (accumulator, queries): the gradients that they found for these are
-what its own backward starts from, beside those of its log-probs. Gradients of the weights add up on the way.
+encoder holds at every segment's start. Going backward, the segments are run again, last first. Later segments have
+seen a segment's keys and values and what the encoder held (accumulator, queries): the gradients that they found for
+these are what its own backward starts from, beside those of its log-probs. Gradients of the weights add up on the way.
 
 Memory: the activations of one segment, the gradients of the keys and values that it sees, and keys and values of the
 text up to there (on the CPU with `offload`). Where the model has gradient checkpointing, the activations are every
