@@ -76,6 +76,10 @@ class CudaTensor(Tensor):
         return super().__getitem__(indices(key))
 
     def __setitem__(self, key, value):
+        places = key if isinstance(key, tuple) else (key,)
+        # C++ makes a tensor of the host from a number, and copies it; on the CPU nothing of that shows.
+        if any(isinstance(place, Tensor) for place in places) and not isinstance(value, Tensor):
+            FakeCuda.active().wait("number written by index")
         super().__setitem__(indices(key), value)
 
     def get_device(self) -> int:
@@ -89,13 +93,6 @@ class CudaTensor(Tensor):
 
     def numpy(self, *args, **kwargs):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
-
-    def __setitem__(self, index, value) -> None:
-        places = index if isinstance(index, tuple) else (index,)
-        # C++ makes a tensor of the host from a number, and copies it; on the CPU nothing of that shows.
-        if any(isinstance(place, Tensor) for place in places) and not isinstance(value, Tensor):
-            FakeCuda.active().wait("number written by index")
-        super().__setitem__(index, value)
 
     def __repr__(self, **kwargs) -> str:
         return f"CudaTensor({self.inner})"

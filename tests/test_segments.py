@@ -1,6 +1,7 @@
 """The third view: fed segment by segment, it gives the replay's log-probs and gradients, in bounded memory."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pte_trl.replay import segment_run
 from pte_trl.replay.segments import segment_logps
 from tests.grids import grid
 from tests.models import (
+    ATTENTION,
     TEMPERATURE,
     chosen,
     decode_logps,
@@ -73,10 +75,52 @@ def test_layers_run_again_in_backward_where_the_model_has_checkpointing(monkeypa
         handle.remove()
     assert torch.equal(found, expected)
     assert_same(gradients, expected_gradients, 1e-12)
-    count = 1 + len(list(Schedule(WINDOW).chunks(IDS.shape[1] - PROMPT - 1)))
+    count = len(segment_run.spans_of(Schedule(WINDOW), PROMPT, IDS.shape[1] - PROMPT - 1))
     # Forward; again to have a graph; again inside each layer, except in small segments, which all of these are.
     assert len(runs) == (2 if small else 3) * count * len(layers) > 0
     assert all(layer.gradient_checkpointing and "forward" not in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 1.0])
+def test_a_segment_is_as_long_as_its_own_tokens_stay(ratio):
+    """Every token once, in order; one state for every E tokens; nothing of a segment is evicted within it."""
+    for window, prompt, thoughts, longest in itertools.product((1, 5, 8, 9), (1, 3), (0, 1, 30), (None, 1, 3, 8, 99)):
+        schedule = Schedule(window, ratio)
+        spans = segment_run.spans_of(schedule, prompt, thoughts, longest)
+        assert [i for span in spans for i in span] == list(range(-prompt, thoughts))
+        for span in spans[1:]:
+            assert 0 < len(span) <= min(window, longest or window)
+            assert schedule.first_visible(span[-1]) <= span.start
+            if schedule.evictions_before(span[-1]) > schedule.evictions_before(span.start):
+                assert span.start in schedule.decoded_under(schedule.evictions_before(span.start))[:1]
+        if longest is None and window % schedule.evict == 0:
+            assert {len(span) for span in spans[1:-1]} <= {window}
+
+
+def test_segments_over_several_evictions_with_adapted_keys_and_values():
+    """W = 9, E = 3: three evictions a segment, and last a run of less than E tokens."""
+    model = with_pte(tiny("qwen3", wide_norms=True), target_modules=ATTENTION)
+    assert list(map(len, segment_run.spans_of(Schedule(9), PROMPT, 26))) == [PROMPT, 9, 9, 8]
+    expected, expected_gradients = both(model, lambda: replayed(model, 9))
+    for options in ({}, {"segment_length": 7}):
+        found, gradients = both(model, lambda options=options: segments(model, 9, **options))
+        assert gap(found, expected) <= 1e-9
+        assert_same(gradients, expected_gradients, 1e-8)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "blockwise"])
+def test_every_attention_that_takes_a_mask(attention):
+    model = with_pte(tiny("llama"))
+    expected = replayed(model)
+    model.set_attn_implementation(attention)
+    assert gap(segments(model), expected) <= (1e-5 if attention == "eager" else 1e-9)  # its softmax is in float32
+
+
+def test_an_attention_that_takes_no_mask_is_refused():
+    model = tiny("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2': a replay needs an arbitrary"):
+        segments(model)
 
 
 @pytest.mark.parametrize("model", [lambda: with_lora(tiny("qwen2")), lambda: with_pte(tiny("qwen2")).train()])

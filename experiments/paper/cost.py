@@ -59,8 +59,9 @@ CARDS = {
 }
 FLOPS_SHARE, BANDWIDTH_SHARE = 0.35, 0.9  # of those: assumed
 DECODE_KERNELS = {"baseline": 43, "lora": 59, "lora_c": 59, "pte": 63}  # per layer and step, counted
-# Per layer and micro-batch, counted at 3,072 tokens: in one pass, and more for every eviction; in segments, for each.
-TRAIN_KERNELS = {"lora": (185, 0), "lora_c": (820, 0), "pte": (1000, 24), "segments": (380, 380)}
+# Per layer and micro-batch, counted at 3,072 tokens: in one pass, and more for every eviction; for the segments of the
+# prompt and of the first W tokens, and more for every further segment of W.
+TRAIN_KERNELS = {"lora": (185, 0), "lora_c": (820, 0), "pte": (1000, 24), "segments": (1000, 500)}
 SAMPLING = 400  # bytes moved per logit: the float64 scan and the sort of top-p
 PROMPT = 130  # mean tokens of DAPO's prompts with their template, but at most the scale's sink; also W in training
 PASSES = {"one_pass": 4, "segments": 5}  # of a training step, see above; 2 FLOPs a weight and token each
@@ -165,7 +166,8 @@ def step_seconds(run: TrainingRun, at: Scale, shape: Shape, card: Card) -> float
     decode = length * decode_seconds(shape, card, method, rows, prompt + min(window, length / 2), method != "lora")
     flops = own * (prompt + length) * PASSES[replay] * 2 * shape.parameters
     base, each = TRAIN_KERNELS[method if replay == "one_pass" else replay]
-    kernels = base + each * math.ceil((length - window) / (0.25 * window))
+    further = math.ceil((length - window) / (window if replay == "segments" else 0.25 * window))
+    kernels = base + each * further
     launches = accumulated * shape.layers * kernels * card.launch
     return own / rows * decode + flops / (FLOPS_SHARE * card.flops) + launches
 

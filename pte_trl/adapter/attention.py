@@ -153,12 +153,30 @@ class PteAttention(nn.Module, PteLayer):
         elif layer.owner != name:
             raise ValueError(f"this cache holds the state of adapter {layer.owner!r}, but {name!r} is active now")
 
+        several, run = [], layer.schedule.evict
+
         def encode(keys: Tensor, values: Tensor) -> None:
-            layer.accumulator = self.encode(name, keys, values, layer.queries, layer.accumulator)
+            if keys.shape[2] == run:
+                layer.accumulator = self.encode(name, keys, values, layer.queries, layer.accumulator)
+            else:  # a segment of a replay brings more than one eviction
+                several.append(self._encode_runs(name, keys, values, run, layer))
+                layer.accumulator = several[0][:, -1]
 
         # The eviction comes before these tokens are fed, so they are the first to be decoded under the new S.
         layer.make_room(length, encode if self.config[name].encode_evicted else None)
-        self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
+        if several:
+            self.in_use.set(self.pte_encoder[name].state(several[0]), run=run)
+        else:
+            self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
+
+    def _encode_runs(self, name: str, keys: Tensor, values: Tensor, run: int, layer: BoundedLayer) -> Tensor:
+        """(batch, J, n_g, r) accumulators after J evictions of `run` tokens; keys: (batch, kv heads, J run, …)."""
+        encoder = self.pte_encoder[name]
+        latents = encoder.latents(*(x.transpose(1, 2).flatten(2) for x in (keys, values)))
+        updates = encoder.update(layer.queries, *(x.unflatten(1, (-1, run)) for x in latents))
+        if torch.is_grad_enabled():
+            self._watch(updates, layer.accumulator)
+        return self._accumulate(encoder, layer.accumulator, updates)
 
     def _keys_values(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values as the cache would hold them, (batch, length, d_kv), under the state in use."""
@@ -189,7 +207,7 @@ class PteAttention(nn.Module, PteLayer):
     def _accumulate(encoder: Encoder, accumulator: Tensor, updates: Tensor) -> Tensor:
         """(batch, J, n_g, r) accumulators after every eviction, from all S' at once."""
         if encoder.state_update == "sum":
-            return accumulator + updates.cumsum(1)
+            return accumulator.unsqueeze(-3) + updates.cumsum(1)
         accumulators = []
         for update in updates.unbind(1):
             accumulator = encoder.advance(accumulator, update)

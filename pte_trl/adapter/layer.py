@@ -21,18 +21,22 @@ class StateInUse:
     Attributes:
         first: S, (n_g, r) or (batch, n_g, r), of every token that `plan` does not name.
         later: S_1 .. S_J, (batch, J, n_g, r), of the tokens in `plan.users`.
+        run: tokens of each state where `first` is (batch, J, n_g, r): in a row, the last state perhaps with fewer.
     """
 
     first: Tensor | None = None
     later: Tensor | None = None
     plan: ReplayPlan | None = None
+    run: int | None = None
 
-    def set(self, first: Tensor, later: Tensor | None = None, plan: ReplayPlan | None = None) -> None:
-        self.first, self.later, self.plan = first, later, plan
+    def set(
+        self, first: Tensor, later: Tensor | None = None, plan: ReplayPlan | None = None, run: int | None = None
+    ) -> None:
+        self.first, self.later, self.plan, self.run = first, later, plan, run
 
     def empty(self, *_) -> None:
         """Also as a forward hook, whatever it is called with."""
-        self.first = self.later = self.plan = None
+        self.first = self.later = self.plan = self.run = None
 
     def __reduce__(self):
         return StateInUse, ()
@@ -45,6 +49,10 @@ class StateInUse:
         # Decode, replay and segments must round alike, whatever autocast would choose for these small products.
         with without_autocast(x.device):
             x = x.to(self.first.dtype)
+            if self.run is not None:
+                short = self.first.shape[1] * self.run - x.shape[1]
+                runs = nn.functional.pad(x, (0, 0, 0, short)).unflatten(1, (-1, self.run))
+                return (runs @ side(self.first)).flatten(1, 2)[:, : x.shape[1]]
             y = x @ side(self.first)
             if self.later is None:
                 return y

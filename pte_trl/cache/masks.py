@@ -36,6 +36,21 @@ def prompt_mask(model: nn.Module, real: Tensor, padded: bool | None = None) -> T
     return mask_for(model, ((at <= query) & real.bool()[:, None, None]) | (at == query))
 
 
+def check_mask_taken(model: nn.Module) -> str:
+    """The model's attention implementation, which must take an arbitrary mask.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    attention = attention_of(config_of(model))
+    if attention not in MASKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={attention!r}: a replay needs an arbitrary attention mask; "
+            f"allowed are {', '.join(map(repr, MASKED_ATTENTION))}"
+        )
+    return attention
+
+
 def mask_for(model: nn.Module, mask: Tensor) -> Tensor:
     """A mask of four dimensions, True where a query sees a key, as the model's attention implementation takes it."""
     if attention_of(config_of(model)) != "eager":

@@ -218,21 +218,22 @@ def segments(job: Job) -> float:
 
     For a segment of s tokens that finds k in the cache: its keys and values, and the gradients of all that it sees,
     b L (2 s + k) 2 d_kv e; every layer's input, b L s d e; and the larger of the head and one layer's inside,
-    b [ s (6 I e + STREAM d) + (s + k)(2 d_q + 8 d_kv) e ]. Instead of these, without checkpointing and in segments of
-    `SMALL` tokens at most (`pte_trl.replay.segment_run`; not where weights are gathered): the head and every layer's
-    inside as it was saved, b L [ s (3 I e + 24 d) + (s + k)(2 d_q + 8 d_kv) e ]. Besides that, keys and values of the
-    text up to the segment's end, u tokens, 2 b L u d_kv e, unless they are on the CPU.
+    b [ s (6 I e + STREAM d) + a ] with a = (s + k)(2 d_q + 8 d_kv) e + s (s + k)(1 + e), the second for its mask.
+    Instead of these, without checkpointing and in segments of `SMALL` tokens at most (`pte_trl.replay.segment_run`;
+    not where weights are gathered): the head and every layer's inside as it was saved, b L [ s (3 I e + 24 d) + a ].
+    Besides that, keys and values of the text up to the segment's end, u tokens, 2 b L u d_kv e, unless they are on
+    the CPU.
     """
     layers, d, inner, d_q, d_kv, _ = job.sizes
-    width, longest = job.dtype.itemsize, job.segment_length or job.completion
-    runs = [(job.prompt, 0, job.prompt)]
-    for run in job.schedule.chunks(job.completion - 1):
-        held = job.prompt - job.schedule.first_visible(max(0, run.start - 1))
-        starts = range(run.start, run.stop, longest)
-        runs += [(min(longest, run.stop - at), held + at, job.prompt + min(at + longest, run.stop)) for at in starts]
+    width, runs = job.dtype.itemsize, []
+    for span in segment_run.spans_of(job.schedule, job.prompt, job.completion - 1, job.segment_length):
+        found = 0
+        if span.start >= 0:
+            found = job.prompt + span.start - job.schedule.first_visible(max(0, span.start - 1))
+        runs.append((len(span), found, job.prompt + span.stop))
 
     def cost(tokens: int, found: int, end: int) -> float:
-        attended = (tokens + found) * (2 * d_q + 8 * d_kv) * width
+        attended = (tokens + found) * ((2 * d_q + 8 * d_kv) * width + tokens * (1 + width))
         logits = head(job, job.micro_batch * tokens)
         kept = 0 if job.offload else job.micro_batch * 2 * layers * end * d_kv * width
         if not job.checkpointing or (job.micro_batch * tokens <= segment_run.SMALL and job.sharding not in GATHERED):

@@ -12,9 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pte_trl.cache.masks import MASKED_ATTENTION, config_of, mask_for
+from pte_trl.cache.masks import check_mask_taken, mask_for
 from pte_trl.cache.schedule import Schedule
-from pte_trl.compat.transformers import attention_of
 
 BLOCK = 128  # queries that attend together in `pte_trl.replay.attention`
 
@@ -140,12 +139,7 @@ def replay_inputs(
     Raises:
         ValueError: the model's attention takes no arbitrary mask.
     """
-    attention = attention_of(config_of(model))
-    if attention not in MASKED_ATTENTION:
-        raise ValueError(
-            f"attn_implementation={attention!r}: a replay needs an arbitrary attention mask; "
-            f"allowed are {', '.join(map(repr, MASKED_ATTENTION))}"
-        )
+    attention = check_mask_taken(model)
     if isinstance(schedules, Schedule):
         schedules = [schedules] * len(attention_mask)
     plan = ReplayPlan.build(schedules, prompt, attention_mask)

@@ -1,4 +1,10 @@
-"""One run of the segment-wise view: samples of one schedule, forward segment by segment and backward, last first."""
+"""One run of the segment-wise view: samples of one schedule, forward segment by segment and backward, last first.
+
+The prompt is the first segment. A segment of thoughts may run over several evictions, as long as none of them takes a
+token of the segment itself: what is encoded then lies in the cache before the segment begins, so the states after all
+of its evictions are found at once, and a mask hides from every token what has left before it. That makes segments of
+about W tokens each.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
+from pte_trl.cache.masks import check_mask_taken, mask_for
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.transformers import without_checkpointing
 
@@ -18,6 +25,28 @@ from pte_trl.compat.transformers import without_checkpointing
 # is spared.
 SMALL = 64
 HELD = ("accumulator", "queries")  # tensors of a cache layer, beside keys and values, that gradients flow through
+
+
+def spans_of(schedule: Schedule, prompt: int, thoughts: int, longest: int | None = None) -> list[range]:
+    """The segments of a text: the prompt, range(-prompt, 0), then ranges of thought tokens.
+
+    Args:
+        thoughts: tokens that are fed; the last one of a completion is sampled and never fed.
+        longest: thought tokens of one segment at most; None: W.
+    """
+    longest, spans, at = min(longest or schedule.window, schedule.window), [range(-prompt, 0)], 0
+    while at < thoughts:
+        stop = at + min(schedule.room(at), longest)
+        # Beyond the next eviction only from an eviction on: every state of the segment then has E tokens.
+        begins = at == 0 or schedule.evictions_before(at) > schedule.evictions(at)
+        while begins and stop < thoughts:
+            more = stop + schedule.room(stop)
+            if more - at > longest or schedule.first_visible(more - 1) > at:
+                break
+            stop = more
+        spans.append(range(at, min(stop, thoughts)))
+        at = spans[-1].stop
+    return spans
 
 
 class Past:
@@ -34,13 +63,9 @@ class Past:
 
     def keep(self, cache: BoundedCache) -> None:
         """Stores the keys and values that the next segment has added."""
-        added = slice(-len(self.spans[len(self.kept)]), None)
-        self.kept.append(
-            [
-                tuple(x[:, :, added].to(self.store_on, copy=True) for x in (layer.keys, layer.values))
-                for layer in cache.layers
-            ]
-        )
+        self.kept.append([tuple(x.to(self.store_on) for x in layer.new) for layer in cache.layers])
+        for layer in cache.layers:
+            layer.new = ()
 
     def pieces(self, oldest: int, stop: int) -> list[tuple[int, slice]]:
         """Where the prompt and the thought tokens from `oldest` to `stop` lie: segments, and tokens in them."""
@@ -97,11 +122,13 @@ class _Fetch(torch.autograd.Function):
         return None, None, None, None
 
 
-class PastLayer(BoundedLayer):
-    """A layer of the cache for one segment: has what it holds fetched when the model comes to it, and lets it go.
+class SegmentLayer(BoundedLayer):
+    """A layer of the cache that is fed segments, each perhaps with several evictions.
+
+    Going backward it is made for one segment: what it holds is fetched when the model comes to it, and let go.
 
     Attributes:
-        fetch: gives the keys and values before the segment; None for a prompt.
+        fetch: gives the keys and values before the segment; None for a prompt, and going forward.
         new: keys and values of the segment itself.
     """
 
@@ -109,15 +136,47 @@ class PastLayer(BoundedLayer):
     new: tuple[Tensor, Tensor] = ()
 
     def make_room(self, length: int, encode: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Hands everything to `encode` that leaves before the last of `length` tokens, eviction by eviction in a row.
+
+        Only what leaves before the first of them is dropped: the first tokens still see the rest.
+        """
         if self.fetch is not None:
             self.keys, self.values = self.fetch()
             self.fetch = None
-        super().make_room(length, encode)
+        if self.in_prompt():
+            return
+        due = self.schedule.evictions_before(self.fed + length - 1) - self.evicted
+        if due == 0:
+            return
+        leaving = slice(self.prompt, self.prompt + due * self.schedule.evict)
+        if encode is not None:
+            encode(self.keys[:, :, leaving], self.values[:, :, leaving])
+        self._drop(self.schedule.evictions_before(self.fed) - self.evicted)
+        self.evicted += due
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        found = super().update(key_states, value_states)
-        self.new, self.keys, self.values = (key_states, value_states), None, None
+        length, prompt = key_states.shape[2], self.in_prompt()
+        self.make_room(length)
+        self.new = (key_states, value_states)
+        if prompt:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values, self.prompt = key_states, value_states, length
+        else:
+            self.keys = torch.cat([self.keys, key_states], dim=2)
+            self.values = torch.cat([self.values, value_states], dim=2)
+        found = self.keys, self.values
+        if torch.is_grad_enabled():
+            self.keys = self.values = None
+        elif not prompt:
+            self._drop(self.evicted - self.schedule.evictions_before(self.fed))
+        self.fed += 0 if prompt else length
         return found
+
+    def _drop(self, evictions: int) -> None:
+        """Forgets the oldest thought tokens, as many as so many evictions take."""
+        if evictions:
+            stop = self.prompt + evictions * self.schedule.evict
+            self.keys, self.values = (self._without(x, self.prompt, stop) for x in (self.keys, self.values))
 
 
 class SegmentRun:
@@ -143,16 +202,12 @@ class SegmentRun:
         small: int | None = None,
     ):
         self.model, self.ids, self.prompt, self.schedule, self.rows = model, ids, prompt, schedule, rows
-        self.mask, self.prompt_mask = mask, mask[:, :prompt]
+        self.mask = mask
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.temperature = temperature
         self.small = SMALL if small is None else small
-        thoughts = schedule.chunks(ids.shape[1] - prompt - 1)  # the last token is sampled, never fed
-        longest = longest or ids.shape[1]
-        self.spans = [range(-prompt, 0)]
-        self.spans += [
-            range(i, min(run.stop, i + longest)) for run in thoughts for i in range(run.start, run.stop, longest)
-        ]
+        check_mask_taken(model)
+        self.spans = spans_of(schedule, prompt, ids.shape[1] - prompt - 1, longest)
         self.past = Past(self.spans, torch.device("cpu") if offload else ids.device)
         self.entered: list[list[dict]] = []  # of every segment and layer, the encoder's side of the cache
         device = ids.device.type
@@ -160,7 +215,7 @@ class SegmentRun:
 
     @torch.no_grad()
     def forward(self) -> tuple[Tensor, Tensor]:
-        cache, logps, entropies = BoundedCache.from_schedule(self.schedule), [], []
+        cache, logps, entropies = self._cache(), [], []
         with without_checkpointing(self.model):
             for span in self.spans:
                 self.entered.append(
@@ -219,13 +274,10 @@ class SegmentRun:
         after = slice(places.start + 1, places.stop + 1)
         # Padded places get 0, as in one pass: their true log-probs could be so low that a KL term overflows.
         labels = self.ids[:, after].masked_fill(self.mask[:, after] == 0, -100)
-        mask = self.prompt_mask
         if span.start < 0:
             labels[:, :-1] = -100
-        else:
-            held = self.schedule.first_visible(span.start)
-            mask = torch.cat([mask, mask.new_ones(len(mask), span.stop - held)], dim=1)
-        inputs = {"input_ids": self.ids[:, places], "attention_mask": mask, "position_ids": self.positions[:, places]}
+        inputs = {"input_ids": self.ids[:, places], "position_ids": self.positions[:, places]}
+        inputs["attention_mask"] = mask_for(self.model, self._seen(span))
         device, dtype, on = self.autocast
         with torch.autocast(device, dtype=dtype, enabled=on):
             if self.temperature is None:
@@ -237,10 +289,24 @@ class SegmentRun:
         entropy = -(logps.exp() * logps).sum(-1)
         return logps.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2) * (labels != -100), entropy
 
+    def _seen(self, span: range) -> Tensor:
+        """(batch, 1, queries, keys), True where a token of the segment sees a key: the prompt, then thoughts."""
+        at = torch.arange(-self.prompt, span.stop, device=self.ids.device)  # prompt tokens have negative numbers
+        query = at[self.prompt + span.start :].unsqueeze(1)
+        key = torch.cat([at[: self.prompt], at[self.prompt + self.schedule.first_visible(max(0, span.start)) :]])
+        seen = ((key < 0) | (key >= self.schedule.first_visible(query))) & (key <= query)
+        real = nn.functional.pad(self.mask[:, : self.prompt].bool(), (0, len(key) - self.prompt), value=True)
+        # A padded query sees itself, so that no row of the softmax is empty.
+        return ((seen & real.unsqueeze(1)) | (key == query)).unsqueeze(1)
+
+    def _cache(self) -> BoundedCache:
+        cache = BoundedCache.from_schedule(self.schedule)
+        cache.layer_class_to_replicate = partial(SegmentLayer, self.schedule)
+        return cache
+
     def _enter(self, index: int, anchor: Tensor) -> tuple[BoundedCache, dict[tuple[int, str], Tensor]]:
         """The cache as segment `index` found it, and of it the leaves at which gradients stop, by layer and name."""
-        cache, taken, fed = BoundedCache.from_schedule(self.schedule), {}, self.spans[index].start
-        cache.layer_class_to_replicate = partial(PastLayer, self.schedule)
+        cache, taken, fed = self._cache(), {}, self.spans[index].start
         if fed < 0:
             return cache, taken
         oldest = self.schedule.first_visible(fed - 1) if fed else 0  # what the token before left there

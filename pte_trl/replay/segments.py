@@ -1,10 +1,10 @@
 """The segment-wise view: the decode fed in segments, with exact gradients and the activations of one segment only.
 
-The prompt is the first segment; then come the runs of thought tokens that no eviction interrupts. Going forward, no
-graph is kept: only the keys and values of every token, and what the encoder holds at every segment's start. Going
-backward, the segments are run again, last first. Later segments have seen a segment's keys and values and what the
-encoder held (accumulator, queries): the gradients that they found for these are what its own backward starts from,
-beside those of its log-probs. Gradients of the weights add up on the way.
+The prompt is the first segment; then come runs of about W thought tokens, each over several evictions
+(`pte_trl.replay.segment_run`). Going forward, no graph is kept: only the keys and values of every token, and what the
+encoder holds at every segment's start. Going backward, the segments are run again, last first. Later segments have
+seen a segment's keys and values and what the encoder held (accumulator, queries): the gradients that they found for
+these are what its own backward starts from, beside those of its log-probs. Gradients of the weights add up on the way.
 
 Memory: the activations of one segment, the gradients of the keys and values that it sees, and keys and values of the
 text up to there (on the CPU with `offload`). Where the model has gradient checkpointing, the activations are every
@@ -56,8 +56,8 @@ def segment_logps(
         input_ids, attention_mask: (batch, prompt + completion), prompts padded left, completions right.
         prompt: padded length of the prompts.
         schedules: that each sample was decoded under, or one for all; samples of one schedule go together.
-        segment_length: split segments of thoughts that are longer; None: as long as evictions allow (W first, then
-            E). The prompt is always one.
+        segment_length: thought tokens of one segment at most; None: W, which is also the most there can be. A segment
+            over several evictions ends before one of them would take a token of its own. The prompt is always one.
         offload: keep keys and values of past segments on the CPU.
         temperature: None for TRL's fused LM head, which has its own and works in float32; a number computes the
             logits whole, in float32 at least, for models without that head.

@@ -82,7 +82,7 @@ class PteGRPOConfig(BoundedTrainingConfig, GRPOConfig):
         default="auto",
         metadata={"help": "one_pass; segments (memory of one segment); auto: one_pass where the GPU has room for it."},
     )
-    segment_length: int | None = field(default=None, metadata={"help": "Split longer segments (replay: segments)."})
+    segment_length: int | None = field(default=None, metadata={"help": "Thought tokens of a segment at most; else W."})
     offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
 
     def __post_init__(self):
