@@ -2,7 +2,8 @@
 
 import torch
 
-from pte_trl.replay.plan import BLOCK, ReplayPlan
+from pte_trl.replay.blocks import BLOCK
+from pte_trl.replay.plan import ReplayPlan
 from tests.grids import grid
 from tests.models import (
     ALL_SEVEN,
@@ -17,7 +18,7 @@ from tests.models import (
     with_pte,
 )
 
-LENGTHS, COMPLETION = [9, 4, 6], 3 * BLOCK
+LENGTHS, COMPLETION = [9, 4, 6], 4 * BLOCK
 WINDOWS = torch.tensor([16, 40, 7])
 METHODS = {
     "bare": lambda model: model,
@@ -75,11 +76,19 @@ def test_the_masks_of_the_blocks_are_the_whole_mask_and_grow_with_the_length_alo
         return ReplayPlan.build(schedules_of(WINDOWS), prompt, mask)
 
     plan = plan_of(COMPLETION)
-    whole = plan.mask()
-    for block in plan.blocks:
-        rows = whole[:, :, block.start : block.stop]
-        keys = [*range(min(plan.prompt, block.stop)), *range(block.oldest, block.stop)]
-        assert torch.equal(rows[..., keys], block.mask)
-        assert rows.sum() == block.mask.sum(), "something visible lies outside of the block's keys"
+    whole, batch = plan.mask(), len(LENGTHS)
+    for group in plan.blocks:
+        for block, mask in enumerate(group.mask.unflatten(0, (batch, -1)).unbind(1)):
+            start = group.start + block * group.size
+            rows = whole[:, :, start : start + group.size]
+            keys = [*range(start + group.size)]
+            if group.reach is not None:
+                keys = [*range(plan.prompt), *range(start + group.size - group.reach, start + group.size)]
+            assert torch.equal(rows[..., keys], mask)
+            assert rows.sum() == mask.sum(), "something visible lies outside of the block's keys"
+    assert [group.start for group in plan.blocks[1:]] == [group.stop for group in plan.blocks[:-1]]
+    assert plan.blocks[0].start == 0 and plan.blocks[-1].stop == plan.length
+    assert {group.reach is None for group in plan.blocks} == {True, False}
+    assert any(group.count > 1 for group in plan.blocks)
     short, long = (sum(block.mask.numel() for block in plan_of(length).blocks) for length in (8 * BLOCK, 16 * BLOCK))
     assert long < 2.1 * short

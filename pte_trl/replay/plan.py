@@ -15,24 +15,7 @@ from torch import Tensor, nn
 from pte_trl.cache.masks import MASKED_ATTENTION, config_of, mask_for
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.transformers import attention_of
-
-BLOCK = 128  # queries that attend together in `pte_trl.replay.attention`
-
-
-@dataclass(frozen=True)
-class Block:
-    """A run of queries that attend together.
-
-    Attributes:
-        start, stop: the queries.
-        oldest: the first position behind the prompt that one of them sees; they see the prompt, and oldest .. stop.
-        mask: (batch, 1, queries, keys), True where a query sees a key; keys are the prompt, then oldest .. stop.
-    """
-
-    start: int
-    stop: int
-    oldest: int
-    mask: Tensor
+from pte_trl.replay.blocks import Group, bias, groups_of
 
 
 @dataclass(frozen=True)
@@ -88,25 +71,38 @@ class ReplayPlan:
         return self.real.shape[1]
 
     @cached_property  # of all layers
-    def blocks(self) -> list[Block]:
-        """Runs of BLOCK queries, the last one shorter. Their masks grow with the length, not with its square."""
-        oldest = self.first.amin(0)[::BLOCK].tolist()
-        ends = [*range(BLOCK, self.length, BLOCK), self.length]
-        return [
-            Block(at, end, old, self._seen(at, end, old))
-            for at, end, old in zip(range(0, self.length, BLOCK), ends, oldest, strict=True)
-        ]
+    def blocks(self) -> list[Group]:
+        """How the queries attend together. The masks grow with the length, not with its square."""
+        at = torch.arange(self.length, device=self.real.device)
+        window = max(1, int((at - self.first).amax()) + 1)
+        return groups_of(self.length, self.prompt, window, self.seen, self.real.device)
+
+    @cached_property
+    def _biases(self) -> dict[torch.dtype, list[Tensor]]:
+        return {}
+
+    def biases(self, dtype: torch.dtype) -> list[Tensor]:
+        """The masks of `blocks` as fused kernels take them, made once for all layers."""
+        if dtype not in self._biases:
+            self._biases[dtype] = [bias(group.mask, dtype) for group in self.blocks]
+        return self._biases[dtype]
 
     def mask(self) -> Tensor:
         """(batch, 1, length, length), True where a query sees a key: what `blocks` is tested against."""
-        return self._seen(0, self.length, self.prompt)
-
-    def _seen(self, start: int, stop: int, oldest: int) -> Tensor:
-        """The mask of a `Block`. A padded query sees itself, so that no row of the softmax is empty."""
         at = torch.arange(self.length, device=self.real.device)
-        query, key = at[start:stop].unsqueeze(1), torch.cat([at[: min(self.prompt, stop)], at[oldest:stop]])
-        kept = (key < self.prompt) | (key >= self.first[:, start:stop].unsqueeze(2))
-        return ((kept & (key <= query) & self.real[:, key].unsqueeze(1)) | (key == query)).unsqueeze(1)
+        return self.seen(at[:, None], at[None]).unsqueeze(1)
+
+    def seen(self, query: Tensor, key: Tensor) -> Tensor:
+        """Which keys the queries see. A padded query sees itself, so that no row of the softmax is empty.
+
+        Args:
+            query, key: positions, (..., n, 1) and (..., 1, m).
+
+        Returns:
+            (batch, ..., n, m).
+        """
+        kept = (key < self.prompt) | (key >= self.first[:, query])
+        return (kept & (key <= query) & self.real[:, key]) | (key == query)
 
     @property
     def count(self) -> int:
