@@ -182,19 +182,8 @@ class PteAttention(nn.Module, PteLayer):
         else:
             updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
             self._watch(updates, accumulator)
-            accumulators = self._accumulate(encoder, accumulator, updates)
+            accumulators = encoder.advance_all(accumulator, updates)
         self.in_use.set(encoder.state(accumulator), encoder.state(accumulators), plan)
-
-    @staticmethod
-    def _accumulate(encoder: Encoder, accumulator: Tensor, updates: Tensor) -> Tensor:
-        """(batch, J, n_g, r) accumulators after every eviction, from all S' at once."""
-        if encoder.state_update == "sum":
-            return accumulator + updates.cumsum(1)
-        accumulators = []
-        for update in updates.unbind(1):
-            accumulator = encoder.advance(accumulator, update)
-            accumulators.append(accumulator)
-        return torch.stack(accumulators, dim=1)
 
     def _walk(self, encoder, hidden, rotary, plan: ReplayPlan, queries, accumulator, latents) -> Tensor:
         """The same when keys and values depend on S themselves: eviction by eviction, as they were decoded."""
