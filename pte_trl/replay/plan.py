@@ -5,14 +5,15 @@ drops and which tokens are decoded under the state it leaves, so that a PTE laye
 from sample to sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pte_trl.cache.masks import MASKED_ATTENTION, config_of, mask_for
+from pte_trl.cache.masks import BLOCKWISE, MASKED_ATTENTION, config_of, mask_for
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.transformers import attention_of
 from pte_trl.replay.blocks import Group, bias, groups_of
@@ -78,14 +79,18 @@ class ReplayPlan:
         return groups_of(self.length, self.prompt, window, self.seen, self.real.device)
 
     @cached_property
-    def _biases(self) -> dict[torch.dtype, list[Tensor]]:
+    def _kept(self) -> dict[Hashable, Any]:
         return {}
 
+    def kept(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once for all layers and kept with the plan under a name."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
     def biases(self, dtype: torch.dtype) -> list[Tensor]:
-        """The masks of `blocks` as fused kernels take them, made once for all layers."""
-        if dtype not in self._biases:
-            self._biases[dtype] = [bias(group.mask, dtype) for group in self.blocks]
-        return self._biases[dtype]
+        """The masks of `blocks` as fused kernels take them."""
+        return self.kept(dtype, lambda: [bias(group.mask, dtype) for group in self.blocks])
 
     def mask(self) -> Tensor:
         """(batch, 1, length, length), True where a query sees a key: what `blocks` is tested against."""
@@ -147,6 +152,6 @@ def replay_inputs(
     plan = ReplayPlan.build(schedules, prompt, attention_mask)
     # The blocks have masks of their own, so padding is all that is left to mask; transformers passes on a mask of four
     # dimensions as it is.
-    mask = plan.real[:, None, None] if attention == "blockwise" else mask_for(model, plan.mask())
+    mask = plan.real[:, None, None] if attention in BLOCKWISE else mask_for(model, plan.mask())
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False, "replay": plan}
