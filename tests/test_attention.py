@@ -27,8 +27,8 @@ from tests.models import (
     with_pte,
 )
 
-LENGTHS, COMPLETION = [9, 4, 6], 4 * BLOCK
-WINDOWS = torch.tensor([16, 40, 7])
+LENGTHS, COMPLETION = [9, 4, 6], 3 * BLOCK
+WINDOWS = torch.tensor([16, 40, 12])
 METHODS = {
     "bare": lambda model: model,
     "lora_c": with_lora,
@@ -103,12 +103,8 @@ def test_gradients_wanted_twice_and_in_part():
     assert torch.equal(alone, torch.autograd.grad(out, inputs, grad)[1])
     frozen = [inputs[0], *(x.detach() for x in inputs[1:])]
     out = blockwise_attention(SimpleNamespace(), *frozen, None, replay=plan)[0]
-    assert (
-        gap(
-            *torch.autograd.grad(out, inputs[0], grad), torch.autograd.grad(at_once(*inputs, plan), inputs[0], grad)[0]
-        )
-        < 1e-12
-    )
+    expected = torch.autograd.grad(at_once(*inputs, plan), inputs[0], grad)
+    assert gap(*torch.autograd.grad(out, inputs[0], grad), *expected) <= 1e-12
 
 
 def test_autocast_and_dropout():
@@ -137,13 +133,14 @@ def test_traffic_of_the_backward_grows_with_the_length_alone():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@torch.no_grad()
 def test_flex_attention_sees_what_the_blocks_see(shape):
-    """On a CPU FlexAttention runs uncompiled, and then reads the mask; of the tiles see the next test."""
-    plan, inputs, grad = case(shape, torch.float32)
-    expected = with_gradients(blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0], inputs, grad)
+    """On a CPU it runs forward only, uncompiled, and reads the mask alone; the tiles have the next test."""
+    plan, inputs, _ = case(shape, torch.float32)
+    inputs = [x.detach() for x in inputs]
+    expected = blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0]
     out = flex_attention(*inputs, block_mask=flex.tiles(plan), enable_gqa=True).transpose(1, 2)
-    for a, b in zip(with_gradients(out, inputs, grad), expected, strict=True):
-        assert gap(a, b) <= 2e-5
+    assert gap(out, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -217,7 +214,7 @@ def test_the_masks_of_the_blocks_are_the_whole_mask_and_grow_with_the_length_alo
         mask[1, -100:] = 0
         return ReplayPlan.build(schedules_of(WINDOWS), prompt, mask)
 
-    plan = plan_of(COMPLETION)
+    plan = plan_of(4 * BLOCK)
     whole, batch = plan.mask(), len(LENGTHS)
     for group in plan.blocks:
         for block, mask in enumerate(group.mask.unflatten(0, (batch, -1)).unbind(1)):
