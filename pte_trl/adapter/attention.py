@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import WHITENERS, Encoder
 from pte_trl.adapter.layer import PteLayer, PteLinear, StateInUse, frozen
+from pte_trl.adapter.routed import evicted_products
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
 
@@ -180,7 +181,7 @@ class PteAttention(nn.Module, PteLayer):
         if self._adapts(name, "k_proj") or self._adapts(name, "v_proj"):
             accumulators = self._walk(encoder, hidden, rotary, plan, queries, accumulator, latents)
         else:
-            updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
+            updates = encoder.update_of(queries, evicted_products(*latents, plan))
             self._watch(updates, accumulator)
             accumulators = encoder.advance_all(accumulator, updates)
         self.in_use.set(encoder.state(accumulator), encoder.state(accumulators), plan)

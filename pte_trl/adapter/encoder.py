@@ -148,7 +148,13 @@ class Encoder(nn.Module):
             (…, n_g, r).
         """
         with without_autocast(queries.device):
-            return queries @ (key_latents.transpose(-2, -1) @ value_latents)
+            return self.update_of(queries, key_latents.transpose(-2, -1) @ value_latents)
+
+    @staticmethod
+    def update_of(queries: Tensor, products: Tensor) -> Tensor:
+        """S' of the (…, r, r) products K^T V of the latents."""
+        with without_autocast(queries.device):
+            return queries @ products
 
     def forward(self, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Global queries W_Q^a q_g and the accumulator before any eviction, both (n_g, r).

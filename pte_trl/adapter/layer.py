@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import without_autocast
+from pte_trl.adapter.routed import routed
 from pte_trl.replay.plan import ReplayPlan
 
 
@@ -45,11 +46,9 @@ class StateInUse:
         # Decode, replay and segments must round alike, whatever autocast would choose for these small products.
         with without_autocast(x.device):
             x = x.to(self.first.dtype)
-            y = x @ side(self.first)
             if self.later is None:
-                return y
-            # A replay computes all tokens under S_0 and overwrites those that were decoded after an eviction.
-            return self.plan.put(y, self.plan.users, self.plan.pick(x, self.plan.users) @ side(self.later))
+                return x @ side(self.first)
+            return routed(x, side(self.first), side(self.later), self.plan)
 
 
 class PteLayer(BaseTunerLayer):

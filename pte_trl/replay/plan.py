@@ -20,6 +20,48 @@ from pte_trl.replay.blocks import Group, bias, groups_of
 
 
 @dataclass(frozen=True)
+class Places:
+    """Tokens that a plan names, as indices into (batch * length, d); none is named twice.
+
+    Attributes:
+        source: (batch * J * E_max) row to read; any where the place is empty.
+        target: (batch * J * E_max) row to write; the one behind the last where the place is empty.
+        filled: (batch, J, E_max, 1), False where the place is empty.
+        unnamed: (batch, length, 1), True for tokens that are not named.
+    """
+
+    source: Tensor
+    target: Tensor
+    filled: Tensor
+    unnamed: Tensor
+
+    @classmethod
+    def of(cls, places: Tensor, length: int) -> "Places":
+        """Of positions (batch, J, E_max), `length` where empty."""
+        batch, filled = len(places), places < length
+        row = places + length * torch.arange(batch, device=places.device).view(-1, 1, 1)
+        target = row.masked_fill(~filled, batch * length).flatten()
+        unnamed = torch.ones(batch * length + 1, dtype=torch.bool, device=places.device)
+        unnamed[target] = False
+        source = target.clamp(max=batch * length - 1)
+        return cls(source, target, filled.unsqueeze(3), unnamed[:-1].view(batch, length, 1))
+
+    def read(self, x: Tensor, zeros: bool = True) -> Tensor:
+        """(batch, length, d) -> (batch, J, E_max, d); what stands in empty places is zero, or anything."""
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, self.source).view(*self.filled.shape[:3], -1)
+        return rows * self.filled if zeros else rows
+
+    @staticmethod
+    def with_spare(x: Tensor, width: int) -> Tensor:
+        """Unwritten rows for the tokens of x, (batch * length + 1, width)."""
+        return x.new_empty(x.shape[:2].numel() + 1, width)
+
+    def write(self, out: Tensor, rows: Tensor) -> None:
+        """Writes rows (batch, J, E_max, d) to their tokens in (batch * length + 1, d)."""
+        out.index_copy_(0, self.target, rows.flatten(0, 2))
+
+
+@dataclass(frozen=True)
 class ReplayPlan:
     """Which positions each eviction drops, and which are decoded under the state it leaves.
 
@@ -113,6 +155,10 @@ class ReplayPlan:
     def count(self) -> int:
         """J, the most evictions of a sample."""
         return self.evicted.shape[1]
+
+    def places(self, which: str) -> Places:
+        """Of "evicted" or "users"."""
+        return self.kept(which, lambda: Places.of(getattr(self, which), self.length))
 
     def pick(self, x: Tensor, places: Tensor) -> Tensor:
         """x (batch, length, d) at `places` (batch, …) -> (batch, …, d); zero where there is no token."""
