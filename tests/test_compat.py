@@ -72,6 +72,8 @@ DOCUMENTED: dict[str, set[str] | None] = {
     "transformers.masking_utils": {"sdpa_mask"},
     "transformers.utils": {"ModelOutput"},
     "transformers.utils.logging": None,
+    "triton": None,
+    "triton.language": None,
     "trl": None,
 }
 LIBRARIES = {module.partition(".")[0] for module in DOCUMENTED}

@@ -4,7 +4,9 @@ A program holds the entries under one norm and goes through the evictions: a sam
 of it for "row". Without Triton, without a GPU or in another dtype than float32 the recursion does without.
 """
 
+import logging
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ try:
 except ImportError:  # torch for CPUs comes without it
     triton = None
 
+logger = logging.getLogger(__name__)
 MOST = 8192  # entries under one norm, which lie in registers
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own interpreter, on a CPU
 
@@ -23,7 +26,22 @@ def usable(updates: Tensor, normalisation: str) -> bool:
     """Whether the kernel takes these updates, (batch, J, n_g, r)."""
     if triton is None or updates.dtype != torch.float32 or updates.numel() == 0:
         return False
-    return (updates.is_cuda or INTERPRETED) and _entries(updates, normalisation) <= MOST
+    on_device = updates.is_cuda or INTERPRETED
+    return on_device and _entries(updates, normalisation) <= MOST and compiles(updates.device)
+
+
+@cache
+def compiles(device: torch.device) -> bool:
+    """Whether both kernels compile and run on the device; if not, the reason is logged, once."""
+    start, updates = torch.ones(2, 2, device=device), torch.ones(1, 2, 2, 2, device=device)
+    try:
+        states = forward(start, updates, "rms", 0.0)
+        found = backward(start, updates, states, torch.ones_like(states), "rms", 0.0)
+        return bool(((states - 1).abs() < 1e-5).all() & (found.abs() < 1e-5).all())
+    except Exception as error:  # a compiler raises whatever it likes
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("Triton does not compile here, the state of PTE is computed step by step: %s", reason)
+        return False
 
 
 def forward(start: Tensor, updates: Tensor, normalisation: str, eps: float) -> Tensor:
