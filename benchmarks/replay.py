@@ -2,6 +2,7 @@
 
     python -m benchmarks.replay --clock cpu
     python -m benchmarks.replay --shape qwen2.5-3b --lengths 3072 16384 --prompt 512 --window 512 --device cuda
+    python -m benchmarks.replay --shape qwen2.5-3b --arms lora_c pte --attention blocks flex --device cuda
 
 Every arm has gradient checkpointing, TRL's fused LM head, and the same rank. `lora` runs an ordinary causal forward
 on q and o; it is what the others are divided by. Arms take turns and every turn gives one ratio, so that a machine
@@ -24,6 +25,7 @@ from pte_trl.compat.trl import add_fused_lm_head
 from pte_trl.replay.plan import replay_inputs
 
 FEW, ATTENTION = ["q_proj", "o_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTIONS = {"blocks": "blockwise", "flex": "blockwise_flex"}  # of the replayed arms
 # arm: (adapter, adapted modules, replayed under the window, ordinary LoRA on the same modules)
 ARMS = {
     "lora": ("lora", FEW, False, "lora"),
@@ -44,14 +46,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        choices=tuple(ATTENTIONS),
+        default=["blocks"],
+        help="of the replays; flex is compiled and for CUDA, elsewhere it is the blocks",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parse(parser, argv)
 
 
-def step_of(arm: str, base: nn.Module, args: argparse.Namespace) -> Callable[[Tensor], None]:
+def step_of(arm: str, attention: str, base: nn.Module, args: argparse.Namespace) -> Callable[[Tensor], None]:
     """One forward and backward of the arm for token ids (batch, prompt + completion)."""
     adapter, targets, replayed, _ = ARMS[arm]
-    model = shared_copy(base)
+    model = shared_copy(base, ATTENTIONS[attention])
     add_fused_lm_head(model)
     model = with_adapter(model, adapter, targets, args.rank)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -79,21 +88,26 @@ def main(argv: list[str] | None = None) -> None:
     # The arms that others are divided by always run.
     arms = [arm for arm in ARMS if arm in args.arms or arm in {"lora", *(ARMS[other][3] for other in args.arms)}]
     base = random_model(args.shape, args.seed, args.device, getattr(torch, args.dtype))
-    steps, rows = {arm: step_of(arm, base, args) for arm in arms}, []
+    # An arm without a replay has no use for another attention.
+    cells = [
+        (arm, attention) for arm in arms for attention in (args.attention if ARMS[arm][2] else args.attention[:1])
+    ]
+    steps, rows = {cell: step_of(*cell, base, args) for cell in cells}, []
     for length in args.lengths:
         generator = torch.Generator().manual_seed(args.seed)
         tokens = torch.randint(base.config.vocab_size, (args.batch, length), generator=generator).to(args.device)
-        jobs = {arm: lambda step=step, tokens=tokens: step(tokens) for arm, step in steps.items()}
+        jobs = {cell: lambda step=step, tokens=tokens: step(tokens) for cell, step in steps.items()}
         times = take_turns(jobs, args.repeats, args.device, args.clock)
         rows += [
             {
                 "length": length,
                 "arm": arm,
-                "seconds": statistics.median(times[arm]),
-                "over lora": ratio(times[arm], times["lora"]),
-                "over lora, same modules": ratio(times[arm], times[ARMS[arm][3]]),
+                "attention": attention,
+                "seconds": statistics.median(times[arm, attention]),
+                "over lora": ratio(times[arm, attention], times["lora", args.attention[0]]),
+                "over lora, same modules": ratio(times[arm, attention], times[ARMS[arm][3], args.attention[0]]),
             }
-            for arm in arms
+            for arm, attention in cells
         ]
     finish("replay", args, rows)
 

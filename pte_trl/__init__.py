@@ -10,7 +10,7 @@ import importlib
 
 from pte_trl.adapter import PteConfig  # registers the adapter
 from pte_trl.cache import BoundedCache, CachePolicy  # teaches `generate` the bounded cache
-from pte_trl.replay import attention as _attention  # noqa: F401 (registers the attention)
+from pte_trl.replay import flex as _flex  # noqa: F401 (registers the attentions)
 
 # Where the names live that need TRL, or that not everyone needs.
 _LATER = {

@@ -116,7 +116,7 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
         reference=args.beta != 0,
         engine_stays=in_parts,
         state_rank=script.rank,
-        blockwise=script.attn_implementation == "blockwise",
+        blockwise=script.attn_implementation.startswith("blockwise"),
         device=device,
     )
 

@@ -1,8 +1,18 @@
-"""The blockwise attention of a replay against its plain twin, SDPA with the whole mask at once."""
+"""The attentions of a replay against their reference, SDPA with the whole mask at once."""
 
+import logging
+from types import SimpleNamespace
+
+import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-from pte_trl.replay.plan import BLOCK, ReplayPlan
+from benchmarks.counts import Counts
+from pte_trl.replay import flex
+from pte_trl.replay.attention import blockwise_attention, by_autograd
+from pte_trl.replay.blocks import BLOCK
+from pte_trl.replay.plan import ReplayPlan
 from tests.grids import grid
 from tests.models import (
     ALL_SEVEN,
@@ -18,7 +28,7 @@ from tests.models import (
 )
 
 LENGTHS, COMPLETION = [9, 4, 6], 3 * BLOCK
-WINDOWS = torch.tensor([16, 40, 7])
+WINDOWS = torch.tensor([16, 40, 12])
 METHODS = {
     "bare": lambda model: model,
     "lora_c": with_lora,
@@ -38,6 +48,136 @@ def scored(model, implementation):
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(chosen(logps, ids, prompt)[kept].sum(), parameters)
     return logps[kept].detach(), gradients
+
+
+# (prompt, completion, windows, heads, kv heads): runs alone, a batch of blocks, one sample and several, a short tail
+SHAPES = [
+    (9, 30, [16, 5, 8], 4, 2),
+    (64, 9 * BLOCK + 40, [100], 2, 2),
+    (20, 3 * BLOCK, [1, 40], 4, 1),
+    (3 * BLOCK, 20, [7, 300], 2, 1),
+    (5, 1, [1], 2, 2),
+]
+
+
+def case(shape, dtype=torch.float64):
+    """A plan with padding on both sides; queries, keys and values (batch, heads, length, d); a gradient."""
+    prompt, completion, windows, heads, kv_heads = shape
+    mask = torch.ones(len(windows), prompt + completion, dtype=torch.long)
+    for row in range(len(windows)):
+        mask[row, :row] = 0
+    mask[1:, -3:] = 0
+    plan = ReplayPlan.build(schedules_of(torch.tensor(windows)), prompt, mask)
+    size = (len(windows), prompt + completion)
+    inputs = [torch.randn(*size, n, 16, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads, kv_heads)]
+    return plan, [x.requires_grad_() for x in inputs], torch.randn(*size, heads, 16, dtype=dtype)
+
+
+def at_once(query, key, value, plan):
+    """The reference, (batch, length, heads, d)."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=plan.mask()).transpose(1, 2)
+
+
+def with_gradients(out, inputs, grad):
+    return out, *torch.autograd.grad(out, inputs, grad)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients_of_the_blocks(shape):
+    """By the fused node and, as devices without its kernels need it, by autograd."""
+    plan, inputs, grad = case(shape)
+    expected = with_gradients(at_once(*inputs, plan), inputs, grad)
+    node = blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0]
+    assert "_Blocks" in repr(node.grad_fn) or "_Blocks" in repr(node.grad_fn.next_functions)
+    for out in (node, by_autograd(*inputs, plan, 0.0, None).transpose(1, 2)):
+        for a, b in zip(with_gradients(out, inputs, grad), expected, strict=True):
+            assert gap(a, b) <= 1e-12
+
+
+def test_gradients_wanted_twice_and_in_part():
+    plan, inputs, grad = case(SHAPES[1])
+    out = blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0]
+    (alone,) = torch.autograd.grad(out, inputs[1], grad, retain_graph=True)
+    assert torch.equal(alone, torch.autograd.grad(out, inputs, grad)[1])
+    frozen = [inputs[0], *(x.detach() for x in inputs[1:])]
+    out = blockwise_attention(SimpleNamespace(), *frozen, None, replay=plan)[0]
+    expected = torch.autograd.grad(at_once(*inputs, plan), inputs[0], grad)
+    assert gap(*torch.autograd.grad(out, inputs[0], grad), *expected) <= 1e-12
+
+
+def test_autocast_and_dropout():
+    plan, inputs, _ = case(SHAPES[0], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0]
+    assert low.dtype == torch.bfloat16
+    assert gap(low.float(), at_once(*inputs, plan)) <= 0.05
+    torch.manual_seed(0)
+    dropped = blockwise_attention(SimpleNamespace(), *inputs, None, dropout=0.5, replay=plan)[0]
+    torch.manual_seed(0)
+    assert torch.equal(dropped, by_autograd(*inputs, plan, 0.5, None).transpose(1, 2))
+    assert gap(dropped, at_once(*inputs, plan)) > 0.1
+
+
+def test_traffic_of_the_backward_grows_with_the_length_alone():
+    """Bytes that the backward reads and writes per token, W fixed, from 1K to 4K tokens."""
+    found = []
+    for length in (1024, 2048, 4096):
+        plan, inputs, grad = case((64, length - 64, [128], 2, 1), torch.float32)
+        out = blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0]
+        with Counts() as counts:
+            torch.autograd.grad(out, inputs, grad)
+        found.append(counts.bytes.total() / length)
+    assert max(found) <= 1.1 * min(found), found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@torch.no_grad()
+def test_flex_attention_sees_what_the_blocks_see(shape):
+    """On a CPU it runs forward only, uncompiled, and reads the mask alone; the tiles have the next test."""
+    plan, inputs, _ = case(shape, torch.float32)
+    inputs = [x.detach() for x in inputs]
+    expected = blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0]
+    out = flex_attention(*inputs, block_mask=flex.tiles(plan), enable_gqa=True).transpose(1, 2)
+    assert gap(out, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_tiles_of_flex_attention_cover_the_mask(shape):
+    plan = case(shape)[0]
+    mask, tiles = plan.mask()[:, 0], flex.tiles(plan)
+    count = -(-plan.length // flex.TILE)
+
+    def listed(counts, places):
+        found = torch.zeros(len(mask), count, count, dtype=torch.bool)
+        for at in torch.cartesian_prod(torch.arange(len(mask)), torch.arange(count)).tolist():
+            found[*at, places[at[0], 0, at[1], : counts[at[0], 0, at[1]]].long()] = True
+        return found
+
+    partly = listed(tiles.kv_num_blocks, tiles.kv_indices)
+    wholly = listed(tiles.full_kv_num_blocks, tiles.full_kv_indices)
+    assert not (partly & wholly).any()
+    for row, query, key in torch.cartesian_prod(*map(torch.arange, partly.shape)).tolist():
+        seen = mask[row, query * flex.TILE :][: flex.TILE, key * flex.TILE :][:, : flex.TILE]
+        assert seen.all() or not wholly[row, query, key]
+        assert not seen.any() or partly[row, query, key] or wholly[row, query, key]
+
+
+def test_without_a_gpu_or_a_compiler_flex_attention_is_the_blocks(monkeypatch, caplog):
+    plan, inputs, _ = case(SHAPES[1])
+    expected = blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0]
+    assert torch.equal(flex.flex_blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0], expected)
+    monkeypatch.setattr(flex, "compiled", lambda: lambda *args, **kwargs: 1 / 0)
+    flex.compiles.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert not flex.compiles(torch.device("cpu"), torch.float32, 2, 1, 16)
+    flex.compiles.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "attn_implementation='blockwise_flex' does not compile here, 'blockwise' is used instead: "
+        "ZeroDivisionError: division by zero"
+    ]
 
 
 @grid(method=METHODS, family=["qwen2", "llama"])
@@ -74,12 +214,20 @@ def test_the_masks_of_the_blocks_are_the_whole_mask_and_grow_with_the_length_alo
         mask[1, -100:] = 0
         return ReplayPlan.build(schedules_of(WINDOWS), prompt, mask)
 
-    plan = plan_of(COMPLETION)
-    whole = plan.mask()
-    for block in plan.blocks:
-        rows = whole[:, :, block.start : block.stop]
-        keys = [*range(min(plan.prompt, block.stop)), *range(block.oldest, block.stop)]
-        assert torch.equal(rows[..., keys], block.mask)
-        assert rows.sum() == block.mask.sum(), "something visible lies outside of the block's keys"
+    plan = plan_of(4 * BLOCK)
+    whole, batch = plan.mask(), len(LENGTHS)
+    for group in plan.blocks:
+        for block, mask in enumerate(group.mask.unflatten(0, (batch, -1)).unbind(1)):
+            start = group.start + block * group.size
+            rows = whole[:, :, start : start + group.size]
+            keys = [*range(start + group.size)]
+            if group.reach is not None:
+                keys = [*range(plan.prompt), *range(start + group.size - group.reach, start + group.size)]
+            assert torch.equal(rows[..., keys], mask)
+            assert rows.sum() == mask.sum(), "something visible lies outside of the block's keys"
+    assert [group.start for group in plan.blocks[1:]] == [group.stop for group in plan.blocks[:-1]]
+    assert plan.blocks[0].start == 0 and plan.blocks[-1].stop == plan.length
+    assert {group.reach is None for group in plan.blocks} == {True, False}
+    assert any(group.count > 1 for group in plan.blocks)
     short, long = (sum(block.mask.numel() for block in plan_of(length).blocks) for length in (8 * BLOCK, 16 * BLOCK))
     assert long < 2.1 * short

@@ -47,6 +47,7 @@ DOCUMENTED: dict[str, set[str] | None] = {
     "peft.tuners.tuners_utils": {"BaseTuner", "BaseTunerLayer"},
     "torch": None,
     "torch.autograd": None,
+    "torch.autograd.function": {"once_differentiable"},
     "torch.autograd.graph": None,
     "torch.cuda": None,
     "torch.distributed": None,
@@ -54,6 +55,7 @@ DOCUMENTED: dict[str, set[str] | None] = {
     "torch.distributed.tensor": None,
     "torch.linalg": None,
     "torch.nn": None,
+    "torch.nn.attention.flex_attention": None,
     "torch.nn.functional": None,
     "torch.nn.init": None,
     "torch.nn.parallel": None,
@@ -70,6 +72,8 @@ DOCUMENTED: dict[str, set[str] | None] = {
     "transformers.masking_utils": {"sdpa_mask"},
     "transformers.utils": {"ModelOutput"},
     "transformers.utils.logging": None,
+    "triton": None,
+    "triton.language": None,
     "trl": None,
 }
 LIBRARIES = {module.partition(".")[0] for module in DOCUMENTED}

@@ -71,6 +71,25 @@ def test_what_fsdp2_lets_go_of(process_group):
         assert compat_torch.reshards_after_forward(unit) != wanted
 
 
+@about("torch.FUSED_ATTENTION", "torch.fused_attention", "torch.fused_attention_backward")
+@pytest.mark.parametrize("device", sorted(compat_torch.FUSED_ATTENTION))
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_kernels_of_attention_by_themselves(device, scale):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    inputs = [torch.randn(2, n, 3, 16, device=device).transpose(1, 2).requires_grad_() for n in (5, 7, 7)]
+    bias = torch.zeros(2, 1, 5, 16, device=device)[..., :7]
+    bias[:, :, :3, 4:] = float("-inf")
+    expected = nn.functional.scaled_dot_product_attention(*inputs, attn_mask=bias, scale=scale)
+    grad = torch.randn_like(expected)
+    with torch.no_grad():
+        out, *rest = compat_torch.fused_attention(*inputs, bias, scale)
+        found = compat_torch.fused_attention_backward(grad, *inputs, bias, scale, out, *rest)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(found, torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @about("torch.TorchDispatchMode", "torch.schema_of", "torch.flop_formula")
 def test_every_operation_is_seen():
     class Watch(compat_torch.TorchDispatchMode):

@@ -80,7 +80,7 @@ def test_the_files_of_weights(tmp_path):
 @about("transformers.attention_of", "transformers.is_flash_attention_requested")
 def test_the_attention_in_use_is_read_from_the_configuration():
     model = tiny()
-    for name in ("eager", "sdpa", "blockwise"):
+    for name in ("eager", "sdpa", "blockwise", "blockwise_flex"):
         model.set_attn_implementation(name)
         assert transformers.attention_of(model.config) == name
         assert not transformers.is_flash_attention_requested(model.config)
@@ -93,12 +93,6 @@ def test_the_attention_in_use_is_read_from_the_configuration():
 def test_kinds_of_layers():
     assert transformers.layer_types(Qwen2Config(num_hidden_layers=2)) == ["full_attention"] * 2
     assert transformers.layer_types(MistralConfig(num_hidden_layers=2, sliding_window=8)) == ["sliding_attention"] * 2
-
-
-@about("transformers.repeat_kv")
-def test_a_kv_head_serves_neighbouring_query_heads():
-    x = torch.randn(2, 3, 5, 4)
-    assert torch.equal(transformers.repeat_kv(x, 2), x.repeat_interleave(2, dim=1))
 
 
 @about("transformers.set_zero3_state")

@@ -88,7 +88,7 @@ REFUSED = {
     ),
     "attention": (
         *("pte", lambda f: {"model": with_attention("flash_attention_2")}),
-        "attn_implementation='flash_attention_2': allowed are 'blockwise', 'sdpa', 'eager'",
+        "attn_implementation='flash_attention_2': allowed are 'blockwise', 'blockwise_flex', 'sdpa', 'eager'",
     ),
 }
 

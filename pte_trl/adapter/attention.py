@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import WHITENERS, Encoder
 from pte_trl.adapter.layer import PteLayer, PteLinear, StateInUse, frozen
+from pte_trl.adapter.routed import evicted_products
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
 
@@ -176,7 +177,7 @@ class PteAttention(nn.Module, PteLayer):
         updates = encoder.update(layer.queries, *(x.unflatten(1, (-1, run)) for x in latents))
         if torch.is_grad_enabled():
             self._watch(updates, layer.accumulator)
-        return self._accumulate(encoder, layer.accumulator, updates)
+        return encoder.advance_all(layer.accumulator, updates)
 
     def _keys_values(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values as the cache would hold them, (batch, length, d_kv), under the state in use."""
@@ -198,21 +199,10 @@ class PteAttention(nn.Module, PteLayer):
         if self._adapts(name, "k_proj") or self._adapts(name, "v_proj"):
             accumulators = self._walk(encoder, hidden, rotary, plan, queries, accumulator, latents)
         else:
-            updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
+            updates = encoder.update_of(queries, evicted_products(*latents, plan))
             self._watch(updates, accumulator)
-            accumulators = self._accumulate(encoder, accumulator, updates)
+            accumulators = encoder.advance_all(accumulator, updates)
         self.in_use.set(encoder.state(accumulator), encoder.state(accumulators), plan)
-
-    @staticmethod
-    def _accumulate(encoder: Encoder, accumulator: Tensor, updates: Tensor) -> Tensor:
-        """(batch, J, n_g, r) accumulators after every eviction, from all S' at once."""
-        if encoder.state_update == "sum":
-            return accumulator.unsqueeze(-3) + updates.cumsum(1)
-        accumulators = []
-        for update in updates.unbind(1):
-            accumulator = encoder.advance(accumulator, update)
-            accumulators.append(accumulator)
-        return torch.stack(accumulators, dim=1)
 
     def _walk(self, encoder, hidden, rotary, plan: ReplayPlan, queries, accumulator, latents) -> Tensor:
         """The same when keys and values depend on S themselves: eviction by eviction, as they were decoded."""

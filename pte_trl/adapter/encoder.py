@@ -16,15 +16,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6
+from pte_trl.adapter.recursion import recursion, root_mean_square
+
 WHITENERS = ("key_whitener", "value_whitener")
 REFERENCE_EVICT = 32  # evicted tokens that the data-free initialisation assumes
-
-
-def root_mean_square(state: Tensor, normalisation: str) -> Tensor:
-    """Norm of eq. 4: divide by the root mean square of the matrix ("rms") or of each of its rows ("row")."""
-    dims = (-2, -1) if normalisation == "rms" else (-1,)
-    return state * torch.rsqrt(state.square().mean(dim=dims, keepdim=True) + NORM_EPS)
 
 
 def without_autocast(device: torch.device):
@@ -153,7 +148,13 @@ class Encoder(nn.Module):
             (…, n_g, r).
         """
         with without_autocast(queries.device):
-            return queries @ (key_latents.transpose(-2, -1) @ value_latents)
+            return self.update_of(queries, key_latents.transpose(-2, -1) @ value_latents)
+
+    @staticmethod
+    def update_of(queries: Tensor, products: Tensor) -> Tensor:
+        """S' of the (…, r, r) products K^T V of the latents."""
+        with without_autocast(queries.device):
+            return queries @ products
 
     def forward(self, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Global queries W_Q^a q_g and the accumulator before any eviction, both (n_g, r).
@@ -176,6 +177,20 @@ class Encoder(nn.Module):
         """The accumulator after an eviction that contributes S' = `update`, both (…, n_g, r)."""
         accumulator = accumulator + update
         return accumulator if self.state_update == "sum" else root_mean_square(accumulator, self.normalisation)
+
+    def advance_all(self, accumulator: Tensor, updates: Tensor) -> Tensor:
+        """The accumulators after every eviction, from all S' at once: `advance` one after another.
+
+        Args:
+            accumulator: (n_g, r) or (batch, n_g, r), before the first.
+            updates: (batch, J, n_g, r).
+
+        Returns:
+            (batch, J, n_g, r).
+        """
+        if self.state_update == "sum":
+            return accumulator.unsqueeze(-3) + updates.cumsum(1)
+        return recursion(accumulator, updates, self.normalisation)
 
     def state(self, accumulator: Tensor) -> Tensor:
         """S of an accumulator, (…, n_g, r) -> the same shape."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import without_autocast
+from pte_trl.adapter.routed import routed
 from pte_trl.replay.plan import ReplayPlan
 
 
@@ -53,11 +54,9 @@ class StateInUse:
                 short = self.first.shape[1] * self.run - x.shape[1]
                 runs = nn.functional.pad(x, (0, 0, 0, short)).unflatten(1, (-1, self.run))
                 return (runs @ side(self.first)).flatten(1, 2)[:, : x.shape[1]]
-            y = x @ side(self.first)
             if self.later is None:
-                return y
-            # A replay computes all tokens under S_0 and overwrites those that were decoded after an eviction.
-            return self.plan.put(y, self.plan.users, self.plan.pick(x, self.plan.users) @ side(self.later))
+                return x @ side(self.first)
+            return routed(x, side(self.first), side(self.later), self.plan)
 
 
 class PteLayer(BaseTunerLayer):

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from pte_trl.compat.transformers import attention_of
 
-MASKED_ATTENTION = ("blockwise", "sdpa", "eager")  # attention implementations that take an arbitrary mask
+BLOCKWISE = ("blockwise", "blockwise_flex")  # those of `pte_trl.replay`, which read the plan of a replay themselves
+MASKED_ATTENTION = (*BLOCKWISE, "sdpa", "eager")  # attention implementations that take an arbitrary mask
 
 
 def config_of(model: nn.Module):

@@ -11,11 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode  # sees every operati
 from torch.utils._pytree import tree_leaves, tree_map_only  # the tensors among an operation's arguments
 
 __all__ = [
+    "FUSED_ATTENTION",
     "TorchDispatchMode",
     "cpu_with_index",
     "default_store",
     "ended_by_sigterm",
     "flop_formula",
+    "fused_attention",
+    "fused_attention_backward",
     "reshards_after_forward",
     "schema_of",
     "storage_id",
@@ -38,6 +41,51 @@ def reshards_after_forward(unit: FSDPModule) -> bool:
     # torch 2.11 has one group, later versions a list of them.
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
+
+
+FUSED_ATTENTION = {"cpu", "cuda"}  # devices with a kernel below
+
+
+def fused_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float | None
+) -> tuple[torch.Tensor, ...]:
+    """The kernel behind `scaled_dot_product_attention`, with what its backward asks for: the output comes first.
+
+    As a pair these let one autograd node hold many calls. The kernel for CUDA is the memory-efficient one, the only
+    one there with an arbitrary mask and no plan per shape.
+
+    Args:
+        query, key, value: (batch, heads, n or m, d), of one dtype and with the same heads.
+        bias: (batch, 1, n, m), added to the scores.
+        scale: of the scores; None: 1 / sqrt(d).
+    """
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
+    bias = bias.expand(-1, query.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
+
+
+def fused_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float | None,
+    out: torch.Tensor,
+    *rest: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of query, key and value; `out` and `rest` are what `fused_attention` returned."""
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, *rest, 0.0, False, attn_mask=bias, scale=scale
+        )
+    bias, wanted = bias.expand(-1, query.shape[1], -1, -1), [True, True, True, False]
+    return aten._scaled_dot_product_efficient_attention_backward(
+        grad, query, key, value, bias, out, *rest, 0.0, wanted, scale=scale
+    )[:3]
 
 
 def ended_by_sigterm(error: Exception) -> bool:

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.generation.utils import GENERATION_MODES_MAPPING
-from transformers.integrations.sdpa_attention import repeat_kv  # every kv head once for each of its query heads
 from transformers.modeling_utils import set_zero3_state  # inside it ZeRO-3 leaves a model on the meta device alone
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # checkpoints are folders PREFIX-STEP
 from transformers.utils import (
@@ -33,7 +32,6 @@ __all__ = [
     "fsdp_version_of",
     "is_flash_attention_requested",
     "layer_types",
-    "repeat_kv",
     "set_zero3_state",
     "template_variables",
     "tied_weights",

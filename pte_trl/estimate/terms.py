@@ -180,8 +180,8 @@ def head(job: Job, tokens: int) -> float:
 def attention(job: Job) -> float:
     """What a replay's attention holds beyond an ordinary one's, of one sample.
 
-    Blockwise: keys and values for every query head of the prompt and of what is in reach, copied for every block,
-    2 d_q e each; masks, 1 + e bytes per pair in the blocks. SDPA: T^2 (1 + e).
+    Blockwise: keys and values for every query head of the prompt and of what is in reach, copied for the blocks that
+    are a batch, with gradients as large, 4 d_q e each; masks, 1 + e bytes per pair in the blocks. SDPA: T^2 (1 + e).
     """
     length, width, d_q = job.prompt + job.completion, job.dtype.itemsize, job.sizes[3]
     if job.schedule is None:
@@ -189,8 +189,8 @@ def attention(job: Job) -> float:
     if not job.blockwise:
         return length**2 * (1 + width)
     blocks = ReplayPlan.build([job.schedule], job.prompt, torch.ones(1, length)).blocks
-    copies = sum(block.mask.shape[3] for block in blocks)
-    return 2 * d_q * width * copies + (1 + width) * sum(block.mask.numel() for block in blocks)
+    copies = max(block.count * block.mask.shape[3] for block in blocks)
+    return 4 * d_q * width * copies + (1 + width) * sum(block.mask.numel() for block in blocks)
 
 
 def one_pass(job: Job) -> float:

@@ -68,7 +68,9 @@ class ModelSource:
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the base model."})
     adapter: str | None = field(default=None, metadata={"help": "Folder of a LoRA or PTE adapter."})
     dtype: str | None = field(default=None, metadata={"help": "bfloat16, float32, float16 or auto."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "blockwise, sdpa or eager."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "blockwise, blockwise_flex, sdpa or eager."}
+    )
     trust_remote_code: bool | None = field(
         default=None, metadata={"help": "Run Python code that comes with the model."}
     )

@@ -52,7 +52,7 @@ def contributions(layer: PteAttention, latents: tuple[Tensor, Tensor], plan: Rep
     queries, start = layer._start(name)
     keys, values = (plan.pick(x, plan.evicted)[0] for x in latents)  # (J, E, r)
     by_token = encoder.update(queries, keys.unsqueeze(2), values.unsqueeze(2))
-    accumulators = layer._accumulate(encoder, start, by_token.sum(1).unsqueeze(0))[0]
+    accumulators = encoder.advance_all(start, by_token.sum(1).unsqueeze(0))[0]
     return by_token, torch.cat([start.unsqueeze(0), accumulators])
 
 

@@ -8,13 +8,14 @@ at once.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pte_trl.compat.transformers import repeat_kv
-from pte_trl.replay.plan import Block, ReplayPlan
+from pte_trl.compat.torch import FUSED_ATTENTION, fused_attention, fused_attention_backward
+from pte_trl.replay.plan import ReplayPlan
 
 NAME = "blockwise"
 
@@ -37,28 +38,87 @@ def blockwise_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    outputs = []
-    for block in replay.blocks:
+    query, key, value = under_autocast(query, key, value)
+    if fused(query, dropout):
+        out = _Blocks.apply(query, key, value, replay, scaling)
+    else:
+        out = by_autograd(query, key, value, replay, dropout, scaling)
+    return out.transpose(1, 2).contiguous(), None
 
-        def seen(x: Tensor, block: Block = block) -> Tensor:
-            """Keys or values of the prompt and of the thought tokens from `oldest` on, for every query head."""
-            if block.oldest <= replay.prompt:
-                x = x[:, :, : block.stop]
-            else:
-                x = torch.cat([x[:, :, : replay.prompt], x[:, :, block.oldest : block.stop]], 2)
-            return repeat_kv(x, module.num_key_value_groups)
 
-        outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, block.start : block.stop],
-                seen(key),
-                seen(value),
-                attn_mask=block.mask,
-                dropout_p=dropout,
-                scale=scaling,
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as it does for `scaled_dot_product_attention`."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def fused(query: Tensor, dropout: float) -> bool:
+    """Whether `_Blocks` has a kernel; the rest goes through `scaled_dot_product_attention` and autograd."""
+    if dropout or query.device.type not in FUSED_ATTENTION:
+        return False
+    # On CUDA rows of 16 bytes, and no float64.
+    aligned = query.shape[-1] * query.element_size() % 16 == 0
+    return query.device.type == "cpu" or (aligned and query.dtype != torch.float64)
+
+
+class _Blocks(torch.autograd.Function):
+    """All blocks as one node of the graph.
+
+    Autograd would hold the copied keys and values of every block, and add a gradient of full length for each. This
+    holds what came in, copies again in the backward, and adds gradients in place.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, replay: ReplayPlan, scale: float | None) -> Tensor:
+        """(batch, heads, length, head_dim) of the queries, with kv heads for the others -> as the queries."""
+        shared = query.shape[1] // key.shape[1]
+        outs, rests = [], []
+        for group, bias in zip(replay.blocks, replay.biases(query.dtype), strict=True):
+            inputs = (group.queries(query), group.keys(key, shared), group.keys(value, shared))
+            out, *rest = fused_attention(*inputs, bias, scale)
+            outs.append(group.joined(out))
+            rests.append(rest)
+        out = torch.cat([x.transpose(1, 2) for x in outs], dim=1).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, *(x for rest in rests for x in rest))
+        ctx.replay, ctx.scale, ctx.shared = replay, scale, shared
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *rests = ctx.saved_tensors
+        groups = ctx.replay.blocks
+        each = len(rests) // len(groups)
+        pairs = [(x, _wide_zeros(x)) for x in (key, value)]
+        queries = []
+        for number, (group, bias) in enumerate(zip(groups, ctx.replay.biases(query.dtype), strict=True)):
+            inputs = (group.queries(query), *(group.keys(x, ctx.shared) for x in (key, value)))
+            rest = rests[number * each : (number + 1) * each]
+            found = fused_attention_backward(group.queries(grad), *inputs, bias, ctx.scale, group.queries(out), *rest)
+            queries.append(group.joined(found[0]).transpose(1, 2))
+            for (_, total), part in zip(pairs, found[1:], strict=True):
+                group.add_gradient(total, part)
+        keys_values = (total.to(x.dtype).transpose(1, 2) for x, total in pairs)
+        return torch.cat(queries, dim=1).transpose(1, 2), *keys_values, None, None
+
+
+def _wide_zeros(x: Tensor) -> Tensor:
+    """(batch, kv heads, length, d) -> zeros (batch, length, kv heads, d), where gradients are added in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.zeros_like(x.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def by_autograd(query: Tensor, key: Tensor, value: Tensor, replay: ReplayPlan, dropout: float, scale) -> Tensor:
+    """The same by `scaled_dot_product_attention` and autograd: any device, any dtype, and dropout."""
+    shared, outs = query.shape[1] // key.shape[1], []
+    for group in replay.blocks:
+        inputs = (group.queries(query), group.keys(key, shared), group.keys(value, shared))
+        out = scaled_dot_product_attention(*inputs, attn_mask=group.mask, dropout_p=dropout, scale=scale)
+        outs.append(group.joined(out))
+    return torch.cat(outs, dim=2)
 
 
 def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling) -> Tensor:

@@ -5,33 +5,59 @@ drops and which tokens are decoded under the state it leaves, so that a PTE laye
 from sample to sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pte_trl.cache.masks import check_mask_taken, mask_for
+from pte_trl.cache.masks import BLOCKWISE, check_mask_taken, mask_for
 from pte_trl.cache.schedule import Schedule
-
-BLOCK = 128  # queries that attend together in `pte_trl.replay.attention`
+from pte_trl.replay.blocks import Group, bias, groups_of
 
 
 @dataclass(frozen=True)
-class Block:
-    """A run of queries that attend together.
+class Places:
+    """Tokens that a plan names, as indices into (batch * length, d); none is named twice.
 
     Attributes:
-        start, stop: the queries.
-        oldest: the first position behind the prompt that one of them sees; they see the prompt, and oldest .. stop.
-        mask: (batch, 1, queries, keys), True where a query sees a key; keys are the prompt, then oldest .. stop.
+        source: (batch * J * E_max) row to read; any where the place is empty.
+        target: (batch * J * E_max) row to write; the one behind the last where the place is empty.
+        filled: (batch, J, E_max, 1), False where the place is empty.
+        unnamed: (batch, length, 1), True for tokens that are not named.
     """
 
-    start: int
-    stop: int
-    oldest: int
-    mask: Tensor
+    source: Tensor
+    target: Tensor
+    filled: Tensor
+    unnamed: Tensor
+
+    @classmethod
+    def of(cls, places: Tensor, length: int) -> "Places":
+        """Of positions (batch, J, E_max), `length` where empty."""
+        batch, filled = len(places), places < length
+        row = places + length * torch.arange(batch, device=places.device).view(-1, 1, 1)
+        target = row.masked_fill(~filled, batch * length).flatten()
+        unnamed = torch.ones(batch * length + 1, dtype=torch.bool, device=places.device)
+        unnamed[target] = False
+        source = target.clamp(max=batch * length - 1)
+        return cls(source, target, filled.unsqueeze(3), unnamed[:-1].view(batch, length, 1))
+
+    def read(self, x: Tensor, zeros: bool = True) -> Tensor:
+        """(batch, length, d) -> (batch, J, E_max, d); what stands in empty places is zero, or anything."""
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, self.source).view(*self.filled.shape[:3], -1)
+        return rows * self.filled if zeros else rows
+
+    @staticmethod
+    def with_spare(x: Tensor, width: int) -> Tensor:
+        """Unwritten rows for the tokens of x, (batch * length + 1, width)."""
+        return x.new_empty(x.shape[:2].numel() + 1, width)
+
+    def write(self, out: Tensor, rows: Tensor) -> None:
+        """Writes rows (batch, J, E_max, d) to their tokens in (batch * length + 1, d)."""
+        out.index_copy_(0, self.target, rows.flatten(0, 2))
 
 
 @dataclass(frozen=True)
@@ -87,30 +113,51 @@ class ReplayPlan:
         return self.real.shape[1]
 
     @cached_property  # of all layers
-    def blocks(self) -> list[Block]:
-        """Runs of BLOCK queries, the last one shorter. Their masks grow with the length, not with its square."""
-        oldest = self.first.amin(0)[::BLOCK].tolist()
-        ends = [*range(BLOCK, self.length, BLOCK), self.length]
-        return [
-            Block(at, end, old, self._seen(at, end, old))
-            for at, end, old in zip(range(0, self.length, BLOCK), ends, oldest, strict=True)
-        ]
+    def blocks(self) -> list[Group]:
+        """How the queries attend together. The masks grow with the length, not with its square."""
+        at = torch.arange(self.length, device=self.real.device)
+        window = max(1, int((at - self.first).amax()) + 1)
+        return groups_of(self.length, self.prompt, window, self.seen, self.real.device)
+
+    @cached_property
+    def _kept(self) -> dict[Hashable, Any]:
+        return {}
+
+    def kept(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once for all layers and kept with the plan under a name."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def biases(self, dtype: torch.dtype) -> list[Tensor]:
+        """The masks of `blocks` as fused kernels take them."""
+        return self.kept(dtype, lambda: [bias(group.mask, dtype) for group in self.blocks])
 
     def mask(self) -> Tensor:
         """(batch, 1, length, length), True where a query sees a key: what `blocks` is tested against."""
-        return self._seen(0, self.length, self.prompt)
-
-    def _seen(self, start: int, stop: int, oldest: int) -> Tensor:
-        """The mask of a `Block`. A padded query sees itself, so that no row of the softmax is empty."""
         at = torch.arange(self.length, device=self.real.device)
-        query, key = at[start:stop].unsqueeze(1), torch.cat([at[: min(self.prompt, stop)], at[oldest:stop]])
-        kept = (key < self.prompt) | (key >= self.first[:, start:stop].unsqueeze(2))
-        return ((kept & (key <= query) & self.real[:, key].unsqueeze(1)) | (key == query)).unsqueeze(1)
+        return self.seen(at[:, None], at[None]).unsqueeze(1)
+
+    def seen(self, query: Tensor, key: Tensor) -> Tensor:
+        """Which keys the queries see. A padded query sees itself, so that no row of the softmax is empty.
+
+        Args:
+            query, key: positions, (..., n, 1) and (..., 1, m).
+
+        Returns:
+            (batch, ..., n, m).
+        """
+        kept = (key < self.prompt) | (key >= self.first[:, query])
+        return (kept & (key <= query) & self.real[:, key]) | (key == query)
 
     @property
     def count(self) -> int:
         """J, the most evictions of a sample."""
         return self.evicted.shape[1]
+
+    def places(self, which: str) -> Places:
+        """Of "evicted" or "users"."""
+        return self.kept(which, lambda: Places.of(getattr(self, which), self.length))
 
     def pick(self, x: Tensor, places: Tensor) -> Tensor:
         """x (batch, length, d) at `places` (batch, …) -> (batch, …, d); zero where there is no token."""
@@ -145,6 +192,6 @@ def replay_inputs(
     plan = ReplayPlan.build(schedules, prompt, attention_mask)
     # The blocks have masks of their own, so padding is all that is left to mask; transformers passes on a mask of four
     # dimensions as it is.
-    mask = plan.real[:, None, None] if attention == "blockwise" else mask_for(model, plan.mask())
+    mask = plan.real[:, None, None] if attention in BLOCKWISE else mask_for(model, plan.mask())
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False, "replay": plan}

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from pte_trl.adapter.fit import FAMILIES
+from pte_trl.cache.masks import BLOCKWISE
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.engines import running_zero_stage, zero3_numel
@@ -82,7 +83,7 @@ def job_of(trainer, engine: str | None, max_prompt_tokens: int) -> Job:
         reference=args.beta != 0,
         engine_stays=in_parts,
         state_rank=next((c.rank for c in getattr(model, "peft_config", {}).values() if hasattr(c, "rank")), 32),
-        blockwise=attention_of(model.config) == "blockwise",
+        blockwise=attention_of(model.config) in BLOCKWISE,
         device=trainer.accelerator.device.type,
     )
 

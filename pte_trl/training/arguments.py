@@ -31,7 +31,9 @@ class RecipeArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub name or folder of the base model."})
     dtype: str = field(default="bfloat16", metadata={"help": "Weights' dtype: bfloat16, float32, float16 or auto."})
-    attn_implementation: str = field(default="blockwise", metadata={"help": "blockwise, sdpa or eager."})
+    attn_implementation: str = field(
+        default="blockwise", metadata={"help": "blockwise, blockwise_flex, sdpa or eager."}
+    )
     adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter to start from."})
 
     dataset_name: str = field(default="dapo_math_17k", metadata={"help": "Known name, hub name, folder or file."})
