@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only  # the tensors among 
 
 __all__ = [
     "TorchDispatchMode",
+    "any_size",
     "cpu_with_index",
     "default_store",
     "ended_by_sigterm",
@@ -72,6 +73,20 @@ def cpu_with_index() -> Iterator[None]:
         yield
     finally:
         registry[:] = before
+
+
+# ---- compiling ---------------------------------------------------------------------------------------------------
+
+
+def any_size(tensor: torch.Tensor, *dimensions: int) -> None:
+    """What `torch.compile` makes of this tensor serves other sizes of these dimensions, too.
+
+    `torch.compiler` has no such function; `dynamic=True` would be for every tensor.
+    """
+    from torch._dynamo import maybe_mark_dynamic
+
+    for dimension in dimensions:
+        maybe_mark_dynamic(tensor, dimension)
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
