@@ -49,7 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parse(parser, argv)
 
 
-def ours(adapter: str, full_cache: bool = False, compile: bool = False):
+def ours(adapter: str, full_cache: bool = False, compile: str = "never"):
     def arm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> Run:
         model = with_adapter(shared_copy(base), adapter).eval()
         # Kept from call to call, as a trainer does: buffers and captured graphs are part of the warm-up.
@@ -129,9 +129,9 @@ def vllm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespa
 
 ARMS = {
     "pte": ours("pte"),
-    "pte compiled": ours("pte", compile=True),
+    "pte compiled": ours("pte", compile="always"),
     "lora_c": ours("lora"),
-    "lora_c compiled": ours("lora", compile=True),
+    "lora_c compiled": ours("lora", compile="always"),
     "lora": ours("lora", full_cache=True),
     "generate": generate(None),
     "generate lora": generate("lora"),

@@ -24,7 +24,10 @@ from pte_trl.replay.attention import one_query
 from pte_trl.rollouts.decoder import After, Before, Decoder, Norm, Projection, Unsupported
 from pte_trl.rollouts.ring import RingCache
 
-# ---- what is compiled: functions of tensors, all of them (rows, ...) of one token per row ------------------------
+# ---- what is compiled: functions of tensors, all of them (rows, 1, ...), of one token per row --------------------
+
+# Of three dimensions, since a sum of two matrices, of which one is a product, would become one operation of the BLAS
+# library, which first copies the other: more launches than an addition that is fused with the norm behind it.
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
@@ -43,22 +46,29 @@ def projected(x: Tensor, by: Projection, state: Tensor | None) -> Tensor:
     inner = linear(x.to(by.down.dtype), by.down)
     if state is not None:
         # A row times a matrix, as a sum: unlike a product it is fused with the casts, and never in TF32.
-        inner = (inner.to(state.dtype).unsqueeze(-1) * state).sum(-2)
+        inner = (inner.to(state.dtype).unsqueeze(-1) * state.unsqueeze(1)).sum(-2)
     outer = linear(inner.to(by.up.dtype), by.up)
     return out + (by.scale * outer).to(out.dtype)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding; x: (rows, heads, head_dim), cos and sin: (rows, 1, head_dim)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotary embedding; x: (rows, 1, heads, head_dim), cos and sin as `signed` returns them."""
+    # Halves are swapped as a view, which is fused; a concatenation is not everywhere.
+    return x * cos + x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sin
+
+
+def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """A model's rotary embedding, both (rows, 1, head_dim), for `rotated`: (rows, 1, 1, head_dim), and the sign that
+    half of the swapped entries need is with the sine."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(2), torch.cat([-first, second], dim=-1).unsqueeze(2)
 
 
 def before_attention(hidden: Tensor, by: Before, state: Tensor | None, rotary: tuple, cache: tuple) -> Tensor:
-    """Queries (rows, heads, head_dim) of the tokens; their keys and values are written into the cache.
+    """Queries (rows, 1, heads, head_dim) of the tokens; their keys and values are written into the cache.
 
     Args:
-        rotary: cos and sin, (rows, 1, head_dim).
+        rotary: what `signed` returns.
         cache: buffers of keys and values, the rows' numbers and the place of the token in each.
     """
     keys, values, rows, place = cache
@@ -69,13 +79,13 @@ def before_attention(hidden: Tensor, by: Before, state: Tensor | None, rotary: t
     )
     query = query if by.query_norm is None else normed(query, by.query_norm)
     key = key if by.key_norm is None else normed(key, by.key_norm)
-    keys[rows, :, place] = rotated(key, *rotary).to(keys.dtype)
-    values[rows, :, place] = value.to(values.dtype)
+    keys[rows, :, place] = rotated(key, *rotary)[:, 0].to(keys.dtype)
+    values[rows, :, place] = value[:, 0].to(values.dtype)
     return rotated(query, *rotary)
 
 
 def after_attention(hidden: Tensor, attended: Tensor, by: After, state: Tensor | None) -> Tensor:
-    """The layer's output, (rows, d_model)."""
+    """The layer's output, (rows, 1, d_model)."""
     hidden = hidden + projected(attended, by.output, state)
     x = normed(hidden, by.norm)
     x = silu(projected(x, by.gate, state)) * projected(x, by.up, state)
@@ -154,8 +164,8 @@ class CompiledStep:
         body, layers = self.decoder.base.model, self.layers
         if not self.buffers:
             self._begin()
-        hidden = body.embed_tokens(token)
-        rotary = body.rotary_emb(hidden.unsqueeze(1), position.unsqueeze(1))
+        hidden = body.embed_tokens(token.unsqueeze(1))
+        rotary = signed(*body.rotary_emb(hidden, position.unsqueeze(1)))
         if rotary[0].shape[-1] != self.buffers[0][0].shape[-1]:
             raise Unsupported(f"rotary embedding of {rotary[0].shape[-1]} of the dimensions of a head")
         mask = additive(self.cache.seen[: len(rows), None, None, :limit], self.dtype or hidden.dtype)
@@ -172,7 +182,7 @@ class CompiledStep:
                     hidden, attended, mine.after, old, following.before, new, rotary, places[index + 1]
                 )
             hidden = after(hidden, self._attend(-1, query, mask), layers[-1].after, states[-1], self.norm)
-        return self.decoder.base.lm_head(hidden)
+        return self.decoder.base.lm_head(hidden)[:, 0]
 
     def _begin(self) -> None:
         self.buffers = [layer.buffers for layer in self.cache.layers]
@@ -185,11 +195,11 @@ class CompiledStep:
         return None if state is None else state(self.cache.layers[index].accumulators[:rows])
 
     def _attend(self, index: int, query: Tensor, mask: Tensor) -> Tensor:
-        """(rows, heads * head_dim)."""
+        """(rows, 1, heads * head_dim)."""
         rows, limit = len(query), mask.shape[-1]
         keys, values = (buffer[:rows, :, :limit].to(mask.dtype) for buffer in self.buffers[index])
         scale = self.layers[index].scale
-        return one_query(query.unsqueeze(2).to(mask.dtype), keys, values, mask, 0.0, scale).flatten(1)
+        return one_query(query.transpose(1, 2).to(mask.dtype), keys, values, mask, 0.0, scale).flatten(2)
 
 
 def _kind(part):

@@ -9,17 +9,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.layer import PteLinear, StateInUse
-from pte_trl.compat.transformers import attention_of
+from pte_trl.compat.peft import LoraLinear
+from pte_trl.compat.torch import forward_hooks
+from pte_trl.compat.transformers import attention_of, decoder_classes
 from pte_trl.replay.attention import NAME as BLOCKWISE
 
 
@@ -85,17 +83,7 @@ class Layer(NamedTuple):
     state: Callable[[Tensor], Tensor] | None
 
 
-FAMILIES = {
-    getattr(module, f"{name}ForCausalLM"): tuple(
-        getattr(module, f"{name}{part}") for part in ("DecoderLayer", "Attention", "MLP", "RMSNorm")
-    )
-    for name, module in {
-        "Llama": modeling_llama,
-        "Mistral": modeling_mistral,
-        "Qwen2": modeling_qwen2,
-        "Qwen3": modeling_qwen3,
-    }.items()
-}
+FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
 class Decoder:
@@ -125,7 +113,7 @@ class Decoder:
             raise Unsupported(f"hidden_act={activation!r}; allowed is silu")
         kind = base.device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.kinds = FAMILIES[type(base)]
+        self.kinds = decoder_classes(type(base))
         for layer in base.model.layers:
             check_forwards(layer)
         return [self._layer(layer) for layer in base.model.layers], self._norm(base.model.norm)
@@ -216,10 +204,9 @@ def check_type(module: nn.Module, kind: type) -> None:
 def check_forwards(layer: nn.Module) -> None:
     """Refuses hooks and replaced forwards, which a step without modules would leave out."""
     for name, module in layer.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # The state in use is emptied by one; here nothing is put into it.
-        foreign = [hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), StateInUse)]
-        if foreign or "forward" in module.__dict__:
+        owners = [getattr(hook, "__self__", None) for hook in forward_hooks(module)]
+        if not all(isinstance(owner, StateInUse) for owner in owners) or "forward" in module.__dict__:
             raise Unsupported(f"a hook or a forward of its own on {name or type(layer).__name__}")
 
 

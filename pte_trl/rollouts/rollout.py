@@ -77,7 +77,7 @@ def rollout(
     windows: Sequence[int] | None = None,
     batch_size: int | str | None = None,
     engine_cache: EngineCache | None = None,
-    compile: bool | str = False,
+    compile: str = "never",
     reference: bool = False,
 ) -> Rollout:
     """Samples one completion per prompt.
@@ -99,8 +99,8 @@ def rollout(
         batch_size: completions decoded at once, the others follow as these end; "auto" for what the memory allows,
             None for all. Where the memory does not suffice it is halved. The reference implementation takes all.
         engine_cache: keeps the engine for the next call.
-        compile: whether `torch.compile` fuses the decode step; "auto": on a GPU, for more than a few tokens. Where it
-            cannot, this is printed and steps are eager.
+        compile: whether `torch.compile` fuses the decode step: always, never, or auto, on a GPU for
+            `COMPILED_FROM` new tokens or more. Where it cannot, this is printed and steps are eager.
         reference: use the reference implementation, without shared prefills; for tests.
 
     Raises:
@@ -178,7 +178,7 @@ def run_engine(
     draws: Tensor,
     batch_size: int | str | None,
     engine_cache: EngineCache,
-    compile: bool | str,
+    compile: str,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
     """What `Engine.run` returns, and bytes of cache per row; arguments as in `rollout`.
 
@@ -190,11 +190,11 @@ def run_engine(
     if batch_size == "auto":
         batch_size = auto_batch_size(model, room.places)
 
-    if compile == "auto":
-        compile = model.device.type == "cuda" and sampling.max_new_tokens >= COMPILED_FROM
+    long = model.device.type == "cuda" and sampling.max_new_tokens >= COMPILED_FROM
+    compiled = compile == "always" or (compile == "auto" and long)
 
     def run(rows: int):
-        engine = engine_cache.get(model, rows, room, sampling, compile)
+        engine = engine_cache.get(model, rows, room, sampling, compiled)
         return engine.run(prompts, prompt_index, schedules, draws), engine.cache.nbytes / rows
 
     return halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)))
