@@ -49,11 +49,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parse(parser, argv)
 
 
-def ours(adapter: str, full_cache: bool = False):
+def ours(adapter: str, full_cache: bool = False, compile: str = "never"):
     def arm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> Run:
         model = with_adapter(shared_copy(base), adapter).eval()
         # Kept from call to call, as a trainer does: buffers and captured graphs are part of the warm-up.
-        knobs = {"eos_token_ids": [-1], "pad_token_id": 0, "engine_cache": EngineCache()}
+        knobs = {"eos_token_ids": [-1], "pad_token_id": 0, "engine_cache": EngineCache(), "compile": compile}
         policy = FULL_CACHE if full_cache else CachePolicy(args.window)
         return lambda new: sum(map(len, rollout(model, prompts, policy, max_new_tokens=new, **knobs).completion_ids))
 
@@ -129,7 +129,9 @@ def vllm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespa
 
 ARMS = {
     "pte": ours("pte"),
+    "pte compiled": ours("pte", compile="always"),
     "lora_c": ours("lora"),
+    "lora_c compiled": ours("lora", compile="always"),
     "lora": ours("lora", full_cache=True),
     "generate": generate(None),
     "generate lora": generate("lora"),
@@ -184,9 +186,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, mine in times.items():
         step = statistics.median(mine) / args.new_tokens
         row = {"arm": name, "tokens/s": round(args.batch / step), "step ms": 1e3 * step}
-        row |= {f"over {x}": ratio(times[x], mine) for x in ("lora_c", "lora", "generate") if x in times}
+        row |= {f"over {x}": ratio(times[x], mine) for x in ("pte", "lora_c", "lora", "generate") if x in times}
         if bandwidth:
-            read = bytes_read(base, args.window if name in ("pte", "lora_c") else None, args)
+            read = bytes_read(base, args.window if name.startswith(("pte", "lora_c")) else None, args)
             row |= {"GB read": read / 1e9, "of roofline": read / bandwidth / step}
         rows.append(row)
     if bandwidth:

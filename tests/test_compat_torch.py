@@ -31,6 +31,48 @@ def process_group(tmp_path):
 # ---- PyTorch -----------------------------------------------------------------------------------------------------
 
 
+@about("torch.any_size")
+def test_what_is_compiled_serves_any_size_of_a_marked_dimension():
+    def doubled(x):
+        return 2 * x
+
+    made = []
+    compiled = torch.compile(doubled, fullgraph=True, backend=lambda graph, inputs: made.append(graph) or graph)
+    for rows, places in ((3, 8), (5, 8), (4, 16)):
+        x = torch.ones(rows, 2, places)
+        compat_torch.any_size(x, 0, 2)
+        assert torch.equal(compiled(x), 2 * x)
+    assert len(made) == 1
+    compiled(torch.ones(3, 4, 8))
+    assert len(made) == 2
+
+
+@about("torch.nodes_after_fusion")
+def test_kernels_are_counted_after_fusion_and_none_is_built():
+    def product_and_more(x, weight):
+        return ((x @ weight).exp() + 1).square()
+
+    assert len(compat_torch.nodes_after_fusion(product_and_more, (torch.ones(4, 4), torch.ones(4, 4)))) == 2
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        compat_torch.nodes_after_fusion(lambda x: print(x.sum().item()), (torch.ones(2),))
+
+
+@about("torch.gpu_kernels")
+def test_what_runs_on_the_cpu_launches_no_kernel_of_a_gpu():
+    assert compat_torch.gpu_kernels(lambda: torch.ones(2) + 1) == 0
+
+
+@about("torch.forward_hooks")
+def test_hooks_are_listed():
+    module, hooks = nn.Linear(2, 2), [lambda *call: None, lambda *call: None]
+    assert compat_torch.forward_hooks(module) == []
+    module.register_forward_pre_hook(hooks[0])
+    handle = module.register_forward_hook(hooks[1])
+    assert compat_torch.forward_hooks(module) == hooks
+    handle.remove()
+    assert compat_torch.forward_hooks(module) == hooks[:1]
+
+
 @about("torch.cpu_with_index")
 def test_a_cpu_with_a_number_is_a_place_while_a_checkpoint_is_read(tmp_path):
     torch.save({"x": torch.arange(3)}, tmp_path / "x.pt")

@@ -89,6 +89,15 @@ def test_the_attention_in_use_is_read_from_the_configuration():
     assert transformers.is_flash_attention_requested(flash)
 
 
+@about("transformers.decoder_classes")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_parts_of_a_decoder(family):
+    model = tiny(family)
+    layer = model.model.layers[0]
+    parts = (layer, layer.self_attn, layer.mlp, layer.input_layernorm)
+    assert transformers.decoder_classes(type(model)) == tuple(map(type, parts))
+
+
 @about("transformers.layer_types")
 def test_kinds_of_layers():
     assert transformers.layer_types(Qwen2Config(num_hidden_layers=2)) == ["full_attention"] * 2

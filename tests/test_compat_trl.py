@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 from pte_trl import PteConfig
 from pte_trl.compat import overrides, peft, trl
 from tests.compat_names import about
-from tests.models import tiny, with_pte
+from tests.models import tiny, with_lora, with_pte
 from tests.test_trainer import trainer_for
 
 # ---- TRL ---------------------------------------------------------------------------------------------------------
@@ -209,6 +209,14 @@ def test_the_method_is_registered_by_its_name():
 def test_the_files_of_an_adapter(tmp_path):
     get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert {peft.CONFIG_NAME, peft.SAFETENSORS_WEIGHTS_NAME} == {p.name for p in tmp_path.iterdir()} - {"README.md"}
+
+
+@about("peft.LoraLinear")
+def test_a_linear_with_lora():
+    linear = with_lora(tiny()).base_model.model.model.layers[0].self_attn.q_proj
+    assert type(linear) is peft.LoraLinear
+    names = ("lora_A", "lora_B", "scaling", "lora_variant", "merged_adapters")
+    assert all(hasattr(linear, name) for name in names)
 
 
 @about("peft.check_target_module_exists")

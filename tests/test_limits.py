@@ -69,6 +69,7 @@ OUT_OF_RANGE = {
     "evict_ratio": 0.0,
     "window": 0,
     "rollout_batch_size": "many",
+    "compile_rollouts": "true",
 }
 
 

@@ -58,3 +58,13 @@ def mask_for(model: nn.Module, mask: Tensor) -> Tensor:
         return mask
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where True and -inf elsewhere: made once a step of what attention would convert in every layer.
+
+    Args:
+        mask: True where a query sees a key; every query sees one.
+        dtype: of the queries.
+    """
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -1,5 +1,6 @@
 """Private names of PEFT."""
 
+from peft.tuners.lora import Linear as LoraLinear  # a linear with LoRA; a variant or another method has another class
 from peft.tuners.tuners_utils import check_target_module_exists  # which linears a config adapts, by PEFT's own rules
 from peft.utils import (
     CONFIG_NAME,  # file of an adapter's configuration in its folder
@@ -10,6 +11,7 @@ from peft.utils import (
 __all__ = [
     "CONFIG_NAME",
     "SAFETENSORS_WEIGHTS_NAME",
+    "LoraLinear",
     "add_member",
     "check_target_module_exists",
     "register_peft_method",

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only  # the tensors among 
 __all__ = [
     "FUSED_ATTENTION",
     "TorchDispatchMode",
+    "any_size",
     "cpu_with_index",
     "default_store",
     "ended_by_sigterm",
     "flop_formula",
+    "forward_hooks",
     "fused_attention",
     "fused_attention_backward",
+    "gpu_kernels",
+    "nodes_after_fusion",
     "reshards_after_forward",
     "schema_of",
     "storage_id",
@@ -122,6 +127,53 @@ def cpu_with_index() -> Iterator[None]:
         registry[:] = before
 
 
+def forward_hooks(module: torch.nn.Module) -> list[Callable]:
+    """What is called before and after a module's forward; torch has public functions to add hooks alone."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+# ---- compiling ---------------------------------------------------------------------------------------------------
+
+
+def any_size(tensor: torch.Tensor, *dimensions: int) -> None:
+    """What `torch.compile` makes of this tensor serves other sizes of these dimensions, too.
+
+    `torch.compiler` has no such function; `dynamic=True` would be for every tensor.
+    """
+    from torch._dynamo import maybe_mark_dynamic
+
+    for dimension in dimensions:
+        maybe_mark_dynamic(tensor, dimension)
+
+
+def nodes_after_fusion(function: Callable, inputs: tuple) -> list[str]:
+    """Names of what `torch.compile` would launch for `function(*inputs)`, one for each kernel; nothing is built.
+
+    The compiler is stopped when it has decided what to fuse, before it writes code. On another device it may decide
+    otherwise. There is no public way to ask.
+    """
+    from torch._inductor import config
+    from torch._inductor.scheduler import NopKernelSchedulerNode
+
+    class Enough(Exception):
+        pass
+
+    found: list[str] = []
+
+    def look(nodes: list) -> list:
+        found.extend(node.get_name() for node in nodes if not isinstance(node, NopKernelSchedulerNode))
+        raise Enough
+
+    own = FunctionType(function.__code__.replace(), function.__globals__)  # never compiled before
+    with config.patch(_post_fusion_custom_pass=look, force_disable_caches=True):
+        try:
+            torch.compile(own, fullgraph=True)(*inputs)
+        except Exception as error:
+            if not found:
+                raise RuntimeError(f"{function.__name__} cannot be compiled") from error
+    return found
+
+
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +185,17 @@ def storage_id(tensor: torch.Tensor) -> int:
 def schema_of(operation) -> torch.FunctionSchema:
     """Name, arguments and results of an operation that a `TorchDispatchMode` sees, and which of them share memory."""
     return operation._schema
+
+
+def gpu_kernels(call: Callable[[], object]) -> int:
+    """Kernels that a call launches on the GPU; where an event of the profiler ran is not documented."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return sum(event.count for event in found.key_averages() if event.device_type.name == "CUDA")
 
 
 def flop_formula(operation) -> Callable | None:

@@ -1,5 +1,6 @@
 """Private names of transformers."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "attention_of",
     "commit_of",
+    "decoder_classes",
     "fsdp_version_of",
     "is_flash_attention_requested",
     "layer_types",
@@ -60,6 +62,15 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     """ "full_attention", "sliding_attention", ... of every layer, as a cache of transformers is built from them."""
     kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
     return kinds
+
+
+def decoder_classes(model: type[PreTrainedModel]) -> tuple[type, type, type, type]:
+    """Decoder layer, attention, MLP and norm of a causal language model's family: only the whole models are public."""
+    module, family = sys.modules[model.__module__], model.__name__.removesuffix("ForCausalLM")
+    layer, attention, mlp, norm = (
+        getattr(module, family + part) for part in ("DecoderLayer", "Attention", "MLP", "RMSNorm")
+    )
+    return layer, attention, mlp, norm
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:

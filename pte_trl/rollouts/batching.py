@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from pte_trl.adapter.model import geometry_of, pte_layers
+from pte_trl.adapter.model import geometry_of
 from pte_trl.rollouts.engine import Engine, Room
 from pte_trl.rollouts.sampling import Sampling
 
@@ -65,15 +66,17 @@ class EngineCache:
     def __init__(self):
         self.kind, self.engine = None, None
 
-    def get(self, model: nn.Module, rows: int, room: Room, sampling: Sampling) -> Engine:
+    def get(self, model: nn.Module, rows: int, room: Room, sampling: Sampling, compile: bool = False) -> Engine:
         """An engine whose rows have that room, or a little more; arguments as for `Engine`."""
-        adapters = [layer._adapter() for layer in pte_layers(model)]
+        # Of every kind of adapter: a captured step goes on using those that were active then.
+        layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        adapters = [() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers]
         device = model.device.type  # autocast decides the dtype of the buffers, too
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, sampling)
+        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, sampling, compile)
         if kind != self.kind or not self._roomy(room):
             self.release()  # before the new one's buffers are made
-            self.kind, self.engine = kind, Engine(model, rows, room, sampling)
+            self.kind, self.engine = kind, Engine(model, rows, room, sampling, compile)
         return self.engine
 
     def _roomy(self, room: Room) -> bool:

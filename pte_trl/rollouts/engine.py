@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from pte_trl.adapter.model import evicted_encoders
 from pte_trl.cache.bounded import BoundedCache
-from pte_trl.cache.masks import mask_for, prompt_mask
+from pte_trl.cache.masks import additive, prompt_mask
 from pte_trl.cache.schedule import Schedule
+from pte_trl.rollouts.compiled import CompiledStep, is_capturing, say
 from pte_trl.rollouts.draw import draw
 from pte_trl.rollouts.prompts import left_pad
-from pte_trl.rollouts.ring import RingCache, aligned, ring_size
+from pte_trl.rollouts.ring import ALIGN, RingCache, aligned, ring_size
 from pte_trl.rollouts.sampling import Sampling
 from pte_trl.rollouts.transfer import uploaded
 
@@ -127,16 +128,18 @@ class Engine:
         rows: sequences that are decoded together at most.
         room: of a row.
         sampling: how tokens are drawn.
+        compile: whether steps are compiled (`pte_trl.rollouts.compiled`), where the model and the machine allow it.
     """
 
-    def __init__(self, model: nn.Module, rows: int, room: Room, sampling: Sampling):
+    def __init__(self, model: nn.Module, rows: int, room: Room, sampling: Sampling, compile: bool = False):
         self.model, self.sampling, self.device = model, sampling, model.device
         self.cache = RingCache(rows, room.places, room.evict, self.device)
+        self.compiled = CompiledStep(model, self.cache) if compile else None
         self.sync_every = SYNC_EVERY.get(self.device.type, 1)
         # Attention reads the cache up to a multiple of `reach_step` places. Every multiple is another graph, so there
         # are four at most on CUDA; on a CPU, where nothing is captured, small multiples save work.
         cuda = self.device.type == "cuda"
-        self.reach_step = max(64, -(-self.cache.places // 4)) if cuda else 16
+        self.reach_step = max(64, aligned(-(-self.cache.places // 4))) if cuda else ALIGN
         self._step, self._evict = CudaGraphed(self._feed, cuda), CudaGraphed(self._drop, cuda)
 
         def zeros(*shape: int) -> Tensor:
@@ -180,6 +183,7 @@ class Engine:
         self._make_records(draws)
         self.prompts, self.prompt_index, self.schedules = prompts, prompt_index, schedules
         self.encoders = evicted_encoders(self.model)
+        self._or_eagerly(lambda: self.compiled.refresh())
         self.waiting = list(range(count))[::-1]  # samples that have no row yet, the next one last
         self.active = min(self.cache.rows, count)  # rows in use: the first so many
         self.rows: list[Row | None] = [None] * self.active
@@ -302,15 +306,7 @@ class Engine:
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: BoundedCache) -> Tensor:
         """(batch, vocabulary) logits after the last token."""
-        kind = self.device.type
-        # Autocast keeps weights that it has cast until its context ends, and a graph captured inside would go on
-        # reading that freed memory; so nothing is kept, and every graph casts the weights itself.
-        with torch.autocast(
-            kind,
-            dtype=torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
-            cache_enabled=False,
-        ):
+        with self._precision():
             return self.model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -320,6 +316,33 @@ class Engine:
                 logits_to_keep=1,
             ).logits[:, -1]
 
+    def _precision(self) -> torch.autocast:
+        """The autocast under way, without its cache.
+
+        Autocast keeps weights that it has cast until its context ends, and a graph captured inside would go on reading
+        that freed memory; so nothing is kept, and every graph casts the weights itself.
+        """
+        kind = self.device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    def _or_eagerly(self, call: Callable[[], Tensor | None]) -> Tensor | None:
+        """What a call of the compiled step returns; None, and steps are eager from then on, where it fails."""
+        if self.compiled is None:
+            return None
+        try:
+            with self._precision():
+                return call()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler does on a machine that we do not know
+            if is_capturing(self.device):
+                raise
+            self.compiled = None
+            reason = (str(error).strip().splitlines() or [""])[0]
+            say(f"rollout: decode steps are not compiled but eager: {type(error).__name__}: {reason}")
+            return None
+
     # ---- steps: these run inside CUDA graphs, so nothing here may read a tensor on the host ----------------------
 
     def _feed(self, active: int, limit: int) -> None:
@@ -327,12 +350,18 @@ class Engine:
         rows, thought = self.row_numbers[:active], self.count[:active] - 1
         place = self.cache.place_of(rows, thought)
         self.cache.seen[rows, place] = self.cache.shown
+        # Positions count the tokens fed, not the places held, so they keep growing through evictions.
+        position = self.cache.prompt[:active] + thought
+        logits = self._or_eagerly(lambda: self.compiled(self.token[:active], position, rows, place, limit))
+        self._draw(rows, self._eager(rows, position, place, limit) if logits is None else logits)
+
+    def _eager(self, rows: Tensor, position: Tensor, place: Tensor, limit: int) -> Tensor:
+        """(rows, vocabulary) logits after the rows' token, by the model's own forward."""
         for layer in self.cache.layers:
             layer.aim(rows, place, limit)
-        mask = mask_for(self.model, self.cache.seen[:active, None, None, :limit])
-        # Positions count the tokens fed, not the places held, so they keep growing through evictions.
-        position = (self.cache.prompt[:active] + thought).unsqueeze(1)
-        self._draw(rows, self._forward(self.token[:active].unsqueeze(1), mask, position, self.cache))
+        seen = self.cache.seen[: len(rows), None, None, :limit]
+        mask = additive(seen, self.model.dtype)
+        return self._forward(self.token[: len(rows)].unsqueeze(1), mask, position.unsqueeze(1), self.cache)
 
     def _draw(self, rows: Tensor, logits: Tensor) -> None:
         """Samples one token per row from its logits, and writes down what it is."""

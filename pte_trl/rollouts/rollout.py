@@ -21,6 +21,8 @@ from pte_trl.rollouts.prompts import distinct
 from pte_trl.rollouts.reference import decode
 from pte_trl.rollouts.sampling import Sampling, uniforms
 
+COMPILED_FROM = 256  # new tokens of a rollout for which compiling (tens of seconds, once a process) pays
+
 
 @dataclass
 class Rollout:
@@ -75,6 +77,7 @@ def rollout(
     windows: Sequence[int] | None = None,
     batch_size: int | str | None = None,
     engine_cache: EngineCache | None = None,
+    compile: str = "never",
     reference: bool = False,
 ) -> Rollout:
     """Samples one completion per prompt.
@@ -96,6 +99,8 @@ def rollout(
         batch_size: completions decoded at once, the others follow as these end; "auto" for what the memory allows,
             None for all. Where the memory does not suffice it is halved. The reference implementation takes all.
         engine_cache: keeps the engine for the next call.
+        compile: whether `torch.compile` fuses the decode step: always, never, or auto, on a GPU for
+            `COMPILED_FROM` new tokens or more. Where it cannot, this is printed and steps are eager.
         reference: use the reference implementation, without shared prefills; for tests.
 
     Raises:
@@ -111,7 +116,9 @@ def rollout(
             found, evictions, cache_bytes = decoded
         else:
             engine_cache = engine_cache or EngineCache()
-            found, cache_bytes = run_engine(model, prompt_ids, schedules, sampling, draws, batch_size, engine_cache)
+            found, cache_bytes = run_engine(
+                model, prompt_ids, schedules, sampling, draws, batch_size, engine_cache, compile
+            )
             evictions = [s.evictions(n - 1) for s, n in zip(schedules, found[2].tolist(), strict=True)]
     ids, logps, lengths = (x.tolist() for x in found)
     return Rollout(
@@ -171,6 +178,7 @@ def run_engine(
     draws: Tensor,
     batch_size: int | str | None,
     engine_cache: EngineCache,
+    compile: str,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
     """What `Engine.run` returns, and bytes of cache per row; arguments as in `rollout`.
 
@@ -182,8 +190,11 @@ def run_engine(
     if batch_size == "auto":
         batch_size = auto_batch_size(model, room.places)
 
+    long = model.device.type == "cuda" and sampling.max_new_tokens >= COMPILED_FROM
+    compiled = compile == "always" or (compile == "auto" and long)
+
     def run(rows: int):
-        engine = engine_cache.get(model, rows, room, sampling)
+        engine = engine_cache.get(model, rows, room, sampling, compiled)
         return engine.run(prompts, prompt_index, schedules, draws), engine.cache.nbytes / rows
 
     return halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)), engine_cache.release)

@@ -146,6 +146,7 @@ LIMITS: dict[str, Limit] = {
     "budget": Limit(Annotated[int, Field(ge=2)], "an integer of at least 2 (a prompt token and a thought token)"),
     "evict_ratio": POSITIVE_SHARE,
     "rollout_batch_size": Limit(Literal["auto"] | COUNT.type, "auto, or an integer of at least 1"),
+    "compile_rollouts": choice("auto", "always", "never"),
     "replay": choice("auto", "one_pass", "segments"),
     "segment_length": COUNT,
     "distilled_tokens": choice("all", "after_eviction"),

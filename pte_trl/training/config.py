@@ -42,6 +42,10 @@ class BoundedTrainingConfig(CacheArguments):
     rollout_batch_size: None | str | int = field(  # noqa: RUF036
         default="auto", metadata={"help": "Completions decoded at once: a number, or auto for what memory allows."}
     )
+    compile_rollouts: str = field(
+        default="never",
+        metadata={"help": "torch.compile the decode step: always, never, or auto, on a GPU for long completions."},
+    )
     resume: str = field(
         default="auto", metadata={"help": "auto: from the newest complete checkpoint; never; or a checkpoint's PATH."}
     )

@@ -37,6 +37,7 @@ def trainer_rollout(trainer, prompt_ids: list[list[int]], policy: CachePolicy, b
             pad_token_id=trainer.processing_class.pad_token_id,
             batch_size=args.rollout_batch_size,
             engine_cache=trainer.engine_cache,
+            compile=args.compile_rollouts,
         )
     if rollout_engine_must_go(trainer):
         trainer.engine_cache.release()
