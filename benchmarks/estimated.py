@@ -30,7 +30,7 @@ def computed(settings: dict, arm: str, completion: int) -> float:
         window=None if method == "lora" else settings["window"],
         prompt=settings["prompt"],
         completion=completion,
-        micro_batch=1,
+        micro_batch=settings.get("batch", 1),
         ranks=1,
         dtype=getattr(torch, settings["dtype"]),
         replay=replay,

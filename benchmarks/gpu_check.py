@@ -76,54 +76,61 @@ class Step:
 
 SMALL_ROLLOUT = "--batch 2 --prompt 8 --new-tokens 24 --window 8 --turns 1 --arms pte lora_c --roofline"
 ROLLOUT_135M = "--shape smollm2-135m --batch 16 --new-tokens 512 --turns 1 --arms pte lora_c"
-ROLLOUT_3B = "--shape qwen2.5-3b --batch 64 --prompt 512 --new-tokens 1024 --window 512 --turns 1 --arms pte lora_c"
+ROLLOUT_3B = "--shape qwen2.5-3b --batch 64 --prompt 512 --new-tokens 1024 --window 512 --turns 1"
+ROLLOUT_3B += " --arms pte 'pte compiled' lora_c 'lora_c compiled'"
 PROFILE_3B = "--shape qwen2.5-3b --batch 64 --prompt 512 --window 512"
 AT_3B = "--shape qwen2.5-3b --prompt 512 --window 512"
 STEPS = (
     Step(
         *("exact", "Are tokens, log-probs and gradients right on this device?"),
         *("exact", "--seconds 100", "--dtypes float32 --cells 1"),
-        takes=40,
-        limit=150,
+        takes=60,
+        limit=120,
+    ),
+    Step(
+        *("exact-compiled", "And with decode steps that are compiled?"),
+        *("exact", "--compile --cells 2 --seconds 60", "--compile --dtypes float32 --cells 1"),
+        takes=60,
+        limit=100,
     ),
     Step(
         *("rollout-135m", "Does a real shape decode, and how fast?"),
         *("rollout", ROLLOUT_135M, SMALL_ROLLOUT),
         takes=30,
-        limit=90,
+        limit=70,
     ),
     Step(
         *("rollout-135m-no-cudnn", "Is it faster where cuDNN's attention is the last choice?"),
         *("rollout", ROLLOUT_135M, SMALL_ROLLOUT),
         takes=30,
-        limit=90,
+        limit=70,
         environment={"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"},
     ),
     Step(
         *("rollout-3b", "What share of the roofline does a decode step reach?"),
         *("rollout", ROLLOUT_3B, SMALL_ROLLOUT),
-        takes=75,
-        limit=180,
+        takes=100,
+        limit=170,
     ),
     Step(
         *("profile", "Which kernels take a decode step's time, how many launches are there, what do graphs save?"),
         *("profile_decode", PROFILE_3B, "--batch 2 --prompt 8 --window 64 --steps 4 --arms pte"),
         takes=70,
-        limit=150,
+        limit=120,
     ),
     Step(
         *("replay-3b", "What does the replay cost over an ordinary training step, short and long?"),
-        *("replay", f"{AT_3B} --lengths 3072 16384 --repeats 2 --arms lora_c pte"),
+        *("replay", f"{AT_3B} --lengths 3072 16384 --repeats 2 --arms lora_c pte --attention blocks flex"),
         "--lengths 24 --prompt 8 --window 16 --repeats 1 --arms pte",
-        takes=75,
-        limit=180,
+        takes=90,
+        limit=160,
         needs=("trl",),
     ),
     Step(
         *("step-3b", "Time and peak memory of a training step: full cache, one pass, segments?"),
-        *("step", f"{AT_3B} --lengths 3072 --turns 1", "--lengths 32 --prompt 8 --window 16 --turns 1"),
-        takes=60,
-        limit=120,
+        *("step", f"{AT_3B} --lengths 3072 --batch 8 --turns 1", "--lengths 32 --prompt 8 --window 16 --turns 1"),
+        takes=100,
+        limit=140,
         needs=("trl",),
     ),
     Step(
@@ -150,7 +157,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", nargs="+", choices=names, default=names, help="in this order")
     parser.add_argument("--minutes", type=float, default=20, help="for everything")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="the folder of the report and the records")
+    parser.add_argument("--out", type=Path, default=RECORDS / "gpu", help="the folder of the report and the records")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes of seconds, to try the check itself")
     return parser.parse_args(argv)

@@ -3,7 +3,7 @@
     python -m benchmarks.step
     python -m benchmarks.step --shape qwen2.5-3b --lengths 3072 16384 --device cuda
 
-Forward, backward and the optimizer's step of one micro-batch of one sample, arms as in `benchmarks/training.py`.
+Forward, backward and the optimizer's step of one micro-batch (`--batch`), arms as in `benchmarks/training.py`.
 Memory is the most that is alive at once: `step MB` beyond weights and optimizer, `peak MB` with both; counted tensor
 by tensor on a CPU, by torch on a GPU. With `--uncomputed` nothing is computed, on a CPU: the same bytes of a
 step that would take hours, and no times.

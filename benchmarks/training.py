@@ -29,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser, lengths: list[int]) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="of the completion")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1, help="completions of the micro-batch")
     parser.add_argument("--offload", action="store_true", help="segments: past keys and values on the CPU")
 
 
@@ -41,7 +42,7 @@ def trainable(base: nn.Module, adapter: str) -> nn.Module:
 
 
 def arms(args: argparse.Namespace, names: list[str] | None = None) -> dict[str, tuple[nn.Module, Callable]]:
-    """Name -> (model, its step: token ids (1, prompt + completion) -> sum of their log-probs), graph attached."""
+    """Name -> (model, its step: token ids (batch, prompt + completion) -> sum of their log-probs), graph attached."""
     base = random_model(args.shape, seed=0, device=args.device, dtype=getattr(torch, args.dtype))
     models = {adapter: trainable(base, adapter) for adapter in ("lora", "pte")}
     return {
@@ -72,6 +73,6 @@ def step_of(model: nn.Module, way: str, args: argparse.Namespace) -> Callable[[T
 
 
 def tokens(args: argparse.Namespace, length: int) -> Tensor:
-    """(1, prompt + length) random ids."""
+    """(batch, prompt + length) random ids."""
     generator = torch.Generator().manual_seed(length)
-    return torch.randint(1, 500, (1, args.prompt + length), generator=generator).to(args.device)
+    return torch.randint(1, 500, (args.batch, args.prompt + length), generator=generator).to(args.device)

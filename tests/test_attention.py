@@ -164,6 +164,22 @@ def test_the_tiles_of_flex_attention_cover_the_mask(shape):
         assert not seen.any() or partly[row, query, key] or wholly[row, query, key]
 
 
+def test_the_trial_of_flex_attention_saves_nothing_for_the_layer_that_asks(monkeypatch):
+    """A checkpointed layer counts what is saved under its hooks, in the first forward and in the second."""
+    tried, saved = [], []
+
+    def attention(query, key, value, **kwargs):
+        tried.append(torch.is_autocast_enabled("cpu"))
+        return scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    monkeypatch.setattr(flex, "compiled", lambda: attention)
+    flex.compiles.cache_clear()
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x), torch.no_grad(), torch.autocast("cpu"):
+        assert flex.compiles(torch.device("cpu"), torch.float32, 2, 1, 16)
+    flex.compiles.cache_clear()
+    assert tried == [False] and not saved
+
+
 def test_without_a_gpu_or_a_compiler_flex_attention_is_the_blocks(monkeypatch, caplog):
     plan, inputs, _ = case(SHAPES[1])
     expected = blockwise_attention(SimpleNamespace(), *inputs, None, replay=plan)[0]

@@ -7,6 +7,7 @@ everywhere else, and where it does not compile, `blockwise` does the work, which
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -55,16 +56,21 @@ def compiled() -> Callable:
 @cache
 def compiles(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> bool:
     """Whether forward and backward compile and run for such heads; if not, the reason is logged, once."""
-    mask = torch.ones(1, PROBE, dtype=torch.long, device=device)
-    plan = ReplayPlan.build([Schedule(TILE)], TILE, mask)
+
+    def probe() -> None:
+        plan = ReplayPlan.build([Schedule(TILE)], TILE, torch.ones(1, PROBE, dtype=torch.long, device=device))
+        inputs = [
+            torch.randn(1, count, PROBE, width, device=device, dtype=dtype, requires_grad=True)
+            for count in (heads, kv_heads, kv_heads)
+        ]
+        out = compiled()(*inputs, block_mask=tiles(plan), enable_gqa=True)
+        torch.autograd.grad(out.sum(), inputs)
+
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            inputs = [
-                torch.randn(1, count, PROBE, width, device=device, dtype=dtype, requires_grad=True)
-                for count in (heads, kv_heads, kv_heads)
-            ]
-            out = compiled()(*inputs, block_mask=tiles(plan), enable_gqa=True)
-            torch.autograd.grad(out.sum(), inputs)
+        # In a thread of its own: the layer that asks may be checkpointed, and hooks that save its tensors, as autocast
+        # and gradient mode, belong to a thread. The probe's tensors would be counted among the layer's.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(probe).result()
     except Exception as error:  # a compiler raises whatever it likes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning("attn_implementation=%r does not compile here, 'blockwise' is used instead: %s", NAME, reason)
