@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pte_trl.adapter.encoder import without_autocast
 from pte_trl.replay.plan import Places, ReplayPlan
 
 
@@ -22,12 +23,14 @@ def routed(x: Tensor, first: Tensor, later: Tensor, plan: ReplayPlan) -> Tensor:
     Returns:
         (batch, length, n).
     """
-    return _Routed.apply(x, first, later, plan.places("users"))
+    with without_autocast(x.device):
+        return _Routed.apply(x, first, later, plan.places("users"))
 
 
 def evicted_products(keys: Tensor, values: Tensor, plan: ReplayPlan) -> Tensor:
     """K^T V of the tokens that leave together: (batch, length, r) twice -> (batch, J, r, r)."""
-    return _Evicted.apply(keys, values, plan.places("evicted"))
+    with without_autocast(keys.device):
+        return _Evicted.apply(keys, values, plan.places("evicted"))
 
 
 class _Routed(torch.autograd.Function):
