@@ -1,6 +1,7 @@
 """What a run costs, by formula: tokens, GPU-hours and disk, before anything has run.
 
-Hours are estimates from the models' shapes and the constants below; no GPU has confirmed them yet. Every completion is
+Hours are estimates from the models' shapes and the constants below. What a launch takes was measured on
+one H100, the shares of its data sheet are assumed, and no whole run has confirmed them yet. Every completion is
 taken as long as it may be, so the estimates lie above what a run needs if its answers end earlier. `progress.py` puts
 measured steps in the place of estimated ones where there are some. Standard library only.
 
@@ -39,14 +40,16 @@ class Card:
     """FLOP/s in bfloat16 without sparsity, bytes/s of memory, and what is assumed: seconds per kernel and of a start.
 
     Args:
-        launch, graphed: for a kernel by itself, and in a CUDA graph.
+        launch, eager, graphed: for a kernel of a training step, of a decode step, and of one in a CUDA graph.
         start: until a run trains or decodes.
     """
 
     flops: float
     bandwidth: float
-    launch: float = 10e-6
-    graphed: float = 4e-6
+    # Measured on an H100 with Qwen2.5-3B (docs/benchmarks/gpu). The first two are the host's: Python and autograd.
+    launch: float = 45e-6
+    eager: float = 22e-6
+    graphed: float = 3.3e-6
     start: float = 60
 
 
@@ -55,14 +58,14 @@ CARDS = {
     "A100": Card(312e12, 1.555e12),  # 40 GB
     "H100": Card(989e12, 3.35e12),  # SXM
     "H200": Card(989e12, 4.8e12),
-    "CPU": Card(100e9, 10e9, 20e-6, 20e-6, 20),
+    "CPU": Card(100e9, 10e9, 20e-6, 20e-6, 20e-6, 20),
 }
 FLOPS_SHARE, BANDWIDTH_SHARE = 0.35, 0.9  # of those: assumed
 DECODE_KERNELS = {"baseline": 43, "lora": 59, "lora_c": 59, "pte": 63}  # per layer and step, counted
-# Per layer and micro-batch, counted at 3,072 tokens: in one pass, and more for every eviction; for the segments of the
-# prompt and of the first W tokens, and more for every further segment of W.
-TRAIN_KERNELS = {"lora": (185, 0), "lora_c": (820, 0), "pte": (1000, 24), "segments": (1000, 500)}
-SAMPLING = 400  # bytes moved per logit: the float64 scan and the sort of top-p
+# Per layer and micro-batch, from the launches and times of an H100 at 3,072 tokens (docs/benchmarks/gpu): in one pass;
+# for the segments of the prompt and of the first W tokens, and more for every further segment of W.
+TRAIN_KERNELS = {"lora": (210, 0), "lora_c": (344, 0), "pte": (569, 0), "segments": (700, 370)}
+SAMPLING = 35  # bytes moved per logit, with top-p, counted
 PROMPT = 130  # mean tokens of DAPO's prompts with their template, but at most the scale's sink; also W in training
 PASSES = {"one_pass": 4, "segments": 5}  # of a training step, see above; 2 FLOPs a weight and token each
 TEXT, RECORD = 4, 10  # bytes of a token in a log of completions, and in a record, which has its number as well
@@ -187,7 +190,7 @@ def decode_seconds(shape: Shape, card: Card, method: str, rows: int, visible: fl
     moved = 2 * shape.parameters + rows * visible * 4 * shape.layers * shape.keys
     read = moved / (BANDWIDTH_SHARE * card.bandwidth)
     compute = rows * 2 * shape.parameters / (FLOPS_SHARE * card.flops)
-    launches = shape.layers * DECODE_KERNELS[method] * (card.graphed if graphed else card.launch)
+    launches = shape.layers * DECODE_KERNELS[method] * (card.graphed if graphed else card.eager)
     return max(read, compute) + launches + rows * shape.vocabulary * SAMPLING / (BANDWIDTH_SHARE * card.bandwidth)
 
 

@@ -127,8 +127,8 @@ def notes(lines: Iterable[Line], at: Scale, card: str) -> list[str]:
     of = f"{card}, {speed.flops / 1e12:g} TFLOP/s and {speed.bandwidth / 1e12:g} TB/s"
     share = f"{FLOPS_SHARE:.0%} and {BANDWIDTH_SHARE:.0%}"
     out = [
-        f"Estimated: {of} at {share}, every completion as long as it may be. The formulas and constants in "
-        "experiments/paper/cost.py are assumed; no GPU has confirmed them."
+        f"Estimated: {of} at {share}, every completion as long as it may be. experiments/paper/cost.py has the "
+        "formulas; launches are measured on one H100, the shares assumed, and no whole run has confirmed them."
     ]
     if any(one.hours is None for one in lines):
         out.append("?: the model is no folder with a config.json, and its shape is not known.")
