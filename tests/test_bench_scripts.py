@@ -21,7 +21,8 @@ ROOT = common.ROOT
 
 # Arguments that make a run of seconds; the commands of `make bench-gpu` are the same scripts with larger ones.
 SMALL = {
-    "rollout": "--batch 2 --prompt 8 --new-tokens 24 --window 8 --turns 1 --roofline",
+    "rollout": "--batch 2 --prompt 8 --new-tokens 24 --window 8 --turns 1 --roofline --arms pte lora_c lora generate "
+    "'generate lora' continuous vllm",  # compiling takes a minute: tests/test_compiled.py
     "replay": "--lengths 24 48 --prompt 8 --window 16 --repeats 1",
     "step": "--lengths 64 --prompt 8 --window 16 --turns 1",
     "memory": "--lengths 40 80 --prompt 8 --window 8 --arms 'lora, full cache' 'pte, one pass' 'pte, segments'",
@@ -58,7 +59,7 @@ def test_an_arm_of_ours_that_fails_is_no_skipped_arm(monkeypatch):
     module = importlib.import_module("benchmarks.rollout")
     monkeypatch.setattr(module, "rollout", lambda *args, **knobs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        module.main(SMALL["rollout"].split())
+        module.main(shlex.split(SMALL["rollout"]))
 
 
 def test_replay_divides_by_lora_on_the_same_modules(bench):

@@ -49,10 +49,14 @@ DOCUMENTED: dict[str, set[str] | None] = {
     "torch.autograd": None,
     "torch.autograd.function": {"once_differentiable"},
     "torch.autograd.graph": None,
+    "torch.backends": None,
+    "torch.backends.cuda": None,
+    "torch.backends.cudnn": None,
     "torch.cuda": None,
     "torch.distributed": None,
     "torch.distributed.fsdp": None,
     "torch.distributed.tensor": None,
+    "torch.library": {"custom_op"},
     "torch.linalg": None,
     "torch.nn": None,
     "torch.nn.attention.flex_attention": None,
@@ -63,6 +67,7 @@ DOCUMENTED: dict[str, set[str] | None] = {
     "torch.nn.utils.rnn": None,
     "torch.optim": None,
     "torch.optim.lr_scheduler": None,
+    "torch.profiler": None,
     "torch.random": None,
     "torch.serialization": None,
     "torch.utils": None,
@@ -104,7 +109,7 @@ def is_private(name: str) -> bool:
 @cache
 def is_module(name: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        return name in sys.modules or importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is no package
         return False
 
@@ -122,7 +127,12 @@ def our_classes() -> list[type]:
     found = {}
     for path in FILES:
         if path.parts[0] != "recipes":  # scripts, whose classes would be in the package
-            module = importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+            try:
+                module = importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+            except ModuleNotFoundError as missing:
+                if missing.name != "triton":  # a file of kernels has no classes, and torch for CPUs no Triton
+                    raise
+                continue
             found |= {cls: None for cls in vars(module).values() if inspect.isclass(cls) and is_ours(cls)}
     return [cls for cls in found if bases(cls)]
 

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn.functional import pad
 
 CHUNK = 512  # logits whose sum is written
@@ -40,8 +41,7 @@ def _parts(logits: Tensor, *of_rows: Tensor | None):
         yield tuple(None if x is None else x[at : at + count] for x in (logits, *of_rows))
 
 
-@torch.library.custom_op("pte_trl::chunk_sums", mutates_args=())
-def chunk_sums(logits: Tensor, scale: float, cut: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def plain_chunk_sums(logits: Tensor, scale: float, cut: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The mass of each chunk, from one read of the logits.
 
     Args:
@@ -78,8 +78,7 @@ def _sums_of_rows(logits: Tensor, scale: float, cut: Tensor | None, maxes: Tenso
     torch.sum(weights, -1, out=sums)
 
 
-@torch.library.custom_op("pte_trl::nucleus_cut", mutates_args=())
-def nucleus_cut(
+def plain_nucleus_cut(
     logits: Tensor, scale: float, maxes: Tensor, peak: Tensor, total: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The largest logit at and above which the mass reaches `target`, and the mass of what lies above it.
@@ -124,6 +123,10 @@ def _end(ordered: Tensor, scale: float, peak: Tensor, target: Tensor) -> tuple[T
     return cut.squeeze(1), masses.masked_fill(ordered <= cut, 0).sum(1), reached[:, -1] >= target
 
 
+# As operations of PyTorch: `chunk_sums` and `nucleus_cut` are what everybody calls.
+chunk_sums = custom_op("pte_trl::chunk_sums", plain_chunk_sums, mutates_args=())
+nucleus_cut = custom_op("pte_trl::nucleus_cut", plain_nucleus_cut, mutates_args=())
+
 # ---- other devices -------------------------------------------------------------------------------------------------
 
 
@@ -158,10 +161,10 @@ def _kernels(device: torch.device):
 @chunk_sums.register_kernel("cuda")
 def _(logits, scale, cut):
     kernels = _kernels(logits.device)
-    return (kernels.chunk_sums if kernels else chunk_sums._init_fn)(logits, scale, cut)
+    return (kernels.chunk_sums if kernels else plain_chunk_sums)(logits, scale, cut)
 
 
 @nucleus_cut.register_kernel("cuda")
 def _(logits, scale, maxes, peak, total, target):
     kernels = _kernels(logits.device)
-    return (kernels.nucleus_cut if kernels else nucleus_cut._init_fn)(logits, scale, maxes, peak, total, target)
+    return (kernels.nucleus_cut if kernels else plain_nucleus_cut)(logits, scale, maxes, peak, total, target)
