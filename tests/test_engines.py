@@ -150,10 +150,10 @@ def assert_same_run(reports: list[dict], folder: Path, expected: dict, expected_
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        ("ddp", ""),
+        pytest.param("ddp", "", marks=pytest.mark.thorough),  # tests/test_resume.py trains under it
         pytest.param("ddp", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),
         pytest.param("zero1", SEGMENTS, marks=pytest.mark.thorough),
-        ("zero2", CHECKPOINTED),
+        pytest.param("zero2", CHECKPOINTED, marks=pytest.mark.thorough),  # on two nodes below
         pytest.param("zero3", "", marks=pytest.mark.thorough),
         ("zero3", f"{WALK} {CHECKPOINTED}"),
         ("fsdp2", f"{WALK} {CHECKPOINTED}"),

@@ -28,6 +28,7 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # a minute and a half; tests/test_exactness.py on tiny models
 @torch.no_grad()
 def test_replay_equals_decode_on_a_real_model(smollm2):
     base, tokenizer = smollm2
