@@ -1,6 +1,8 @@
 """The attentions of a replay against their reference, SDPA with the whole mask at once."""
 
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.counts import Counts
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay import flex
 from pte_trl.replay.attention import blockwise_attention, by_autograd
 from pte_trl.replay.blocks import BLOCK
@@ -214,6 +217,15 @@ def test_blockwise_replay_equals_the_decode():
 
 
 @torch.no_grad()
+def test_a_copy_of_a_plan_is_the_plan_without_what_it_keeps():
+    """What is kept may be functions, which cannot be pickled."""
+    plan = ReplayPlan.build([Schedule(4)], 3, torch.ones(1, 20, dtype=torch.long))
+    plan.kept("a function", lambda: lambda: None)
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert torch.equal(other.mask(), plan.mask()) and torch.equal(other.users, plan.users)
+        assert other.kept("a function", int) == 0
+
+
 def test_without_a_plan_it_is_plain_attention():
     model = tiny("qwen2", torch.float64)
     ids, mask, _ = left_padded_batch(LENGTHS, 20)

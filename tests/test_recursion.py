@@ -69,7 +69,7 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch, caplog):
         test_in_float32()
     recursion_kernel.compiles.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
-        "Triton does not compile here, the state of PTE is computed step by step: ZeroDivisionError: division by zero"
+        "Triton does not run here, the state of PTE is computed step by step: ZeroDivisionError: division by zero"
     ]
 
 

@@ -72,6 +72,8 @@ def compiles(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int
         # and gradient mode, belong to a thread. The probe's tensors would be counted among the layer's.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(probe).result()
+    except torch.OutOfMemoryError:  # says nothing about the compiler, and may succeed another time
+        raise
     except Exception as error:  # a compiler raises whatever it likes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning("attn_implementation=%r does not compile here, 'blockwise' is used instead: %s", NAME, reason)

@@ -339,6 +339,7 @@ class Engine:
             if is_capturing(self.device):
                 raise
             self.compiled = None
+            self._step.clear()  # graphs of the compiled step, whose copies of adapters are not renewed any more
             reason = (str(error).strip().splitlines() or [""])[0]
             say(f"rollout: decode steps are not compiled but eager: {type(error).__name__}: {reason}")
             return None
