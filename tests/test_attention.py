@@ -216,7 +216,6 @@ def test_blockwise_replay_equals_the_decode():
     assert gap(decode_logps(model, ids, mask, prompt, 24), replay_logps(model, ids, mask, prompt, 24)) <= 1e-9
 
 
-@torch.no_grad()
 def test_a_copy_of_a_plan_is_the_plan_without_what_it_keeps():
     """What is kept may be functions, which cannot be pickled."""
     plan = ReplayPlan.build([Schedule(4)], 3, torch.ones(1, 20, dtype=torch.long))
@@ -226,6 +225,7 @@ def test_a_copy_of_a_plan_is_the_plan_without_what_it_keeps():
         assert other.kept("a function", int) == 0
 
 
+@torch.no_grad()
 def test_without_a_plan_it_is_plain_attention():
     model = tiny("qwen2", torch.float64)
     ids, mask, _ = left_padded_batch(LENGTHS, 20)
