@@ -69,7 +69,7 @@ bench-gpu: $(READY)  ## the same at the paper's sizes on one GPU
 	$(PY) -m benchmarks.capacity --shape $(BIG) $(CAPACITY_SIZE) $(GPU_FLAGS) $(RECORD)
 
 # make gpu-check CHECK="--small --device cpu --out outputs/gpu-check" tries it where there is no GPU.
-gpu-check: $(READY)  ## a GPU's first 20 minutes: is it right, how fast; report in docs/benchmarks/gpu_check.md
+gpu-check: $(READY)  ## a GPU's first 20 minutes: is it right, how fast; report in docs/benchmarks/gpu/gpu_check.md
 	$(PY) -m benchmarks.gpu_check $(CHECK)
 
 RECORD ?= --record

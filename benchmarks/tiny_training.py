@@ -8,7 +8,6 @@ and prints the trainer's log; `mismatch/max` there is how far the replay is from
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 
 from benchmarks.common import ROOT
 from benchmarks.measure import is_cuda
-from experiments.tiny.task import DIFFICULTIES, rows
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -55,12 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        problems = [json.dumps(row) for row in rows("train", 200, 2, DIFFICULTIES["medium"])]
-        (folder / "train.jsonl").write_text("\n".join(problems) + "\n")
 
-        def python(*command: str) -> None:
-            subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=True)
+        def python(*command: str, **options) -> None:
+            subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=True, **options)
 
+        with (folder / "train.jsonl").open("w") as problems:
+            python("-m", "experiments.tiny.task", "--seed", "2", stdout=problems)
         python("-m", "experiments.tiny.pretrain", "--steps", str(args.pretraining), "--test-problems", "8")
         words = [word for key, value in flags(folder, args).items() for word in (f"--{key}", str(value))]
         launch = [

@@ -172,7 +172,7 @@ BOUNDED_RUNS = {
         "offload_cache": True,
         "evict_ratio": 0.5,
         "rollout_batch_size": 2,
-        "compile_rollouts": "auto",
+        "compile_rollouts": "never",
         "entropy_coef": 0.5,
     },
     "budget": {"window": None, "budget": 40, "resume": "never", "replay": "one_pass"},

@@ -1,6 +1,8 @@
 """The attentions of a replay against their reference, SDPA with the whole mask at once."""
 
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.counts import Counts
+from pte_trl.cache.schedule import Schedule
 from pte_trl.replay import flex
 from pte_trl.replay.attention import blockwise_attention, by_autograd
 from pte_trl.replay.blocks import BLOCK
@@ -211,6 +214,15 @@ def test_blockwise_replay_equals_the_decode():
     model.set_attn_implementation("blockwise")
     ids, mask, prompt = left_padded_batch(LENGTHS, 2 * BLOCK)
     assert gap(decode_logps(model, ids, mask, prompt, 24), replay_logps(model, ids, mask, prompt, 24)) <= 1e-9
+
+
+def test_a_copy_of_a_plan_is_the_plan_without_what_it_keeps():
+    """What is kept may be functions, which cannot be pickled."""
+    plan = ReplayPlan.build([Schedule(4)], 3, torch.ones(1, 20, dtype=torch.long))
+    plan.kept("a function", lambda: lambda: None)
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert torch.equal(other.mask(), plan.mask()) and torch.equal(other.users, plan.users)
+        assert other.kept("a function", int) == 0
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.launches import per_layer
+from pte_trl.cache.masks import BLOCKWISE
 from pte_trl.rollouts import compiled
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.rollouts.compiled import PARTS
@@ -127,6 +128,18 @@ def test_what_it_does_not_know_is_refused(name):
     make, words = REFUSED[name]
     with pytest.raises(Unsupported, match=words):
         Decoder(make()).read()
+
+
+def test_every_blockwise_attention_decodes_alike():
+    for name in (*BLOCKWISE, "sdpa"):
+        model = tiny("llama", torch.float64)
+        model.set_attn_implementation(name)
+        assert len(Decoder(model).read()[0]) == 3
+
+
+def test_another_word_is_refused():
+    with pytest.raises(ValueError, match="compile='yes': must be one of auto, always, never"):
+        sampled(tiny("llama", torch.float64), compile="yes")
 
 
 def test_the_reason_is_printed_once_and_steps_are_eager(capsys):

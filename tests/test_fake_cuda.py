@@ -13,8 +13,9 @@ from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
-from pte_trl.rollouts import engine
+from pte_trl.rollouts import compiled, decoder, engine
 from pte_trl.rollouts.batching import EngineCache
+from pte_trl.rollouts.compiled import PARTS
 from pte_trl.rollouts.engine import CudaGraphed, Engine
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.training.calibrate import placed
@@ -71,6 +72,22 @@ def test_another_number_of_completions():
             assert_same(sampled(there, batch_size=2, engine_cache=kept, **some), sampled(cpu, reference=True, **some))
             engines.add(id(kept.engine))
         assert len(engines) == 1 and gpu.captured >= 3 * 2
+
+
+def test_graphs_of_a_compiled_step_end_with_it(monkeypatch):
+    """From the second rollout on the model has a hook, which a compiled step does not know."""
+    monkeypatch.setattr(compiled, "compiled_parts", lambda kind: PARTS)
+    monkeypatch.setattr(decoder, "plain", torch.Tensor.detach)  # it refuses subclasses of Tensor, which the fake has
+    cpu, kept = MODELS["pte"](small()), EngineCache()
+    with FakeCuda() as gpu:
+        there = moved(cpu, gpu)
+        for turn in range(2):
+            found = sampled(there, batch_size=3, engine_cache=kept, compile="always", **SHORT)
+            assert (kept.engine.compiled is None) == bool(turn) and gpu.replays
+            assert_same(found, sampled(cpu, reference=True, **SHORT))
+            for model in (there, cpu):
+                mlp = model.get_base_model().model.layers[0].mlp
+                mlp.register_forward_hook(lambda module, inputs, output: output * 0.5)
 
 
 @pytest.mark.parametrize("model", ["pte", pytest.param("bare", marks=pytest.mark.thorough)])

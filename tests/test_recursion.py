@@ -43,6 +43,22 @@ def test_in_float32():
         test_states_and_gradients(20, 0.3, False, normalisation, (1e-5, 1e-5), torch.float32)
 
 
+@pytest.mark.parametrize("normalisation", ["rms", "row"])
+def test_a_sample_that_evicts_nothing_has_gradients_of_zero(normalisation):
+    """Without global tokens S_0 is zero, and stays so in a sample that is shorter than the others of its batch."""
+    start, updates, grad = case(CHUNK, 0.3, False, torch.float32)
+    start = torch.zeros_like(start).requires_grad_()
+    updates, grad = (torch.cat([torch.zeros_like(x[:1]), x[1:]]).detach() for x in (updates, grad))
+    updates.requires_grad_()
+    expected, found = (
+        torch.autograd.grad(f(start, updates, normalisation), (start, updates), grad)
+        for f in (step_by_step, recursion)
+    )
+    for a, b in zip(expected, found, strict=True):
+        assert a.norm() > 0 and (a - b).norm() <= 1e-5 * a.norm()
+    assert not found[1][0].any()
+
+
 def test_a_compiler_that_fails_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(recursion_kernel, "_launch", lambda *args: 1 / 0)
     monkeypatch.setattr(recursion_kernel, "triton", object())
@@ -53,7 +69,7 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch, caplog):
         test_in_float32()
     recursion_kernel.compiles.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
-        "Triton does not compile here, the state of PTE is computed step by step: ZeroDivisionError: division by zero"
+        "Triton does not run here, the state of PTE is computed step by step: ZeroDivisionError: division by zero"
     ]
 
 

@@ -6,9 +6,13 @@ r"""Running sums modulo 10, one of which is asked for at the end.
 `b2` is a number that is given, `B3` the sum up to it. Every line needs the line before and the problem, so a short
 window of thought is enough for it. The end goes back to one of the sums. It stands in the thought only: once it has
 left the window it has to be added up again, or remembered.
+
+    python -m experiments.tiny.task --count 200 > train.jsonl
 """
 
+import argparse
 import hashlib
+import json
 import random
 import string
 from collections.abc import Iterator
@@ -90,3 +94,18 @@ def rows(split: str, count: int, seed: int, difficulty: Difficulty) -> list[dict
         if repeats > 10_000:
             raise ValueError(f"count={count}: {difficulty} has about {len(chosen)} problems in the split {split!r}")
     return list(chosen.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--difficulty", choices=DIFFICULTIES, default="medium")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for row in rows(args.split, args.count, args.seed, DIFFICULTIES[args.difficulty]):
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,21 +11,15 @@ use. For the recursive rule the accumulator is S itself; for the sum it is the s
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from pte_trl.adapter.recursion import recursion, root_mean_square
+from pte_trl.replay.precision import without_autocast
 
 WHITENERS = ("key_whitener", "value_whitener")
 REFERENCE_EVICT = 32  # evicted tokens that the data-free initialisation assumes
-
-
-def without_autocast(device: torch.device):
-    """A context in which products keep their operands' precision; free where autocast is off anyway."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class Encoder(nn.Module):

@@ -7,9 +7,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pte_trl.adapter.config import PteConfig
-from pte_trl.adapter.encoder import without_autocast
 from pte_trl.adapter.routed import routed
 from pte_trl.replay.plan import ReplayPlan
+from pte_trl.replay.precision import without_autocast
 
 
 @dataclass

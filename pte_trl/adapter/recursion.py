@@ -19,9 +19,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 
 from pte_trl.adapter import recursion_kernel
+from pte_trl.replay.precision import own_precision
 
 NORM_EPS = 1e-6
 CHUNK = 64  # evictions of one triangular system: its size is the square of that
+# The logarithm of `reach` at most. A state of zeros has c = 1 / sqrt(eps), whose powers overflow; without a bound the
+# gradient of a sample that evicts nothing would be inf * 0 where there are no global tokens.
+MOST_REACH = 80.0
 
 
 def root_mean_square(state: Tensor, normalisation: str) -> Tensor:
@@ -55,6 +59,7 @@ def step_by_step(start: Tensor, updates: Tensor, normalisation: str) -> Tensor:
 
 class _Recursion(torch.autograd.Function):
     @staticmethod
+    @own_precision
     def forward(ctx, start: Tensor, updates: Tensor, normalisation: str) -> Tensor:
         if recursion_kernel.usable(updates, normalisation):
             states = recursion_kernel.forward(start, updates, normalisation, NORM_EPS)
@@ -66,6 +71,7 @@ class _Recursion(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         start, updates, states = ctx.saved_tensors
         if recursion_kernel.usable(updates, ctx.normalisation):
@@ -107,7 +113,7 @@ def _system(states: Tensor, given: Tensor, scales: Tensor) -> Tensor:
     # reach[k, j] = c_(k+1) ... c_j for j >= k: what of the gradient of S_j arrives at S_k, projections left out.
     logs = scales.log().cumsum(1)
     above = torch.ones(size, size, dtype=torch.bool, device=states.device).triu()
-    reach = (logs.unsqueeze(1) - logs.unsqueeze(2)).masked_fill(~above, float("-inf")).exp()
+    reach = (logs.unsqueeze(1) - logs.unsqueeze(2)).clamp(max=MOST_REACH).masked_fill(~above, float("-inf")).exp()
     # N d_k + sum over j > k of reach[k, j] <S_k, S_j> d_j = <S_k, sum over j >= k of reach[k, j] given_j>. The solver
     # reads what is above the diagonal and takes the diagonal as 1.
     right = (states * (reach @ given)).sum(2, keepdim=True) / entries

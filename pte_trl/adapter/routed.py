@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pte_trl.adapter.encoder import without_autocast
 from pte_trl.replay.plan import Places, ReplayPlan
+from pte_trl.replay.precision import own_precision
 
 
 def routed(x: Tensor, first: Tensor, later: Tensor, plan: ReplayPlan) -> Tensor:
@@ -23,18 +23,17 @@ def routed(x: Tensor, first: Tensor, later: Tensor, plan: ReplayPlan) -> Tensor:
     Returns:
         (batch, length, n).
     """
-    with without_autocast(x.device):
-        return _Routed.apply(x, first, later, plan.places("users"))
+    return _Routed.apply(x, first, later, plan.places("users"))
 
 
 def evicted_products(keys: Tensor, values: Tensor, plan: ReplayPlan) -> Tensor:
     """K^T V of the tokens that leave together: (batch, length, r) twice -> (batch, J, r, r)."""
-    with without_autocast(keys.device):
-        return _Evicted.apply(keys, values, plan.places("evicted"))
+    return _Evicted.apply(keys, values, plan.places("evicted"))
 
 
 class _Routed(torch.autograd.Function):
     @staticmethod
+    @own_precision
     def forward(ctx, x: Tensor, first: Tensor, later: Tensor, places: Places) -> Tensor:
         taken = places.read(x)
         out = places.with_spare(x, first.shape[-1])
@@ -46,6 +45,7 @@ class _Routed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, first, later, taken = ctx.saved_tensors
         places, needs = ctx.places, ctx.needs_input_grad
@@ -67,6 +67,7 @@ class _Routed(torch.autograd.Function):
 
 class _Evicted(torch.autograd.Function):
     @staticmethod
+    @own_precision
     def forward(ctx, keys: Tensor, values: Tensor, places: Places) -> Tensor:
         left, right = places.read(keys), places.read(values, zeros=False)
         ctx.save_for_backward(left, right)
@@ -75,6 +76,7 @@ class _Evicted(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         left, right = ctx.saved_tensors
         found = []

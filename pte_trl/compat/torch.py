@@ -65,6 +65,7 @@ def fused_attention(
         scale: of the scores; None: 1 / sqrt(d).
     """
     aten = torch.ops.aten
+    query, key, value = (with_dense_rows(x) for x in (query, key, value))
     if query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
     bias = bias.expand(-1, query.shape[1], -1, -1)
@@ -83,6 +84,7 @@ def fused_attention_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of query, key and value; `out` and `rest` are what `fused_attention` returned."""
     aten = torch.ops.aten
+    grad, query, key, value = (with_dense_rows(x) for x in (grad, query, key, value))
     if query.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, *rest, 0.0, False, attn_mask=bias, scale=scale
@@ -91,6 +93,11 @@ def fused_attention_backward(
     return aten._scaled_dot_product_efficient_attention_backward(
         grad, query, key, value, bias, out, *rest, 0.0, wanted, scale=scale
     )[:3]
+
+
+def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, whose last dimension the kernels above take for dense without looking at its stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def ended_by_sigterm(error: Exception) -> bool:

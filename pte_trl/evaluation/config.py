@@ -119,6 +119,10 @@ class EvaluationArguments(ModelSource, CacheArguments):
     samples: int = field(default=1, metadata={"help": "Completions per problem."})
     seed: int = field(default=0, metadata={"help": "Every sample's own seed follows from it."})
     batch_size: int = field(default=64, metadata={"help": "Completions decoded together, per process."})
+    compile_rollouts: str = field(
+        default="auto",
+        metadata={"help": "torch.compile the decode step: always, never, or auto, on a GPU from 256 new tokens on."},
+    )
 
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})
     grader_time_limit: float = field(default=5.0, metadata={"help": "Seconds one answer may take."})

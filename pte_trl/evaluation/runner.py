@@ -258,6 +258,7 @@ class Evaluation:
             seeds=seeds,
             batch_size=args.batch_size,
             engine_cache=self.engine_cache,
+            compile=args.compile_rollouts,
         )
         sums = torch.tensor([[sum(row)] for row in result.logprobs])  # of numbers below 0: finite only if all are
         where = f"{self.name}, rank {self.accelerator.process_index}"

@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from pte_trl.compat.torch import FUSED_ATTENTION, fused_attention, fused_attention_backward
 from pte_trl.replay.plan import ReplayPlan
+from pte_trl.replay.precision import cast_by_autocast, own_precision
 
 NAME = "blockwise"
 
@@ -38,21 +39,12 @@ def blockwise_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    query, key, value = under_autocast(query, key, value)
+    query, key, value = cast_by_autocast(query, key, value)
     if fused(query, dropout):
         out = _Blocks.apply(query, key, value, replay, scaling)
     else:
         out = by_autograd(query, key, value, replay, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None
-
-
-def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as it does for `scaled_dot_product_attention`."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def fused(query: Tensor, dropout: float) -> bool:
@@ -72,6 +64,7 @@ class _Blocks(torch.autograd.Function):
     """
 
     @staticmethod
+    @own_precision
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, replay: ReplayPlan, scale: float | None) -> Tensor:
         """(batch, heads, length, head_dim) of the queries, with kv heads for the others -> as the queries."""
         shared = query.shape[1] // key.shape[1]
@@ -88,6 +81,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *rests = ctx.saved_tensors
         groups = ctx.replay.blocks

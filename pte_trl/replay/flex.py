@@ -17,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from pte_trl.cache.schedule import Schedule
-from pte_trl.replay.attention import blockwise_attention, under_autocast
+from pte_trl.replay.attention import blockwise_attention
 from pte_trl.replay.plan import ReplayPlan
+from pte_trl.replay.precision import cast_by_autocast
 
 NAME = "blockwise_flex"
 TILE = 128  # queries and keys of a tile
@@ -39,7 +40,7 @@ def flex_blockwise_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: (batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out."""
     if replay is not None and not dropout and query.is_cuda:
-        inputs = under_autocast(query, key, value)
+        inputs = cast_by_autocast(query, key, value)
         if compiles(inputs[0].device, inputs[0].dtype, query.shape[1], key.shape[1], query.shape[3]):
             mask = replay.kept("tiles", lambda: tiles(replay))
             out = compiled()(*inputs, block_mask=mask, scale=scaling, enable_gqa=True)
@@ -71,6 +72,8 @@ def compiles(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int
         # and gradient mode, belong to a thread. The probe's tensors would be counted among the layer's.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(probe).result()
+    except torch.OutOfMemoryError:  # says nothing about the compiler, and may succeed another time
+        raise
     except Exception as error:  # a compiler raises whatever it likes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning("attn_implementation=%r does not compile here, 'blockwise' is used instead: %s", NAME, reason)

@@ -107,6 +107,10 @@ class ReplayPlan:
             prompt=prompt,
         )
 
+    def __reduce__(self):
+        """A copy or a pickle is without what is kept for the layers: it is made again, and may hold functions."""
+        return ReplayPlan, (self.evicted, self.users, self.first, self.real, self.prompt)
+
     @property
     def length(self) -> int:
         """Prompt and completion tokens, padding included."""

@@ -152,6 +152,8 @@ def _kernels(device: torch.device):
         maxes, sums, _ = chunk_kernels.chunk_sums(logits, 1.0, None)
         total = sums[:, 0].double()
         chunk_kernels.nucleus_cut(logits, 1.0, maxes, maxes[:, 0], total, total / 2)
+    except torch.OutOfMemoryError:  # says nothing about the compiler, and may succeed another time
+        raise
     except Exception as error:  # no Triton, no C compiler, an unknown GPU: it differs between machines
         print(f"sampling: Triton kernels do not run here, using PyTorch's operations ({error!r})", flush=True)
         return None

@@ -211,7 +211,7 @@ def _kind(part):
 
 @functools.cache
 def say(sentence: str) -> None:
-    """Prints a sentence the first time it is said."""
+    """Prints a sentence once per process."""
     print(sentence, flush=True)
 
 

@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM,
 
 from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.layer import PteLinear, StateInUse
+from pte_trl.cache.masks import BLOCKWISE
 from pte_trl.compat.peft import LoraLinear
 from pte_trl.compat.torch import forward_hooks
 from pte_trl.compat.transformers import attention_of, decoder_classes
-from pte_trl.replay.attention import NAME as BLOCKWISE
 
 
 class Unsupported(Exception):
@@ -107,8 +107,8 @@ class Decoder:
         if type(base) not in FAMILIES:
             raise Unsupported(f"{type(base).__name__} is none of {', '.join(known.__name__ for known in FAMILIES)}")
         attention, activation = attention_of(base.config), base.config.hidden_act
-        if attention not in (BLOCKWISE, "sdpa"):
-            raise Unsupported(f"attn_implementation={attention!r}; allowed are {BLOCKWISE} and sdpa")
+        if attention not in (*BLOCKWISE, "sdpa"):
+            raise Unsupported(f"attn_implementation={attention!r}; allowed are {', '.join(BLOCKWISE)} and sdpa")
         if activation != "silu":
             raise Unsupported(f"hidden_act={activation!r}; allowed is silu")
         kind = base.device.type
@@ -116,6 +116,7 @@ class Decoder:
         self.kinds = decoder_classes(type(base))
         for layer in base.model.layers:
             check_forwards(layer)
+        check_forwards(base.model.norm)
         return [self._layer(layer) for layer in base.model.layers], self._norm(base.model.norm)
 
     def _layer(self, layer: nn.Module) -> Layer:
@@ -164,8 +165,10 @@ class Decoder:
         if weight.dtype == dtype:
             return weight
         # By the parameter, which is the same object as long as the adapter is.
-        copy = self.copies.setdefault(id(linear.weight), torch.empty_like(weight, dtype=dtype))
-        return copy.copy_(weight)
+        key = id(linear.weight)
+        if key not in self.copies:
+            self.copies[key] = torch.empty_like(weight, dtype=dtype)
+        return self.copies[key].copy_(weight)
 
 
 def adapter_of(module: BaseTunerLayer) -> tuple[nn.Module | None, nn.Module | None, float]:

@@ -20,6 +20,7 @@ from pte_trl.rollouts.engine import Room
 from pte_trl.rollouts.prompts import distinct
 from pte_trl.rollouts.reference import decode
 from pte_trl.rollouts.sampling import Sampling, uniforms
+from pte_trl.settings.limits import LIMITS, check_value
 
 COMPILED_FROM = 256  # new tokens of a rollout for which compiling (tens of seconds, once a process) pays
 
@@ -100,12 +101,13 @@ def rollout(
             None for all. Where the memory does not suffice it is halved. The reference implementation takes all.
         engine_cache: keeps the engine for the next call.
         compile: whether `torch.compile` fuses the decode step: always, never, or auto, on a GPU for
-            `COMPILED_FROM` new tokens or more. Where it cannot, this is printed and steps are eager.
+            `COMPILED_FROM` new tokens or more. Where it cannot, the reason is printed and steps are eager.
         reference: use the reference implementation, without shared prefills; for tests.
 
     Raises:
-        ValueError: a prompt for which the budget leaves no thought.
+        ValueError: a prompt for which the budget leaves no thought; another word for `compile`.
     """
+    check_value("compile", compile, LIMITS["compile_rollouts"])
     began = time.perf_counter()
     draws = uniforms(len(prompt_ids), max_new_tokens, model.device, seeds=seeds, generator=generator)
     sampling = Sampling(max_new_tokens, tuple(eos_token_ids), pad_token_id, temperature, top_p)

@@ -43,8 +43,8 @@ class BoundedTrainingConfig(CacheArguments):
         default="auto", metadata={"help": "Completions decoded at once: a number, or auto for what memory allows."}
     )
     compile_rollouts: str = field(
-        default="never",
-        metadata={"help": "torch.compile the decode step: always, never, or auto, on a GPU for long completions."},
+        default="auto",
+        metadata={"help": "torch.compile the decode step: always, never, or auto, on a GPU from 256 new tokens on."},
     )
     resume: str = field(
         default="auto", metadata={"help": "auto: from the newest complete checkpoint; never; or a checkpoint's PATH."}
