@@ -1,10 +1,10 @@
 """One run of the segment-wise view: samples of one schedule, forward segment by segment and backward, last first.
 
-The prompt is the first segment. A segment of thoughts may run over several evictions, and a mask hides from every token
-what has left before it. So a segment is a replay in one pass of its own, which starts from a cache: the states after
-all of its evictions are found at once, from keys and values that lie in the cache and, where the segment is longer than
-what the window keeps, from those of its own tokens. Where keys and values follow the state themselves, a segment ends
-before an eviction would take a token of it.
+The prompt is the first segment. A segment of thoughts may run over several evictions, and a mask hides from every
+token what has left before it. So a segment is a replay of its own in one pass, which starts from a cache: the states
+after all of its evictions are found at once, from keys and values that lie in the cache and, where the segment is
+longer than what the window keeps, from those of its own tokens. Where keys and values depend on the state themselves,
+a segment ends before an eviction would take a token of it.
 """
 
 import copy
