@@ -34,6 +34,7 @@ def computed(settings: dict, arm: str, completion: int) -> float:
         ranks=1,
         dtype=getattr(torch, settings["dtype"]),
         replay=replay,
+        segment_length=settings.get("segment_length", settings["window"]),  # W in records older than the setting
         offload=settings["offload"],
         device=settings["device"],
     )

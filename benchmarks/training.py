@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser, lengths: list[int]) -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1, help="completions of the micro-batch")
+    parser.add_argument("--segment-length", type=int, help="thought tokens of a segment at most; else 512 or W")
     parser.add_argument("--offload", action="store_true", help="segments: past keys and values on the CPU")
 
 
@@ -62,7 +63,8 @@ def step_of(model: nn.Module, way: str, args: argparse.Namespace) -> Callable[[T
 
     def segments(ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids)
-        return segment_logps(model, ids, mask, args.prompt, Schedule(args.window), offload=args.offload)[0].sum()
+        how = {"segment_length": args.segment_length, "offload": args.offload}
+        return segment_logps(model, ids, mask, args.prompt, Schedule(args.window), **how)[0].sum()
 
     def step(ids: Tensor) -> Tensor:
         # As the trainer does: a float32 adapter beside bfloat16 weights, under autocast.

@@ -96,10 +96,11 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
         per_rollout = args.per_device_train_batch_size * micro_batches
     in_parts = args.method != "lora" and isinstance(args.rollout_batch_size, int)
     at_once = args.rollout_batch_size if in_parts else per_rollout
+    adapter = script.adapter_config(args.method)
     return Job(
         config=config,
         parameters=count(config),
-        trainable=count(config, script.adapter_config(args.method)),
+        trainable=count(config, adapter),
         method=args.method,
         prompt=script.max_prompt_tokens,
         completion=args.max_completion_length,
@@ -113,6 +114,7 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
         replay="one_pass" if args.replay == "auto" else args.replay,
         segment_length=args.segment_length,
         offload=args.offload_cache,
+        evicts_own=args.method != "pte" or not {"k_proj", "v_proj"} & set(adapter.target_modules),
         reference=args.beta != 0,
         engine_stays=in_parts,
         state_rank=script.rank,

@@ -24,8 +24,9 @@ SMALL = {
     "rollout": "--batch 2 --prompt 8 --new-tokens 24 --window 8 --turns 1 --roofline --arms pte lora_c lora generate "
     "'generate lora' continuous vllm",  # compiling takes a minute: tests/test_compiled.py
     "replay": "--lengths 24 48 --prompt 8 --window 16 --repeats 1",
-    "step": "--lengths 64 --prompt 8 --window 16 --turns 1",
-    "memory": "--lengths 40 80 --prompt 8 --window 8 --arms 'lora, full cache' 'pte, one pass' 'pte, segments'",
+    "step": "--lengths 64 --prompt 8 --window 16 --segment-length 16 --turns 1",
+    "memory": "--lengths 40 80 --prompt 8 --window 8 --segment-length 8 "
+    "--arms 'lora, full cache' 'pte, one pass' 'pte, segments'",
     "long": "--prompt 8 --window 16 --early 60 --late 160 --cycles 4",
     "capacity": "--new-tokens 256 --prompt 32 --window 32 --memory 0.5",
 }

@@ -147,25 +147,26 @@ def test_activations_of_one_pass(dtype, shape, method, checkpointing):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "small", "checkpointing"),
+    ("dtype", "shape", "small", "checkpointing", "length"),
     [
-        (torch.float32, SHAPES_TRIED[0], segment_run.SMALL, True),
-        (torch.float32, SHAPES_TRIED[1], 0, True),
+        (torch.float32, SHAPES_TRIED[0], segment_run.SMALL, True, 64),
+        (torch.float32, SHAPES_TRIED[1], 0, True, 200),
         *(
             pytest.param(*cell, marks=pytest.mark.thorough)
-            for cell in itertools.product(PRECISIONS, SHAPES_TRIED, (0, segment_run.SMALL), (True, False))
+            for cell in itertools.product(PRECISIONS, SHAPES_TRIED, (0, segment_run.SMALL), (True, False), (64, None))
         ),
     ],
 )
-def test_activations_of_segments(monkeypatch, dtype, shape, small, checkpointing):
+def test_activations_of_segments(monkeypatch, dtype, shape, small, checkpointing, length):
     monkeypatch.setattr(segment_run, "SMALL", small)
-    job = small_job(shape, "pte", dtype, replay="segments", checkpointing=checkpointing)
+    job = small_job(shape, "pte", dtype, replay="segments", checkpointing=checkpointing, segment_length=length)
     model = model_of(job)
     ids = torch.randint(1, 900, (job.micro_batch, job.prompt + job.completion))
 
     def step():
         with autocast(job):
-            logps, _ = segment_logps(model, ids, torch.ones_like(ids), job.prompt, job.schedule)
+            given = (model, ids, torch.ones_like(ids), job.prompt, job.schedule)
+            logps, _ = segment_logps(*given, segment_length=length)
         logps.sum().backward()
 
     assert segments(job) == pytest.approx(counted(step), rel=0.1)

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
-from experiments.paper.cost import CARDS, PROBLEMS, cost, setting, shape_of
+from experiments.paper.cost import CARDS, PROBLEMS, SEGMENT, cost, setting, shape_of
 from experiments.paper.filters import ALL, BENCHMARKS, METHODS, filters
 from experiments.paper.plan import ITEMS, EvaluationRun, TrainingRun, needed, short_name
 from experiments.paper.scales import NIGHT_MODEL, SCALES, night
 from experiments.paper.show import main, report
 from experiments.paper.targets import rules
 from pte_trl.evaluation.benchmarks import TESTED
+from pte_trl.replay import segment_run
 from tests.test_plan import ROOT, TABLE1, plan_of
 
 
@@ -152,6 +153,7 @@ def test_shapes_and_benchmarks_are_those_of_the_package():
     for model, published in billions.items():
         assert shape_of(model).parameters / 1e9 == pytest.approx(published, abs=0.006)
     assert shape_of("unheard of") is None
+    assert SEGMENT == segment_run.LONGEST
     assert {name: TESTED[name].rows for name in BENCHMARKS} == PROBLEMS
 
 

@@ -28,13 +28,16 @@ from tests.models import (
 from tests.test_gradients import VARIANTS, assert_same
 
 WINDOW = 6  # E = 2
+CUT = 9  # tokens of a segment: some leave within it
+# Shorter than E, W, more than twice W and no multiple of E, all of the text.
+LENGTHS = [1, WINDOW, 2 * WINDOW + 1, None]
 IDS, MASK, PROMPT = left_padded_batch([6, 3], 27)
 # weights of mixed sign, as advantages are: a plain sum would hide errors that cancel
 WEIGHTS = torch.randn(2, 27, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
 def segments(model, window=WINDOW, **options):
-    options = {"temperature": TEMPERATURE} | options
+    options = {"temperature": TEMPERATURE, "segment_length": CUT} | options
     return segment_logps(model, IDS, MASK, PROMPT, schedules_of(window), **options)[0]
 
 
@@ -50,10 +53,10 @@ def both(model, logps) -> tuple[torch.Tensor, dict]:
     return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@grid(variant=VARIANTS, family=["qwen2", "llama"])
-def test_segments_equal_the_replay_and_the_decode(family, variant):
+@grid(variant=VARIANTS, family=["qwen2", "llama"], length=LENGTHS)
+def test_segments_equal_the_replay_and_the_decode(family, variant, length):
     model = with_pte(tiny(family, wide_norms=True), **VARIANTS[variant])
-    found, gradients = both(model, lambda: segments(model))
+    found, gradients = both(model, lambda: segments(model, segment_length=length))
     for view in (replay_logps, decode_logps):
         expected, expected_gradients = both(model, lambda view=view: replayed(model, view=view))
         assert gap(found, expected) <= 1e-9
@@ -75,35 +78,41 @@ def test_layers_run_again_in_backward_where_the_model_has_checkpointing(monkeypa
         handle.remove()
     assert torch.equal(found, expected)
     assert_same(gradients, expected_gradients, 1e-12)
-    count = len(segment_run.spans_of(Schedule(WINDOW), PROMPT, IDS.shape[1] - PROMPT - 1))
+    evicts_own = not segment_run.keys_follow_state(model)
+    assert evicts_own == (not {"k_proj", "v_proj"} & set(VARIANTS[variant]["target_modules"]))
+    count = len(segment_run.spans_of(Schedule(WINDOW), PROMPT, IDS.shape[1] - PROMPT - 1, CUT, evicts_own))
     # Forward; again to have a graph; again inside each layer, except in small segments, which all of these are.
     assert len(runs) == (2 if small else 3) * count * len(layers) > 0
     assert all(layer.gradient_checkpointing and "forward" not in vars(layer) for layer in layers)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 1.0])
-def test_a_segment_is_as_long_as_its_own_tokens_stay(ratio):
-    """Every token once, in order; one state for every E tokens; nothing of a segment is evicted within it."""
-    for window, prompt, thoughts, longest in itertools.product((1, 5, 8, 9), (1, 3), (0, 1, 30), (None, 1, 3, 8, 99)):
+@pytest.mark.parametrize("evicts_own", [True, False])
+def test_a_segment_is_as_long_as_it_may_be(ratio, evicts_own):
+    """Every token once, in order; where that is asked for, nothing of a segment is evicted within it."""
+    for window, prompt, thoughts, longest in itertools.product(
+        (1, 5, 8, 600), (1, 3), (0, 1, 30, 1400), (None, 3, 99)
+    ):
         schedule = Schedule(window, ratio)
-        spans = segment_run.spans_of(schedule, prompt, thoughts, longest)
+        spans = segment_run.spans_of(schedule, prompt, thoughts, longest, evicts_own)
         assert [i for span in spans for i in span] == list(range(-prompt, thoughts))
+        most = longest or max(window, segment_run.LONGEST)
         for span in spans[1:]:
-            assert 0 < len(span) <= min(window, longest or window)
-            assert schedule.first_visible(span[-1]) <= span.start
-            if schedule.evictions_before(span[-1]) > schedule.evictions_before(span.start):
-                assert span.start in schedule.decoded_under(schedule.evictions_before(span.start))[:1]
-        if longest is None and window % schedule.evict == 0:
-            assert {len(span) for span in spans[1:-1]} <= {window}
+            assert 0 < len(span) <= most
+            if evicts_own:
+                assert len(span) == most or span.stop == thoughts
+            else:
+                assert schedule.first_visible(span[-1]) <= span.start
+                assert len(span) == most or span.stop == thoughts or schedule.first_visible(span.stop) > span.start
 
 
 def test_segments_over_several_evictions_with_adapted_keys_and_values():
     """W = 9, E = 3: three evictions a segment, and last a run of less than E tokens."""
     model = with_pte(tiny("qwen3", wide_norms=True), target_modules=ATTENTION)
-    assert list(map(len, segment_run.spans_of(Schedule(9), PROMPT, 26))) == [PROMPT, 9, 9, 8]
+    assert list(map(len, segment_run.spans_of(Schedule(9), PROMPT, 26, evicts_own=False))) == [PROMPT, 9, 9, 8]
     expected, expected_gradients = both(model, lambda: replayed(model, 9))
-    for options in ({}, {"segment_length": 7}):
-        found, gradients = both(model, lambda options=options: segments(model, 9, **options))
+    for length in (None, 7):
+        found, gradients = both(model, lambda length=length: segments(model, 9, segment_length=length))
         assert gap(found, expected) <= 1e-9
         assert_same(gradients, expected_gradients, 1e-8)
 
@@ -123,8 +132,16 @@ def test_an_attention_that_takes_no_mask_is_refused():
         segments(model)
 
 
-@pytest.mark.parametrize("model", [lambda: with_lora(tiny("qwen2")), lambda: with_pte(tiny("qwen2")).train()])
-@pytest.mark.parametrize("options", [{"segment_length": 1}, {"segment_length": 3}, {"offload": True}], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: with_lora(tiny("qwen2")),
+        lambda: with_pte(tiny("qwen2")).train(),
+        lambda: with_pte(tiny("qwen2"), use_global_tokens=False),
+    ],
+    ids=["lora", "pte", "without global tokens"],
+)
+@pytest.mark.parametrize("options", [*({"segment_length": n} for n in LENGTHS), {"offload": True}], ids=str)
 def test_however_it_is_cut_and_wherever_it_is_kept(model, options):
     model = model()
     expected, expected_gradients = both(model, lambda: replayed(model))
@@ -217,7 +234,7 @@ def test_what_autograd_holds_does_not_grow_with_the_completion():
     model = with_pte(tiny("llama", torch.float32))
 
     def by_segments(model, ids, mask, prompt):
-        return segment_logps(model, ids, mask, prompt, Schedule(WINDOW), temperature=1.0)[0]
+        return segment_logps(model, ids, mask, prompt, Schedule(WINDOW), segment_length=CUT, temperature=1.0)[0]
 
     def in_one_pass(model, ids, mask, prompt):
         return chosen(replay_logps(model, ids, mask, prompt, WINDOW), ids, prompt)

@@ -63,8 +63,10 @@ CARDS = {
 FLOPS_SHARE, BANDWIDTH_SHARE = 0.35, 0.9  # of those: assumed
 DECODE_KERNELS = {"baseline": 43, "lora": 59, "lora_c": 59, "pte": 63}  # per layer and step, counted
 # Per layer and micro-batch, from the launches and times of an H100 at 3,072 tokens (docs/benchmarks/gpu): in one pass;
-# for the segments of the prompt and of the first W tokens, and more for every further segment of W.
-TRAIN_KERNELS = {"lora": (210, 0), "lora_c": (344, 0), "pte": (569, 0), "segments": (700, 370)}
+# for the segments of the prompt and of the first thoughts, and more for every further segment. There segments had W
+# tokens; longer ones have a tenth more launches each, counted on a CPU.
+TRAIN_KERNELS = {"lora": (210, 0), "lora_c": (344, 0), "pte": (569, 0), "segments": (760, 410)}
+SEGMENT = 512  # thought tokens of a segment where nothing else is said (pte_trl.replay.segment_run)
 SAMPLING = 35  # bytes moved per logit, with top-p, counted
 PROMPT = 130  # mean tokens of DAPO's prompts with their template, but at most the scale's sink; also W in training
 PASSES = {"one_pass": 4, "segments": 5}  # of a training step, see above; 2 FLOPs a weight and token each
@@ -169,8 +171,8 @@ def step_seconds(run: TrainingRun, at: Scale, shape: Shape, card: Card) -> float
     decode = length * decode_seconds(shape, card, method, rows, prompt + min(window, length / 2), method != "lora")
     flops = own * (prompt + length) * PASSES[replay] * 2 * shape.parameters
     base, each = TRAIN_KERNELS[method if replay == "one_pass" else replay]
-    further = math.ceil((length - window) / (window if replay == "segments" else 0.25 * window))
-    kernels = base + each * further
+    segment = int(setting(run, at, "segment_length") or max(window, SEGMENT))
+    kernels = base + each * (math.ceil(length / segment) - 1)
     launches = accumulated * shape.layers * kernels * card.launch
     return own / rows * decode + flops / (FLOPS_SHARE * card.flops) + launches
 

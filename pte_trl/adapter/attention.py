@@ -9,6 +9,7 @@ from pte_trl.adapter.layer import PteLayer, PteLinear, StateInUse, frozen
 from pte_trl.adapter.routed import evicted_products
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
+from pte_trl.replay.segment_run import SegmentLayer
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,7 +97,8 @@ class PteAttention(nn.Module, PteLayer):
         if replay is not None:
             self._replay_states(name, hidden, kwargs["position_embeddings"], replay)
         elif isinstance(past_key_values, BoundedCache):
-            self._decode_state(name, past_key_values.layer(self.base_layer.layer_idx), hidden.shape[1])
+            layer = past_key_values.layer(self.base_layer.layer_idx)
+            self._decode_state(name, layer, hidden, kwargs.get("position_embeddings"))
         else:
             _, accumulator = self._start(name)
             self.in_use.set(self.pte_encoder[name].state(accumulator))
@@ -113,6 +115,14 @@ class PteAttention(nn.Module, PteLayer):
         """Whether the adapter changes this projection of this layer."""
         module = getattr(self.base_layer, linear)
         return isinstance(module, PteLinear) and name in module.pte_down
+
+    @property
+    def keys_follow_state(self) -> bool:
+        """Whether a token's keys or values depend on S, so that S has to be found eviction by eviction."""
+        name = self._adapter()
+        if name is None or not self.config[name].encode_evicted:
+            return False
+        return self._adapts(name, "k_proj") or self._adapts(name, "v_proj")
 
     def _start(self, name: str) -> tuple[Tensor, Tensor]:
         """Global queries (n_g, r) and the accumulator before any eviction, by the layer's own frozen projections."""
@@ -147,28 +157,58 @@ class PteAttention(nn.Module, PteLayer):
             self._watch(update, accumulator)
         return encoder.advance(accumulator, update)
 
-    def _decode_state(self, name: str, layer: BoundedLayer, length: int) -> None:
+    def _decode_state(self, name: str, layer: BoundedLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
         if layer.accumulator is None:  # the prompt; what follows from the weights alone is computed once a sequence
             layer.queries, layer.accumulator = self._start(name)
             layer.owner = name
         elif layer.owner != name:
             raise ValueError(f"this cache holds the state of adapter {layer.owner!r}, but {name!r} is active now")
 
-        several, run = [], layer.schedule.evict
+        if isinstance(layer, SegmentLayer) and not layer.in_prompt() and self.config[name].encode_evicted:
+            self._segment_states(name, layer, hidden, rotary)
+            return
 
         def encode(keys: Tensor, values: Tensor) -> None:
-            if keys.shape[2] == run:
-                layer.accumulator = self.encode(name, keys, values, layer.queries, layer.accumulator)
-            else:  # a segment of a replay brings more than one eviction
-                several.append(self._encode_runs(name, keys, values, run, layer))
-                layer.accumulator = several[0][:, -1]
+            layer.accumulator = self.encode(name, keys, values, layer.queries, layer.accumulator)
 
         # The eviction comes before these tokens are fed, so they are the first to be decoded under the new S.
-        layer.make_room(length, encode if self.config[name].encode_evicted else None)
-        if several:
-            self.in_use.set(self.pte_encoder[name].state(several[0]), run=run)
-        else:
-            self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
+        layer.make_room(hidden.shape[1], encode if self.config[name].encode_evicted else None)
+        self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
+
+    def _segment_states(self, name: str, layer: SegmentLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        """The states of a segment of a replay, whose tokens may have several."""
+        encoder, schedule, before, later = self.pte_encoder[name], layer.schedule, layer.accumulator, None
+        evict, room = schedule.evict, schedule.room(layer.fed)
+        old = schedule.evictions_before(layer.fed) == layer.evicted  # whether the first token still has the old state
+
+        def encode(keys: Tensor, values: Tensor, count: int) -> None:
+            nonlocal later
+            own = count * evict - keys.shape[2]
+            if own:
+                keys, values = self._with_own(keys, values, hidden[:, :own], [x[:, :own] for x in rotary])
+            if count == 1:
+                later = self.encode(name, keys, values, layer.queries, before).unsqueeze(1)
+            else:
+                later = self._encode_runs(name, keys, values, evict, layer)
+            layer.accumulator = later[:, -1]
+
+        layer.make_room(hidden.shape[1], encode)
+        if hidden.shape[1] <= room:
+            self.in_use.set(encoder.state(layer.accumulator))
+            return
+        # E tokens in a row have the same state; of the first state there are `room`.
+        states, runs = encoder.state(later), -(-room // evict)
+        first = encoder.state(before).expand(len(hidden), -1, -1).unsqueeze(1) if old else states[:, :1]
+        states = torch.cat([first.expand(-1, runs, -1, -1), states if old else states[:, 1:]], dim=1)
+        self.in_use.set_runs(states, evict, runs * evict - room)
+
+    def _with_own(self, keys: Tensor, values: Tensor, hidden: Tensor, rotary: list[Tensor]) -> tuple[Tensor, ...]:
+        """Keys and values as the cache holds them, then those of a segment's first tokens, before it holds them.
+
+        No projection of these is adapted (`keys_follow_state`), so no state has to be known.
+        """
+        new = (x.unflatten(-1, (-1, self.base_layer.head_dim)) for x in self._keys_values(hidden, rotary))
+        return tuple(torch.cat([old, x.transpose(1, 2)], 2) for old, x in zip((keys, values), new, strict=True))
 
     def _encode_runs(self, name: str, keys: Tensor, values: Tensor, run: int, layer: BoundedLayer) -> Tensor:
         """(batch, J, n_g, r) accumulators after J evictions of `run` tokens; keys: (batch, kv heads, J run, …)."""
@@ -196,7 +236,7 @@ class PteAttention(nn.Module, PteLayer):
         # Latents of every token, though only evicted ones are used: one large product instead of J small ones.
         latents = encoder.latents(*self._keys_values(hidden, rotary))
         # Where keys or values are adapted, those of later tokens depend on S, which depends on those of earlier ones.
-        if self._adapts(name, "k_proj") or self._adapts(name, "v_proj"):
+        if self.keys_follow_state:
             accumulators = self._walk(encoder, hidden, rotary, plan, queries, accumulator, latents)
         else:
             updates = encoder.update_of(queries, evicted_products(*latents, plan))

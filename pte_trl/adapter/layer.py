@@ -23,21 +23,25 @@ class StateInUse:
         first: S, (n_g, r) or (batch, n_g, r), of every token that `plan` does not name.
         later: S_1 .. S_J, (batch, J, n_g, r), of the tokens in `plan.users`.
         run: tokens of each state where `first` is (batch, J, n_g, r): in a row, the last state perhaps with fewer.
+        lead: with `run`, tokens that the first state has fewer.
     """
 
     first: Tensor | None = None
     later: Tensor | None = None
     plan: ReplayPlan | None = None
     run: int | None = None
+    lead: int = 0
 
-    def set(
-        self, first: Tensor, later: Tensor | None = None, plan: ReplayPlan | None = None, run: int | None = None
-    ) -> None:
-        self.first, self.later, self.plan, self.run = first, later, plan, run
+    def set(self, first: Tensor, later: Tensor | None = None, plan: ReplayPlan | None = None) -> None:
+        self.first, self.later, self.plan, self.run, self.lead = first, later, plan, None, 0
+
+    def set_runs(self, states: Tensor, run: int, lead: int) -> None:
+        self.first, self.later, self.plan, self.run, self.lead = states, None, None, run, lead
 
     def empty(self, *_) -> None:
         """Also as a forward hook, whatever it is called with."""
         self.first = self.later = self.plan = self.run = None
+        self.lead = 0
 
     def __reduce__(self):
         return StateInUse, ()
@@ -51,9 +55,9 @@ class StateInUse:
         with without_autocast(x.device):
             x = x.to(self.first.dtype)
             if self.run is not None:
-                short = self.first.shape[1] * self.run - x.shape[1]
-                runs = nn.functional.pad(x, (0, 0, 0, short)).unflatten(1, (-1, self.run))
-                return (runs @ side(self.first)).flatten(1, 2)[:, : x.shape[1]]
+                short = self.first.shape[1] * self.run - self.lead - x.shape[1]
+                runs = nn.functional.pad(x, (0, 0, self.lead, short)).unflatten(1, (-1, self.run))
+                return (runs @ side(self.first)).flatten(1, 2)[:, self.lead : self.lead + x.shape[1]]
             if self.later is None:
                 return x @ side(self.first)
             return routed(x, side(self.first), side(self.later), self.plan)

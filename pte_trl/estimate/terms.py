@@ -54,6 +54,7 @@ class Job:
         ranks, sharding: GPUs, and what they divide among themselves, one of SHARDINGS.
         checkpointing: gradient checkpointing.
         replay, segment_length, offload: as in a recipe.
+        evicts_own: whether segments may be longer than W (`pte_trl.replay.segment_run.keys_follow_state`).
         reference: whether the KL term's reference model scores the completions, too (beta above 0).
         engine_stays: whether a rollout's cache stays while training, as it does under a stated `rollout_batch_size`
             in one pass, unless the engine shares out the weights.
@@ -79,6 +80,7 @@ class Job:
     replay: str = "one_pass"
     segment_length: int | None = None
     offload: bool = False
+    evicts_own: bool = True
     reference: bool = False
     engine_stays: bool = False
     state_rank: int = 32
@@ -226,7 +228,8 @@ def segments(job: Job) -> float:
     """
     layers, d, inner, d_q, d_kv, _ = job.sizes
     width, runs = job.dtype.itemsize, []
-    for span in segment_run.spans_of(job.schedule, job.prompt, job.completion - 1, job.segment_length):
+    cut = (job.segment_length, job.evicts_own)
+    for span in segment_run.spans_of(job.schedule, job.prompt, job.completion - 1, *cut):
         found = 0
         if span.start >= 0:
             found = job.prompt + span.start - job.schedule.first_visible(max(0, span.start - 1))

@@ -1,9 +1,10 @@
 """One run of the segment-wise view: samples of one schedule, forward segment by segment and backward, last first.
 
-The prompt is the first segment. A segment of thoughts may run over several evictions, as long as none of them takes a
-token of the segment itself: what is encoded then lies in the cache before the segment begins, so the states after all
-of its evictions are found at once, and a mask hides from every token what has left before it. That makes segments of
-about W tokens each.
+The prompt is the first segment. A segment of thoughts may run over several evictions, and a mask hides from every
+token what has left before it. So a segment is a replay of its own in one pass, which starts from a cache: the states
+after all of its evictions are found at once, from keys and values that lie in the cache and, where the segment is
+longer than what the window keeps, from those of its own tokens. Where keys and values depend on the state themselves,
+a segment ends before an eviction would take a token of it.
 """
 
 import copy
@@ -24,29 +25,36 @@ from pte_trl.compat.transformers import without_checkpointing
 # model has gradient checkpointing. What they then hold is less than the cache of a long text, and one forward of four
 # is spared.
 SMALL = 64
+# Thought tokens of a segment at most, unless W is larger or the recipe says otherwise. Shorter ones cost launches: a
+# segment has about as many of them whatever its length is. Longer ones cost memory: activations grow with the length,
+# and a segment's mask and its attention on a CPU with the square of it.
+LONGEST = 512
 HELD = ("accumulator", "queries")  # tensors of a cache layer, beside keys and values, that gradients flow through
 
 
-def spans_of(schedule: Schedule, prompt: int, thoughts: int, longest: int | None = None) -> list[range]:
+def spans_of(
+    schedule: Schedule, prompt: int, thoughts: int, longest: int | None = None, evicts_own: bool = True
+) -> list[range]:
     """The segments of a text: the prompt, range(-prompt, 0), then ranges of thought tokens.
 
     Args:
         thoughts: tokens that are fed; the last one of a completion is sampled and never fed.
-        longest: thought tokens of one segment at most; None: W.
+        longest: thought tokens of one segment at most; None: W, or `LONGEST` if that is more.
+        evicts_own: whether an eviction within a segment may take a token of the segment.
     """
-    longest, spans, at = min(longest or schedule.window, schedule.window), [range(-prompt, 0)], 0
+    longest, spans, at = longest or max(schedule.window, LONGEST), [range(-prompt, 0)], 0
     while at < thoughts:
-        stop = at + min(schedule.room(at), longest)
-        # Beyond the next eviction only from an eviction on: every state of the segment then has E tokens.
-        begins = at == 0 or schedule.evictions_before(at) > schedule.evictions(at)
-        while begins and stop < thoughts:
-            more = stop + schedule.room(stop)
-            if more - at > longest or schedule.first_visible(more - 1) > at:
-                break
-            stop = more
-        spans.append(range(at, min(stop, thoughts)))
-        at = spans[-1].stop
+        stop = min(at + longest, thoughts)
+        if not evicts_own:  # the last state under which the segment's first token is still there
+            stop = min(stop, schedule.decoded_under(at // schedule.evict).stop)
+        spans.append(range(at, stop))
+        at = stop
     return spans
+
+
+def keys_follow_state(model: nn.Module) -> bool:
+    """Whether keys or values of a token depend on a state S, which depends on those of earlier tokens."""
+    return any(getattr(module, "keys_follow_state", False) for module in model.modules())
 
 
 class Past:
@@ -135,10 +143,15 @@ class SegmentLayer(BoundedLayer):
     fetch: Callable[[], tuple[Tensor, Tensor]] | None = None
     new: tuple[Tensor, Tensor] = ()
 
-    def make_room(self, length: int, encode: Callable[[Tensor, Tensor], None] | None = None) -> None:
-        """Hands everything to `encode` that leaves before the last of `length` tokens, eviction by eviction in a row.
+    def make_room(self, length: int, encode: Callable[[Tensor, Tensor, int], None] | None = None) -> None:
+        """Lets leave what has to before the last of `length` tokens, which may be some of these tokens.
 
-        Only what leaves before the first of them is dropped: the first tokens still see the rest.
+        Args:
+            length: tokens fed next.
+            encode: called with the keys and values that leave, eviction by eviction in a row, and with the number of
+                evictions. Those of the tokens fed next are not here yet, so they are missing at the end.
+
+        Only what leaves before the first token is dropped: the first tokens still see the rest.
         """
         if self.fetch is not None:
             self.keys, self.values = self.fetch()
@@ -150,7 +163,7 @@ class SegmentLayer(BoundedLayer):
             return
         leaving = slice(self.prompt, self.prompt + due * self.schedule.evict)
         if encode is not None:
-            encode(self.keys[:, :, leaving], self.values[:, :, leaving])
+            encode(self.keys[:, :, leaving], self.values[:, :, leaving], due)
         self._drop(self.schedule.evictions_before(self.fed) - self.evicted)
         self.evicted += due
 
@@ -207,7 +220,7 @@ class SegmentRun:
         self.temperature = temperature
         self.small = SMALL if small is None else small
         check_mask_taken(model)
-        self.spans = spans_of(schedule, prompt, ids.shape[1] - prompt - 1, longest)
+        self.spans = spans_of(schedule, prompt, ids.shape[1] - prompt - 1, longest, not keys_follow_state(model))
         self.past = Past(self.spans, torch.device("cpu") if offload else ids.device)
         self.entered: list[list[dict]] = []  # of every segment and layer, the encoder's side of the cache
         device = ids.device.type

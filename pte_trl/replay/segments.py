@@ -1,6 +1,6 @@
 """The segment-wise view: the decode fed in segments, with exact gradients and the activations of one segment only.
 
-The prompt is the first segment; then come runs of about W thought tokens, each over several evictions
+The prompt is the first segment; then come runs of 512 thought tokens or of W, each over several evictions
 (`pte_trl.replay.segment_run`). Going forward, no graph is kept: only the keys and values of every token, and what the
 encoder holds at every segment's start. Going backward, the segments are run again, last first. Later segments have
 seen a segment's keys and values and what the encoder held (accumulator, queries): the gradients that they found for
@@ -56,8 +56,8 @@ def segment_logps(
         input_ids, attention_mask: (batch, prompt + completion), prompts padded left, completions right.
         prompt: padded length of the prompts.
         schedules: that each sample was decoded under, or one for all; samples of one schedule go together.
-        segment_length: thought tokens of one segment at most; None: W, which is also the most there can be. A segment
-            over several evictions ends before one of them would take a token of its own. The prompt is always one.
+        segment_length: thought tokens of one segment at most; None: W, or 512 if that is more. Where PTE adapts k_proj
+            or v_proj, W is the most there can be. The prompt is always one segment.
         offload: keep keys and values of past segments on the CPU.
         temperature: None for TRL's fused LM head, which has its own and works in float32; a number computes the
             logits whole, in float32 at least, for models without that head.

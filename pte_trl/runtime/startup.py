@@ -21,6 +21,7 @@ from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.engines import running_zero_stage, zero3_numel
 from pte_trl.compat.transformers import attention_of
 from pte_trl.estimate.terms import Job, estimate
+from pte_trl.replay.segment_run import keys_follow_state
 from pte_trl.runtime.faults import Fault
 from pte_trl.runtime.launch import named_launch
 
@@ -80,6 +81,7 @@ def job_of(trainer, engine: str | None, max_prompt_tokens: int) -> Job:
         replay=trainer.replay.kind,
         segment_length=args.segment_length,
         offload=trainer.replay.offload,
+        evicts_own=not keys_follow_state(model),
         reference=args.beta != 0,
         engine_stays=in_parts,
         state_rank=next((c.rank for c in getattr(model, "peft_config", {}).values() if hasattr(c, "rank")), 32),

@@ -86,7 +86,9 @@ class PteGRPOConfig(BoundedTrainingConfig, GRPOConfig):
         default="auto",
         metadata={"help": "one_pass; segments (memory of one segment); auto: one_pass where the GPU has room for it."},
     )
-    segment_length: int | None = field(default=None, metadata={"help": "Thought tokens of a segment at most; else W."})
+    segment_length: int | None = field(
+        default=None, metadata={"help": "Thought tokens of a segment at most; else 512 or W."}
+    )
     offload_cache: bool = field(default=False, metadata={"help": "Past keys, values on the CPU (replay: segments)."})
 
     def __post_init__(self):
