@@ -165,6 +165,7 @@ class FakeCuda(TorchDispatchMode):
     Attributes:
         waits: how often the host would have waited for the device, by (reason, function).
         captured, replays: graphs captured, and graphs replayed.
+        free: bytes of its memory that are free.
         capturing: the graph that is being captured, or None.
     """
 
@@ -174,6 +175,7 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.waits = collections.Counter()
         self.captured = self.replays = 0
+        self.free = 40 << 30
         self.capturing: Graph | None = None
         self.pools = Pools()
 
@@ -283,13 +285,14 @@ class FakeCuda(TorchDispatchMode):
         about = SimpleNamespace(total_memory=80 << 30, major=9, minor=0, name="NVIDIA H100 (fake)")
         constants = {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True}
         constants |= {"get_device_name": about.name, "get_device_properties": about, "is_initialized": True}
-        constants |= {"mem_get_info": (40 << 30, 80 << 30), "get_device_capability": (9, 0)}
+        constants |= {"get_device_capability": (9, 0)}
         for name in ("memory_reserved", "memory_allocated", "max_memory_allocated", "max_memory_reserved"):
             constants[name] = 0
         for name in ("_lazy_init", "empty_cache", "reset_peak_memory_stats", "set_device", "manual_seed_all"):
             constants[name] = None
         for name, value in constants.items():  # each a function of its own: torch.compile keeps a table of them
             yield cuda, name, lambda *args, value=value, **kwargs: value
+        yield cuda, "mem_get_info", lambda *args: (self.free, 80 << 30)
         yield cuda, "synchronize", lambda *args: self.wait("synchronize")
         yield cuda, "is_current_stream_capturing", lambda: self.capturing is not None
         yield cuda, "CUDAGraph", lambda *args, **kwargs: Graph(self)

@@ -14,7 +14,7 @@ from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts import engine
-from pte_trl.rollouts.batching import EngineCache
+from pte_trl.rollouts.batching import SHARE, EngineCache, cache_bytes
 from pte_trl.rollouts.engine import CudaGraphed, Engine
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.training.calibrate import placed
@@ -62,15 +62,52 @@ def test_the_engine(model, rows):
 
 
 def test_another_number_of_completions():
-    """One kept engine, 7, 5 and 7 completions: the graphs of the first write into records that are gone."""
+    """One kept engine, 5, 7 and 4 completions: the graphs of the first write into records that are gone."""
     cpu, kept = MODELS["pte"](small()), EngineCache()
     with FakeCuda() as gpu:
-        there, engines = moved(cpu, gpu), set()
-        for count in (7, 5, 7):
+        there, engines, seen = moved(cpu, gpu), set(), []
+        for count in (5, 7, 4):
             some = SHORT | {"prompts": PROMPTS[:count], "max_new_tokens": 8}
             assert_same(sampled(there, batch_size=2, engine_cache=kept, **some), sampled(cpu, reference=True, **some))
             engines.add(id(kept.engine))
-        assert len(engines) == 1 and gpu.captured >= 3 * 2
+            seen.append((gpu.captured, kept.engine.ids.data_ptr()))
+        assert len(engines) == 1 and seen[1][0] > seen[0][0] > 0
+        assert seen[0][1] != seen[1][1] == seen[2][1], "there is room for fewer"
+
+
+@pytest.mark.parametrize("rows", ["auto", 4])
+def test_an_engine_is_kept_across_windows(rows):
+    """Five rollouts under `window: auto`, whose prompts are now longer and now shorter: graphs of one of them."""
+    cpu, kept = MODELS["pte"](small()), EngineCache()
+    options = SHORT | {"policy": CachePolicy("auto")}
+    with FakeCuda() as gpu:
+        there, engines = moved(cpu, gpu), set()
+        for turn, length in enumerate((9, 3, 12, 5, 10)):
+            some = options | {
+                "prompts": [[*range(5, 5 + length)]] * 4 + [[7, 8]] * 2,
+                "seeds": [*range(turn, turn + 6)],
+            }
+            assert_same(
+                sampled(there, batch_size=rows, engine_cache=kept, **some), sampled(cpu, reference=True, **some)
+            )
+            engines.add(id(kept.engine))
+        # A step and an eviction for every power of two of the rows; at 6 rows, for 6 as well.
+        assert len(engines) == 1 and 0 < gpu.captured <= 2 * 4
+
+
+def test_rows_of_a_kept_engine():
+    """Memory that is free for a few rows more or less is no reason for another engine; a stated size is a limit."""
+    cpu, kept = MODELS["lora_c"](small()), EngineCache()
+    with FakeCuda() as gpu:
+        there, options = moved(cpu, gpu), SHORT | {"max_new_tokens": 4, "eos_token_ids": [-1]}
+        one = cache_bytes(there.config, 128, there.dtype)
+        for share, rows in ((16, 16), (15, 16), (17, 16), (40, 40), (17, 40)):
+            gpu.free = share * one / SHARE + 1 - kept.nbytes
+            sampled(there, batch_size="auto", engine_cache=kept, **options | {"prompts": [[5, 6]] * 48})
+            assert kept.engine.cache.rows == rows, share
+        engine = kept.engine
+        sampled(there, batch_size=2, engine_cache=kept, **options)
+        assert kept.engine is engine and engine.active <= 2
 
 
 @pytest.mark.parametrize("model", ["pte", pytest.param("bare", marks=pytest.mark.thorough)])
@@ -162,7 +199,7 @@ def test_a_planted_fault_is_found(monkeypatch, plant):
         there = moved(model, gpu)
         plant(monkeypatch, there)
         with pytest.raises(FAULTS[plant]):
-            for count in (5, 5, 4):
+            for count in (5, 5, 6):
                 some = SHORT | {"prompts": PROMPTS[:count], "max_new_tokens": 8}
                 with torch.autocast("cuda", torch.bfloat16, enabled=plant is casts_kept_in_a_graph):
                     sampled(there, batch_size=2, engine_cache=kept, **some)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pte_trl.cache.eviction import Strategy, make_cache
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
-from pte_trl.rollouts.batching import EngineCache, auto_batch_size, halving
+from pte_trl.rollouts.batching import WASTE, EngineCache, auto_batch_size, halving, rounded
 from pte_trl.rollouts.engine import Room
 from pte_trl.rollouts.prompts import distinct
 from pte_trl.rollouts.reference import decode
@@ -187,14 +187,19 @@ def run_engine(
     """
     prompts, prompt_index = distinct(prompt_ids)
     room = Room.needed(map(len, prompt_ids), schedules, sampling.max_new_tokens)
-    if batch_size == "auto":
-        batch_size = auto_batch_size(model, room.places)
+    auto = batch_size == "auto"
+    if auto:
+        places = rounded(room, model.device).places
+        batch_size = auto_batch_size(model, places, held=engine_cache.nbytes)
 
     long = model.device.type == "cuda" and sampling.max_new_tokens >= COMPILED_FROM
     compiled = compile == "always" or (compile == "auto" and long)
 
     def run(rows: int):
-        engine = engine_cache.get(model, rows, room, sampling, compiled)
-        return engine.run(prompts, prompt_index, schedules, draws), engine.cache.nbytes / rows
+        # What memory is free differs a little each time; that is no reason for another engine.
+        least = rows - rows // WASTE if auto else rows
+        engine = engine_cache.get(model, rows, room, sampling, compiled, least)
+        found = engine.run(prompts, prompt_index, schedules, draws, None if auto else rows)
+        return found, engine.cache.nbytes / engine.cache.rows
 
     return halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)), engine_cache.release)
