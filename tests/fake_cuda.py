@@ -223,12 +223,14 @@ class FakeCuda(TorchDispatchMode):
             if there:
                 self._check(func, name, args, host)
         inputs, options = mapped(plain, args), mapped(plain, kwargs)
-        options.pop("pin_memory", None)
+        pin = options.pop("pin_memory", None)
         if self.capturing is None or not to_device:
             out = CUDA_ONLY.get(func, func)(*inputs, **options)
         else:
             out = self.capturing.record(func, inputs, options, is_view(func))
         if not to_device:
+            if pin:
+                out.pinned = True
             return out
         changed = written(func, args, kwargs)
         if changed and len(func._schema.returns) == 1 and isinstance(changed[0], Tensor):
@@ -249,7 +251,7 @@ class FakeCuda(TorchDispatchMode):
         else:
             source, device, late = args[0], kwargs.get("device"), kwargs.get("non_blocking", False)
             target = on_device(device) if device is not None else isinstance(source, CudaTensor)
-        if isinstance(source, CudaTensor) and not target:
+        if isinstance(source, CudaTensor) and not target and not (late and getattr(args[0], "pinned", False)):
             self.wait("device to host")
         if not isinstance(source, CudaTensor) and target and not (late and getattr(source, "pinned", False)):
             self.wait("host to device")

@@ -18,6 +18,7 @@ from pte_trl.rollouts.batching import SHARE, EngineCache, cache_bytes
 from pte_trl.rollouts.engine import CudaGraphed, Engine
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.training.calibrate import placed
+from pte_trl.transfer import fetched, offloaded
 from tests.fake_cuda import DeviceMix, FakeCuda, WaitInCapture
 from tests.fake_cuda_graph import DeadPool, FreedMemory
 from tests.grids import grid
@@ -30,6 +31,7 @@ SHORT = {"prompts": PROMPTS, "policy": CachePolicy(4), "max_new_tokens": 12, "eo
 ONCE = {("host to device", "rollouts/sampling.py:uniforms"), ("device to host", "rollouts/rollout.py:rollout")}
 ONCE |= {("device to host", "rollouts/rollout.py:<listcomp>"), ("device to host", "rollouts/rollout.py:<genexpr>")}
 ONCE |= {("host to device", "rollouts/engine.py:__init__")}
+RUN_REFERENCE, POOL = "rollouts/rollout.py:run_reference", "observation.py:pool"
 REGULAR = ("device to host", "rollouts/engine.py:_turn_over")
 
 
@@ -240,6 +242,10 @@ def test_every_strategy(eviction):
     cpu, options = MODELS["pte"](small()), SHORT | {"policy": CachePolicy(4, eviction=eviction)}
     with FakeCuda() as gpu:
         assert_same(sampled(moved(cpu, gpu), **options), sampled(cpu, **options))
+        # Which tokens are left decides shapes; how many completions go on is looked at in every step.
+        known = {("_local_scalar_dense", "rollouts/reference.py:decode"), ("device to host", RUN_REFERENCE)}
+        known |= {("_local_scalar_dense", f"cache/eviction/{name}") for name in ("cache.py:places_of", POOL)}
+        assert set(gpu.waits) - ONCE <= known and gpu.waits["device to host", RUN_REFERENCE] == 1
 
 
 IDS, MASK, PROMPT = left_padded_batch([6, 3], 14)
@@ -257,6 +263,24 @@ def segments(model, ids, mask, **options):
 
 VIEWS = {"one pass": one_pass, "segments": segments, "offload": partial(segments, offload=True)}
 
+WAITING = {"offload": {"replay/segment_run.py"}}  # which files wait for the device
+
+
+def test_offloaded_tensors_come_back_without_a_wait():
+    for shape in ((2, 3, 4, 5), (2, 3, 0, 5)):
+        x = torch.randn(shape).transpose(1, 2)
+        with FakeCuda() as gpu:
+            there = x.to("cuda:0")
+            gpu.waits.clear()
+            kept = offloaded(there, torch.device("cpu"))
+            assert not kept.is_cuda and kept.pinned and kept.is_contiguous()
+            back = fetched(kept, there.device)
+            assert back.is_cuda and not gpu.waits
+            there.cpu()
+            assert gpu.waits, "a copy that is waited for is not seen"
+            assert torch.equal(back.cpu(), x)
+        assert torch.equal(fetched(offloaded(x, torch.device("cpu")), torch.device("cpu")), x)
+
 
 @grid(view=VIEWS, model=["pte, sum, all seven", "pte, whitened", "lora_c"], attention=["blockwise", "sdpa"])
 def test_replay_and_its_gradients(view, model, attention):
@@ -268,8 +292,11 @@ def test_replay_and_its_gradients(view, model, attention):
         for each, device in ((cpu, "cpu"), (there, "cuda:0")):
             each.train().gradient_checkpointing_enable({"use_reentrant": False})
             each.enable_input_require_grads()
-            logps = VIEWS[view](each, IDS.to(device), MASK.to(device))
+            inputs = IDS.to(device), MASK.to(device)
+            gpu.waits.clear()
+            logps = VIEWS[view](each, *inputs)
             logps.sum().backward()
+            assert {where.split(":")[0] for _, where in gpu.waits} <= WAITING.get(view, set())
             gradients = {name: p.grad.cpu() for name, p in each.named_parameters() if p.requires_grad}
             found.append((logps.detach().cpu(), gradients))
         (expected, wanted), (logps, gradients) = found

@@ -26,7 +26,7 @@ from pte_trl.rollouts.draw import draw
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.ring import ALIGN, RingCache, aligned, ring_size
 from pte_trl.rollouts.sampling import Sampling
-from pte_trl.rollouts.transfer import uploaded
+from pte_trl.transfer import uploaded
 
 # Steps between two reads of which rows have ended. A read waits for the GPU, which then idles until the host has
 # queued the next step; on a CPU it costs nothing, so every step is followed by one.

@@ -20,6 +20,7 @@ from pte_trl.rollouts.engine import Room
 from pte_trl.rollouts.prompts import distinct
 from pte_trl.rollouts.reference import decode
 from pte_trl.rollouts.sampling import Sampling, uniforms
+from pte_trl.transfer import uploaded
 
 COMPILED_FROM = 256  # new tokens of a rollout for which compiling (tens of seconds, once a process) pays
 
@@ -161,9 +162,10 @@ def run_reference(
     for schedule in dict.fromkeys(schedules):
         rows = [row for row, other in enumerate(schedules) if other == schedule]
         cache = make_cache(model, schedule, eviction, longest=sampling.max_new_tokens - 1)
-        *some, held = decode(model, [prompt_ids[row] for row in rows], cache, sampling, draws[rows], shared)
+        index = uploaded(rows, draws.device)
+        *some, held = decode(model, [prompt_ids[row] for row in rows], cache, sampling, draws[index], shared)
         for whole, part in zip(found, some, strict=True):
-            whole[rows] = part
+            whole[index] = part
         for row, length in zip(rows, some[2].tolist(), strict=True):
             evictions[row] = cache.evictions_after(length - 1)
         cache_bytes += held * len(rows) / count
