@@ -38,7 +38,7 @@ from pte_trl.rollouts.rollout import Rollout, rollout
 
 VOCABULARY, TEMPERATURE, NEW, WINDOW = 256, 0.8, 48, 12
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11]] * 4 + [[10, 11]] * 3 + [[12, 13, 14]] * 2 + [[5, 6, 7, 8, 9, 10, 11]] * 2
-ROWS, COUNTS = 4, (len(PROMPTS), 8, 6, 8)  # rows of the kept engine, completions of one rollout after another
+ROWS, COUNTS = 4, (8, len(PROMPTS), 6, 8)  # rows of the kept engine, completions of one rollout after another
 FAMILIES = ("qwen2", "llama", "qwen3", "mistral")
 # (family, adapter, attention): every family, every adapter, both implementations of attention.
 CELLS = [(family, "pte", "blockwise") for family in FAMILIES]
@@ -101,10 +101,10 @@ def against_reference(model: nn.Module, compile: str) -> tuple[dict, Rollout]:
     """The first two columns, and the rollout of all prompts."""
     expected, kept = sampled(model, len(PROMPTS), reference=True), EngineCache()
     same = every = 0
-    most, first = 0.0, None
+    most, whole = 0.0, None
     for count in COUNTS:
         found = sampled(model, count, batch_size=ROWS, engine_cache=kept, compile=compile)
-        first = first or found
+        whole = found if count == len(PROMPTS) else whole
         for row in range(count):
             ours, theirs = found.completion_ids[row], expected.completion_ids[row]
             same, every = same + (ours == theirs), every + 1
@@ -112,9 +112,9 @@ def against_reference(model: nn.Module, compile: str) -> tuple[dict, Rollout]:
                 if mine != other:
                     break
                 most = worse(most, abs(a - b))
-    if not max(first.evictions):
+    if not max(whole.evictions):
         raise RuntimeError("no completion was long enough for an eviction: nothing was tested")
-    return {"tokens": f"{same}/{every}", "engine": most}, first
+    return {"tokens": f"{same}/{every}", "engine": most}, whole
 
 
 def padded(found: Rollout, device: str) -> tuple[Tensor, Tensor, int, Tensor]:

@@ -165,6 +165,7 @@ class FakeCuda(TorchDispatchMode):
     Attributes:
         waits: how often the host would have waited for the device, by (reason, function).
         captured, replays: graphs captured, and graphs replayed.
+        free: bytes of its memory that are free.
         capturing: the graph that is being captured, or None.
     """
 
@@ -174,6 +175,7 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.waits = collections.Counter()
         self.captured = self.replays = 0
+        self.free = 40 << 30
         self.capturing: Graph | None = None
         self.pools = Pools()
 
@@ -221,12 +223,14 @@ class FakeCuda(TorchDispatchMode):
             if there:
                 self._check(func, name, args, host)
         inputs, options = mapped(plain, args), mapped(plain, kwargs)
-        options.pop("pin_memory", None)
+        pin = options.pop("pin_memory", None)
         if self.capturing is None or not to_device:
             out = CUDA_ONLY.get(func, func)(*inputs, **options)
         else:
             out = self.capturing.record(func, inputs, options, is_view(func))
         if not to_device:
+            if pin:
+                out.pinned = True
             return out
         changed = written(func, args, kwargs)
         if changed and len(func._schema.returns) == 1 and isinstance(changed[0], Tensor):
@@ -247,7 +251,7 @@ class FakeCuda(TorchDispatchMode):
         else:
             source, device, late = args[0], kwargs.get("device"), kwargs.get("non_blocking", False)
             target = on_device(device) if device is not None else isinstance(source, CudaTensor)
-        if isinstance(source, CudaTensor) and not target:
+        if isinstance(source, CudaTensor) and not target and not (late and getattr(args[0], "pinned", False)):
             self.wait("device to host")
         if not isinstance(source, CudaTensor) and target and not (late and getattr(source, "pinned", False)):
             self.wait("host to device")
@@ -283,13 +287,14 @@ class FakeCuda(TorchDispatchMode):
         about = SimpleNamespace(total_memory=80 << 30, major=9, minor=0, name="NVIDIA H100 (fake)")
         constants = {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True}
         constants |= {"get_device_name": about.name, "get_device_properties": about, "is_initialized": True}
-        constants |= {"mem_get_info": (40 << 30, 80 << 30), "get_device_capability": (9, 0)}
+        constants |= {"get_device_capability": (9, 0)}
         for name in ("memory_reserved", "memory_allocated", "max_memory_allocated", "max_memory_reserved"):
             constants[name] = 0
         for name in ("_lazy_init", "empty_cache", "reset_peak_memory_stats", "set_device", "manual_seed_all"):
             constants[name] = None
         for name, value in constants.items():  # each a function of its own: torch.compile keeps a table of them
             yield cuda, name, lambda *args, value=value, **kwargs: value
+        yield cuda, "mem_get_info", lambda *args: (self.free, 80 << 30)
         yield cuda, "synchronize", lambda *args: self.wait("synchronize")
         yield cuda, "is_current_stream_capturing", lambda: self.capturing is not None
         yield cuda, "CUDAGraph", lambda *args, **kwargs: Graph(self)

@@ -8,13 +8,15 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.launches import per_layer
 from pte_trl.cache.masks import BLOCKWISE
+from pte_trl.cache.policy import CachePolicy
+from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts import compiled
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.rollouts.compiled import PARTS
 from pte_trl.rollouts.decoder import Decoder, Unsupported
 from tests.grids import grid
 from tests.models import ALL_SEVEN, FAMILIES, tiny, with_lora, with_pte
-from tests.test_engine import MODELS, THOROUGH, assert_same, sampled
+from tests.test_engine import MODELS, PROMPTS, THOROUGH, WINDOWS, assert_same, sampled
 
 
 @pytest.fixture
@@ -93,6 +95,40 @@ def test_weights_of_the_next_rollout_and_an_adapter_that_is_off(uncompiled):
         with model.disable_adapter():
             assert_same(sampled(model, **options), sampled(model, reference=True))
         assert kept.engine is not engine, "a captured step would still apply the adapter"
+
+
+def mismatch(model, **changes) -> float:
+    """`mismatch/max`: the largest difference between log-probs of a rollout and of its replay. Rows are refilled, have
+    windows of their own, and evict."""
+    policy, kept = CachePolicy("auto"), EngineCache()
+    found = sampled(model, policy=policy, windows=WINDOWS, batch_size=4, engine_cache=kept, **changes)
+    assert (kept.engine.compiled is None) == (changes["compile"] == "never") and max(found.evictions) > 5
+    longest = max(map(len, PROMPTS))
+    padded = [[-1] * (longest - len(p)) + p + c for p, c in zip(PROMPTS, found.completion_ids, strict=True)]
+    width = max(map(len, padded))
+    ids = torch.tensor([row + [-1] * (width - len(row)) for row in padded])
+    mask, ids = (ids >= 0).long(), ids.clamp(min=0)
+    with torch.no_grad():
+        logits = model(input_ids=ids, **replay_inputs(model, mask, longest, policy.schedules(WINDOWS))).logits
+    logps = (logits[:, longest - 1 : -1].float() / 0.8).log_softmax(-1)
+    replayed = logps.gather(-1, ids[:, longest:, None]).squeeze(-1).tolist()
+    pairs = (zip(*both, strict=False) for both in zip(found.logprobs, replayed, strict=True))
+    return max(abs(ours - theirs) for pair in pairs for ours, theirs in pair)
+
+
+MISMATCH = {"float32": 1e-5, "bfloat16": 0.1}
+
+
+@pytest.mark.parametrize("dtype", MISMATCH)
+@pytest.mark.parametrize("model", ["lora_c", "pte"])
+def test_mismatch_of_rollout_and_replay(uncompiled, model, dtype):
+    """In bfloat16 as in training: adapters in float32, under autocast."""
+    made = MODELS[model](tiny("qwen2", getattr(torch, dtype))).eval()
+    for name, parameter in made.named_parameters():
+        if "pte_" in name or "lora_" in name:
+            parameter.data = parameter.data.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        assert mismatch(made, compile="always") <= MISMATCH[dtype]
 
 
 # ---- what it does not know -----------------------------------------------------------------------------------------

@@ -162,7 +162,10 @@ def test_buffers_are_made_once_and_serve_the_next_batch_with_the_weights_of_then
     assert places == [x.data_ptr() for layer in kept.cache.layers for x in (*layer.tensors(), layer.queries)]
     assert second.logprobs != first.logprobs
     assert_same(second, sampled(model, reference=True))
-    sampled(model, [[5]], engine_cache=engine_cache, batch_size=4)  # another number of rows
+    one, other = (sampled(model, [[5]], engine_cache=cache, batch_size=4) for cache in (engine_cache, None))
+    assert engine_cache.engine is kept, "it has more rows than are needed"
+    assert_same(one, other)
+    sampled(model, engine_cache=engine_cache, batch_size=5)
     assert engine_cache.engine is not kept
     with model.disable_adapter():
         assert_same(sampled(model, engine_cache=engine_cache, batch_size=4), sampled(model, reference=True))

@@ -14,11 +14,12 @@ from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts import compiled, decoder, engine
-from pte_trl.rollouts.batching import EngineCache
+from pte_trl.rollouts.batching import SHARE, EngineCache, cache_bytes
 from pte_trl.rollouts.compiled import PARTS
 from pte_trl.rollouts.engine import CudaGraphed, Engine
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.training.calibrate import placed
+from pte_trl.transfer import fetched, offloaded
 from tests.fake_cuda import DeviceMix, FakeCuda, WaitInCapture
 from tests.fake_cuda_graph import DeadPool, FreedMemory
 from tests.grids import grid
@@ -31,6 +32,7 @@ SHORT = {"prompts": PROMPTS, "policy": CachePolicy(4), "max_new_tokens": 12, "eo
 ONCE = {("host to device", "rollouts/sampling.py:uniforms"), ("device to host", "rollouts/rollout.py:rollout")}
 ONCE |= {("device to host", "rollouts/rollout.py:<listcomp>"), ("device to host", "rollouts/rollout.py:<genexpr>")}
 ONCE |= {("host to device", "rollouts/engine.py:__init__")}
+RUN_REFERENCE, POOL = "rollouts/rollout.py:run_reference", "observation.py:pool"
 REGULAR = ("device to host", "rollouts/engine.py:_turn_over")
 
 
@@ -63,15 +65,52 @@ def test_the_engine(model, rows):
 
 
 def test_another_number_of_completions():
-    """One kept engine, 7, 5 and 7 completions: the graphs of the first write into records that are gone."""
+    """One kept engine, 5, 7 and 4 completions: the graphs of the first write into records that are gone."""
     cpu, kept = MODELS["pte"](small()), EngineCache()
     with FakeCuda() as gpu:
-        there, engines = moved(cpu, gpu), set()
-        for count in (7, 5, 7):
+        there, engines, seen = moved(cpu, gpu), set(), []
+        for count in (5, 7, 4):
             some = SHORT | {"prompts": PROMPTS[:count], "max_new_tokens": 8}
             assert_same(sampled(there, batch_size=2, engine_cache=kept, **some), sampled(cpu, reference=True, **some))
             engines.add(id(kept.engine))
-        assert len(engines) == 1 and gpu.captured >= 3 * 2
+            seen.append((gpu.captured, kept.engine.ids.data_ptr()))
+        assert len(engines) == 1 and seen[1][0] > seen[0][0] > 0
+        assert seen[0][1] != seen[1][1] == seen[2][1], "there is room for fewer"
+
+
+@pytest.mark.parametrize("rows", ["auto", 4])
+def test_an_engine_is_kept_across_windows(rows):
+    """Five rollouts under `window: auto`, whose prompts are now longer and now shorter: graphs of one of them."""
+    cpu, kept = MODELS["pte"](small()), EngineCache()
+    options = SHORT | {"policy": CachePolicy("auto")}
+    with FakeCuda() as gpu:
+        there, engines = moved(cpu, gpu), set()
+        for turn, length in enumerate((9, 3, 12, 5, 10)):
+            some = options | {
+                "prompts": [[*range(5, 5 + length)]] * 4 + [[7, 8]] * 2,
+                "seeds": [*range(turn, turn + 6)],
+            }
+            assert_same(
+                sampled(there, batch_size=rows, engine_cache=kept, **some), sampled(cpu, reference=True, **some)
+            )
+            engines.add(id(kept.engine))
+        # A step and an eviction for every power of two of the rows; at 6 rows, for 6 as well.
+        assert len(engines) == 1 and 0 < gpu.captured <= 2 * 4
+
+
+def test_rows_of_a_kept_engine():
+    """Memory that is free for a few rows more or less is no reason for another engine; a stated size is a limit."""
+    cpu, kept = MODELS["lora_c"](small()), EngineCache()
+    with FakeCuda() as gpu:
+        there, options = moved(cpu, gpu), SHORT | {"max_new_tokens": 4, "eos_token_ids": [-1]}
+        one = cache_bytes(there.config, 128, there.dtype)
+        for share, rows in ((16, 16), (15, 16), (17, 16), (40, 40), (17, 40)):
+            gpu.free = share * one / SHARE + 1 - kept.nbytes
+            sampled(there, batch_size="auto", engine_cache=kept, **options | {"prompts": [[5, 6]] * 48})
+            assert kept.engine.cache.rows == rows, share
+        engine = kept.engine
+        sampled(there, batch_size=2, engine_cache=kept, **options)
+        assert kept.engine is engine and engine.active <= 2
 
 
 def test_graphs_of_a_compiled_step_end_with_it(monkeypatch):
@@ -179,7 +218,7 @@ def test_a_planted_fault_is_found(monkeypatch, plant):
         there = moved(model, gpu)
         plant(monkeypatch, there)
         with pytest.raises(FAULTS[plant]):
-            for count in (5, 5, 4):
+            for count in (5, 5, 6):
                 some = SHORT | {"prompts": PROMPTS[:count], "max_new_tokens": 8}
                 with torch.autocast("cuda", torch.bfloat16, enabled=plant is casts_kept_in_a_graph):
                     sampled(there, batch_size=2, engine_cache=kept, **some)
@@ -220,6 +259,10 @@ def test_every_strategy(eviction):
     cpu, options = MODELS["pte"](small()), SHORT | {"policy": CachePolicy(4, eviction=eviction)}
     with FakeCuda() as gpu:
         assert_same(sampled(moved(cpu, gpu), **options), sampled(cpu, **options))
+        # Which tokens are left decides shapes; how many completions go on is looked at in every step.
+        known = {("_local_scalar_dense", "rollouts/reference.py:decode"), ("device to host", RUN_REFERENCE)}
+        known |= {("_local_scalar_dense", f"cache/eviction/{name}") for name in ("cache.py:places_of", POOL)}
+        assert set(gpu.waits) - ONCE <= known and gpu.waits["device to host", RUN_REFERENCE] == 1
 
 
 IDS, MASK, PROMPT = left_padded_batch([6, 3], 14)
@@ -237,6 +280,24 @@ def segments(model, ids, mask, **options):
 
 VIEWS = {"one pass": one_pass, "segments": segments, "offload": partial(segments, offload=True)}
 
+WAITING = {"offload": {"replay/segment_run.py"}}  # which files wait for the device
+
+
+def test_offloaded_tensors_come_back_without_a_wait():
+    for shape in ((2, 3, 4, 5), (2, 3, 0, 5)):
+        x = torch.randn(shape).transpose(1, 2)
+        with FakeCuda() as gpu:
+            there = x.to("cuda:0")
+            gpu.waits.clear()
+            kept = offloaded(there, torch.device("cpu"))
+            assert not kept.is_cuda and kept.pinned and kept.is_contiguous()
+            back = fetched(kept, there.device)
+            assert back.is_cuda and not gpu.waits
+            there.cpu()
+            assert gpu.waits, "a copy that is waited for is not seen"
+            assert torch.equal(back.cpu(), x)
+        assert torch.equal(fetched(offloaded(x, torch.device("cpu")), torch.device("cpu")), x)
+
 
 @grid(view=VIEWS, model=["pte, sum, all seven", "pte, whitened", "lora_c"], attention=["blockwise", "sdpa"])
 def test_replay_and_its_gradients(view, model, attention):
@@ -248,8 +309,11 @@ def test_replay_and_its_gradients(view, model, attention):
         for each, device in ((cpu, "cpu"), (there, "cuda:0")):
             each.train().gradient_checkpointing_enable({"use_reentrant": False})
             each.enable_input_require_grads()
-            logps = VIEWS[view](each, IDS.to(device), MASK.to(device))
+            inputs = IDS.to(device), MASK.to(device)
+            gpu.waits.clear()
+            logps = VIEWS[view](each, *inputs)
             logps.sum().backward()
+            assert {where.split(":")[0] for _, where in gpu.waits} <= WAITING.get(view, set())
             gradients = {name: p.grad.cpu() for name, p in each.named_parameters() if p.requires_grad}
             found.append((logps.detach().cpu(), gradients))
         (expected, wanted), (logps, gradients) = found

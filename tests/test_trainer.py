@@ -14,7 +14,7 @@ from pte_trl.estimate.choice import Replay
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.ring import aligned
 from pte_trl.runtime.resume import differences
-from pte_trl.runtime.sharding import check_engine
+from pte_trl.runtime.sharding import check_engine, rollout_engine_must_go
 from pte_trl.training import calibrate, replays
 from pte_trl.training import trainer as trainer_module
 from pte_trl.training.arguments import RecipeArguments
@@ -249,6 +249,20 @@ def test_auto_is_one_pass_on_a_cpu_and_stands_in_the_settings(tmp_path):
     assert trainer.replay == Replay(why="no GPU")
     assert trainer.settings["replay"] == "auto" and trainer.settings["replay_chosen"] == "one_pass (auto: no GPU)"
     assert not differences(trainer.settings, trainer.settings | {"replay_chosen": "segments"})
+
+
+def test_auto_keeps_the_engine_where_a_step_has_room_beside_it(tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path, max_steps=1)
+    monkeypatch.setattr(replays, "usable", lambda device: 1e12)
+    trainer.train()
+    need = trainer.step_beside_engine + trainer.engine_cache.nbytes
+    assert trainer.engine_cache.nbytes > 0 and trainer.replay.kind == "one_pass"
+    for room in (need, need - 1, None):
+        monkeypatch.setattr(replays, "usable", lambda device, room=room: room)
+        assert replays.engine_fits(trainer) == (room == need)
+        assert rollout_engine_must_go(trainer, replays.engine_fits(trainer)) == (room != need)
+    trainer.replay = Replay("segments")
+    assert rollout_engine_must_go(trainer, fits=True), "segments are there for their memory"
 
 
 def test_auto_is_settled_by_the_rank_with_the_least_memory(tmp_path, monkeypatch):

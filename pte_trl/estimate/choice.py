@@ -6,11 +6,13 @@ offloading copies keys and values to the CPU and back.
 
 from dataclasses import dataclass, replace
 
-from pte_trl.estimate.terms import Job, persistent, training_peak
+from pte_trl.estimate.terms import Job, drawing, persistent, training_peak
 
 # What an estimate leaves out on a GPU: its context in bytes, and fragmentation as a share of the memory.
 CONTEXT = 2e9
 FRAGMENTS = 0.1
+# A kept engine saves seconds, and a step that it leaves no room for ends the run. So the step counts this much larger.
+DOUBT = 0.25
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,9 @@ def affordable(job: Job, room: float) -> Replay:
 def step_bytes(job: Job) -> float:
     """Peak of a training step, weights and optimizer included."""
     return sum(persistent(job).values()) + training_peak(job)
+
+
+def beside_engine(job: Job) -> float:
+    """Bytes that must be there beside a rollout's cache if it is to stay while training: the step, and what the
+    captured graphs of the rollout hold for drawing."""
+    return (1 + DOUBT) * step_bytes(replace(job, engine_stays=False)) + drawing(job)

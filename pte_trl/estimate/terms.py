@@ -24,9 +24,8 @@ from pte_trl.adapter.model import geometry_of
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay import segment_run
 from pte_trl.replay.plan import ReplayPlan
-from pte_trl.rollouts.batching import cache_bytes
-from pte_trl.rollouts.engine import PREFILL_TOKENS
-from pte_trl.rollouts.ring import aligned, ring_size
+from pte_trl.rollouts.batching import cache_bytes, rounded
+from pte_trl.rollouts.engine import PREFILL_TOKENS, Room
 
 SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp2")
 GATHERED = ("zero3", "fsdp2")  # weights are divided, and gathered layer by layer
@@ -278,7 +277,8 @@ def cached_tokens(job: Job) -> int:
     """P + C with the full cache, else P + min(W, C), rounded up by the engine."""
     if job.schedule is None:
         return job.prompt + job.completion
-    return aligned(job.prompt + ring_size(job.schedule.window, job.completion))
+    room = Room.needed([job.prompt], [job.schedule], job.completion)
+    return rounded(room, torch.device(job.device)).places
 
 
 def rollout_cache(job: Job) -> float:
@@ -287,17 +287,22 @@ def rollout_cache(job: Job) -> float:
     return job.rollout_batch * (cache_bytes(job.config, cached_tokens(job), job.dtype) + state)
 
 
+def drawing(job: Job) -> float:
+    """What drawing a token of every row needs, (16 + e) n V."""
+    return (16 + job.dtype.itemsize) * job.rollout_batch * job.sizes[-1]
+
+
 def rollout(job: Job) -> float:
     """The cache, and with it the prefill, m P (4 I + 8 d) e for m prompts, or what sampling needs, (16 + e) n V.
 
     m is n where nothing is shared; the engine prefills n / num_generations, PREFILL_TOKENS at a time.
     """
-    _, d, inner, *_, vocabulary = job.sizes
+    _, d, inner, *_ = job.sizes
     prompts = job.rollout_batch
     if job.schedule is not None:
         prompts = max(1, min(prompts // job.num_generations, PREFILL_TOKENS // job.prompt))
     prefill = prompts * job.prompt * (4 * inner + 8 * d) * job.dtype.itemsize
-    return rollout_cache(job) + max(prefill, (16 + job.dtype.itemsize) * job.rollout_batch * vocabulary)
+    return rollout_cache(job) + max(prefill, drawing(job))
 
 
 def training_peak(job: Job) -> float:

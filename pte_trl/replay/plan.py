@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pte_trl.cache.masks import BLOCKWISE, check_mask_taken, mask_for
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.blocks import Group, bias, groups_of
+from pte_trl.transfer import uploaded
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Places:
         row = places + length * torch.arange(batch, device=places.device).view(-1, 1, 1)
         target = row.masked_fill(~filled, batch * length).flatten()
         unnamed = torch.ones(batch * length + 1, dtype=torch.bool, device=places.device)
-        unnamed[target] = False
+        unnamed.index_fill_(0, target, False)  # an index with a number would wait for the device
         source = target.clamp(max=batch * length - 1)
         return cls(source, target, filled.unsqueeze(3), unnamed[:-1].view(batch, length, 1))
 
@@ -70,6 +71,7 @@ class ReplayPlan:
         first: (batch, length) position of the oldest thought token that each token attends to.
         real: (batch, length), False where padded.
         prompt: prompt tokens, padding included.
+        window: the most thought tokens that a token attends to.
     """
 
     evicted: Tensor
@@ -77,6 +79,7 @@ class ReplayPlan:
     first: Tensor
     real: Tensor
     prompt: int
+    window: int
 
     @classmethod
     def build(cls, schedules: Sequence[Schedule], prompt: int, attention_mask: Tensor) -> "ReplayPlan":
@@ -95,16 +98,17 @@ class ReplayPlan:
         def positions(begin: list[int]) -> Tensor:
             """(batch, J, E_max): E tokens from thought `begin` on, then the E after them, J times."""
             at = torch.tensor(begin).view(-1, 1, 1) + evict * torch.arange(count).view(-1, 1) + within
-            return (prompt + at).masked_fill(within >= evict, length).clamp(max=length).to(device)
+            return uploaded((prompt + at).masked_fill(within >= evict, length).clamp(max=length), device)
 
         thought = torch.arange(length - prompt)
         first = torch.stack([prompt + s.first_visible(thought) for s in schedules])
         return cls(
             evicted=positions([s.evicted_by(1).start for s in schedules]),
             users=positions([s.decoded_under(1).start for s in schedules]),
-            first=nn.functional.pad(first, (prompt, 0), value=prompt).to(device),
+            first=uploaded(nn.functional.pad(first, (prompt, 0), value=prompt), device),
             real=attention_mask.bool(),
             prompt=prompt,
+            window=1 + max((prompt + thought - first).flatten().tolist(), default=0),
         )
 
     def __reduce__(self):
@@ -119,9 +123,7 @@ class ReplayPlan:
     @cached_property  # of all layers
     def blocks(self) -> list[Group]:
         """How the queries attend together. The masks grow with the length, not with its square."""
-        at = torch.arange(self.length, device=self.real.device)
-        window = max(1, int((at - self.first).amax()) + 1)
-        return groups_of(self.length, self.prompt, window, self.seen, self.real.device)
+        return groups_of(self.length, self.prompt, self.window, self.seen, self.real.device)
 
     @cached_property
     def _kept(self) -> dict[Hashable, Any]:

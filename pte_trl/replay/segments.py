@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.segment_run import SegmentRun
+from pte_trl.transfer import uploaded
 
 
 class Lockstep(Protocol):
@@ -72,7 +73,7 @@ def segment_logps(
     runs, small = [], None if lockstep is None else 0
     # In a fixed order, so that sums of gradients are rounded alike whenever a run is repeated.
     for schedule in sorted(set(schedules), key=lambda schedule: schedule.window):
-        rows = torch.tensor([row for row, each in enumerate(schedules) if each == schedule], device=input_ids.device)
+        rows = uploaded([row for row, each in enumerate(schedules) if each == schedule], input_ids.device)
         sample = (input_ids[rows], attention_mask[rows], prompt)
         runs.append(SegmentRun(model, *sample, schedule, segment_length, offload, temperature, rows, small))
     if lockstep is None:

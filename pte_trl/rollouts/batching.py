@@ -13,7 +13,9 @@ from pte_trl.rollouts.engine import Engine, Room
 from pte_trl.rollouts.sampling import Sampling
 
 SHARE = 0.6  # of the free memory for the cache; the rest is for activations and logits
-WASTE = 8  # an engine is used again if at most this part of its places is more than anybody needs
+WASTE = 8  # an engine of fewer rows than memory allows is used again if at most this part of them is missing
+# On CUDA buffers are rounded up, since another shape is another engine, whose graphs are captured anew.
+PLACES, EVICT = 128, 32
 Result = TypeVar("Result")
 
 
@@ -24,18 +26,26 @@ def cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
     return 2 * heads * shape["head_dim"] * tokens * dtype.itemsize
 
 
-def auto_batch_size(model: nn.Module, places: int, free: int | None = None) -> int | None:
+def rounded(room: Room, device: torch.device) -> Room:
+    """What an engine's buffers have on this device for rows that need `room`."""
+    if device.type != "cuda":
+        return room
+    return Room(*(-(-size // unit) * unit for size, unit in ((room.places, PLACES), (room.evict, EVICT))))
+
+
+def auto_batch_size(model: nn.Module, places: int, free: int | None = None, held: int = 0) -> int | None:
     """Rows whose caches fit in SHARE of the free memory; None (all at once) on a CPU.
 
     Args:
         places: prompt and thought tokens of a row (`Room.places`).
         free: bytes; those that the model's GPU has, and torch holds unused, if None.
+        held: bytes of a kept engine, which is used or goes.
     """
     if free is None:
         if model.device.type != "cuda":
             return None
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        free = torch.cuda.mem_get_info(model.device)[0] + unused
+        free = torch.cuda.mem_get_info(model.device)[0] + unused + held
     return max(1, int(SHARE * free / cache_bytes(model.config, places, model.dtype)))
 
 
@@ -61,27 +71,50 @@ def halving(run: Callable[[int], Result], rows: int, release: Callable[[], None]
 
 
 class EngineCache:
-    """Keeps the last engine: its buffers, and on CUDA its captured graphs, serve the next batch of the same kind."""
+    """Keeps the last engine: its buffers, and on CUDA its captured graphs, serve the next batch of the same kind.
+
+    An engine serves batches of fewer rows and shorter rows, too: a step computes rows in use and reads places in use.
+    So a training under `window: auto`, whose batches need other rooms, soon has one that serves all of them.
+    """
 
     def __init__(self):
         self.kind, self.engine = None, None
 
-    def get(self, model: nn.Module, rows: int, room: Room, sampling: Sampling, compile: bool = False) -> Engine:
-        """An engine whose rows have that room, or a little more; arguments as for `Engine`."""
+    def get(
+        self,
+        model: nn.Module,
+        rows: int,
+        room: Room,
+        sampling: Sampling,
+        compile: bool = False,
+        least: int | None = None,
+    ) -> Engine:
+        """An engine whose rows have that room, or more; arguments as for `Engine`.
+
+        Args:
+            rows: that a new one gets.
+            least: that a kept one must have; None: `rows`.
+        """
         # Of every kind of adapter: a captured step goes on using those that were active then.
         layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         adapters = [() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers]
         device = model.device.type  # autocast decides the dtype of the buffers, too
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        kind = (id(model), model.device, model.dtype, autocast, adapters, rows, sampling, compile)
-        if kind != self.kind or not self._roomy(room):
+        kind = (id(model), model.device, model.dtype, autocast, adapters, sampling, compile)
+        if kind != self.kind or not self._roomy(least or rows, room):
             self.release()  # before the new one's buffers are made
+            room = rounded(room, model.device)
             self.kind, self.engine = kind, Engine(model, rows, room, sampling, compile)
         return self.engine
 
-    def _roomy(self, room: Room) -> bool:
+    def _roomy(self, rows: int, room: Room) -> bool:
         cache = self.engine.cache
-        return room.evict <= cache.evict_at_most and room.places <= cache.places <= room.places + cache.places // WASTE
+        return rows <= cache.rows and room.evict <= cache.evict_at_most and room.places <= cache.places
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the kept engine's cache; 0 without one."""
+        return 0 if self.engine is None else self.engine.cache.nbytes
 
     def release(self) -> None:
         """Frees the buffers and the graphs."""

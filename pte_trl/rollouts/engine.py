@@ -26,7 +26,7 @@ from pte_trl.rollouts.draw import draw
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.ring import ALIGN, RingCache, aligned, ring_size
 from pte_trl.rollouts.sampling import Sampling
-from pte_trl.rollouts.transfer import uploaded
+from pte_trl.transfer import uploaded
 
 # Steps between two reads of which rows have ended. A read waits for the GPU, which then idles until the host has
 # queued the next step; on a CPU it costs nothing, so every step is followed by one.
@@ -166,7 +166,12 @@ class Engine:
 
     @torch.no_grad()
     def run(
-        self, prompts: list[list[int]], prompt_index: list[int], schedules: Sequence[Schedule], draws: Tensor
+        self,
+        prompts: list[list[int]],
+        prompt_index: list[int],
+        schedules: Sequence[Schedule],
+        draws: Tensor,
+        rows: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One completion for every entry of `prompt_index`.
 
@@ -175,6 +180,7 @@ class Engine:
             prompt_index: (samples,), which of them sample i completes.
             schedules: (samples,), when which thought token of sample i leaves. The engine must have room for them.
             draws: (samples, max_new_tokens) numbers in [0, 1) that decide the tokens.
+            rows: decoded together at most; None: all that the engine has.
 
         Returns:
             ids and log-probs, (samples, max_new_tokens), and lengths, (samples,).
@@ -185,7 +191,7 @@ class Engine:
         self.encoders = evicted_encoders(self.model)
         self._or_eagerly(lambda: self.compiled.refresh())
         self.waiting = list(range(count))[::-1]  # samples that have no row yet, the next one last
-        self.active = min(self.cache.rows, count)  # rows in use: the first so many
+        self.active = min(self.cache.rows, rows or count, count)  # rows in use: the first so many
         self.rows: list[Row | None] = [None] * self.active
         self.first_logits: dict[int, Tensor] = {}  # after each prefilled prompt, while samples of it wait
         self.cache.begun = False
@@ -202,8 +208,8 @@ class Engine:
             steps += 1
 
     def _make_records(self, draws: Tensor) -> None:
-        """Where random numbers are read and results are written: the same tensors as long as their shape stays."""
-        if len(self.ids) != len(draws) + 1:
+        """Where random numbers are read and results are written: the same tensors as long as they are long enough."""
+        if len(self.ids) <= len(draws):
             self._step.clear()  # the graphs write into the old tensors
             # One line more than samples: between two reads by the host, rows that have ended keep being fed, and what
             # they draw must go somewhere. A branch per row could not be captured.
@@ -214,7 +220,7 @@ class Engine:
             self.draws = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.ids.fill_(self.sampling.pad_token_id)
         self.logps.zero_()
-        self.draws[:-1] = draws
+        self.draws[: len(draws)] = draws
 
     def _turn_over(self) -> bool:
         """Gives ended rows to waiting samples, or moves the other rows to the front; False when all is done."""

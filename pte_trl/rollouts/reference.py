@@ -12,6 +12,7 @@ from pte_trl.cache.eviction import attention_for
 from pte_trl.cache.masks import prompt_mask
 from pte_trl.rollouts.prompts import distinct, left_pad
 from pte_trl.rollouts.sampling import Sampling, sample
+from pte_trl.transfer import uploaded
 
 
 @torch.no_grad()
@@ -32,8 +33,8 @@ def decode(
     count, device = len(draws), model.device
     prompts, prompt_index = distinct(prompt_ids) if shared else (prompt_ids, None)
     tokens, mask = left_pad(prompts, sampling.pad_token_id, device)
-    batch = Batch(model, cache, mask)
-    stops = torch.tensor(sampling.eos_token_ids, device=device)
+    batch = Batch(model, cache, mask, len(set(map(len, prompts))) > 1)
+    stops = uploaded(sampling.eos_token_ids, device)
     ids = torch.full(draws.shape, sampling.pad_token_id, device=device)
     logps = torch.zeros(draws.shape, device=device)
     lengths = torch.zeros(count, dtype=torch.long, device=device)
@@ -41,7 +42,7 @@ def decode(
     with attention_for(model, cache) as extra:
         logits = batch.prefill(tokens, extra)
         if prompt_index is not None:  # each prompt was prefilled once; now a row for every completion
-            logits = logits[batch.select(torch.tensor(prompt_index, device=device))]
+            logits = logits[batch.select(uploaded(prompt_index, device))]
         for step in range(sampling.max_new_tokens):
             token, logp = sample(logits, sampling.temperature, sampling.top_p, draws[rows, step])
             token = torch.where(alive, token, sampling.pad_token_id)
@@ -59,10 +60,15 @@ def decode(
 
 
 class Batch:
-    """The sequences that are decoded together: their cache, their prompts' padding, their positions."""
+    """The sequences that are decoded together: their cache, their prompts' padding, their positions.
 
-    def __init__(self, model: nn.Module, cache: BoundedCache, prompt_mask: Tensor):
-        self.model, self.cache, self.prompt_mask = model, cache, prompt_mask
+    Args:
+        prompt_mask: (batch, length), 0 where padded.
+        padded: whether it has a 0; read from the device if None.
+    """
+
+    def __init__(self, model: nn.Module, cache: BoundedCache, prompt_mask: Tensor, padded: bool | None = None):
+        self.model, self.cache, self.prompt_mask, self.padded = model, cache, prompt_mask, padded
         self.position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, extra: dict) -> Tensor:
@@ -78,7 +84,7 @@ class Batch:
         ).logits[:, -1]
 
     def prefill(self, tokens: Tensor, extra: dict) -> Tensor:
-        logits = self._forward(tokens, prompt_mask(self.model, self.prompt_mask), extra)
+        logits = self._forward(tokens, prompt_mask(self.model, self.prompt_mask, self.padded), extra)
         self.position = self.position[:, -1:]
         return logits
 

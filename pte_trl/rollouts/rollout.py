@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from pte_trl.cache.eviction import Strategy, make_cache
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
-from pte_trl.rollouts.batching import EngineCache, auto_batch_size, halving
+from pte_trl.rollouts.batching import WASTE, EngineCache, auto_batch_size, halving, rounded
 from pte_trl.rollouts.engine import Room
 from pte_trl.rollouts.prompts import distinct
 from pte_trl.rollouts.reference import decode
 from pte_trl.rollouts.sampling import Sampling, uniforms
 from pte_trl.settings.limits import LIMITS, check_value
+from pte_trl.transfer import uploaded
 
 COMPILED_FROM = 256  # new tokens of a rollout for which compiling (tens of seconds, once a process) pays
 
@@ -163,9 +164,10 @@ def run_reference(
     for schedule in dict.fromkeys(schedules):
         rows = [row for row, other in enumerate(schedules) if other == schedule]
         cache = make_cache(model, schedule, eviction, longest=sampling.max_new_tokens - 1)
-        *some, held = decode(model, [prompt_ids[row] for row in rows], cache, sampling, draws[rows], shared)
+        index = uploaded(rows, draws.device)
+        *some, held = decode(model, [prompt_ids[row] for row in rows], cache, sampling, draws[index], shared)
         for whole, part in zip(found, some, strict=True):
-            whole[rows] = part
+            whole[index] = part
         for row, length in zip(rows, some[2].tolist(), strict=True):
             evictions[row] = cache.evictions_after(length - 1)
         cache_bytes += held * len(rows) / count
@@ -189,14 +191,19 @@ def run_engine(
     """
     prompts, prompt_index = distinct(prompt_ids)
     room = Room.needed(map(len, prompt_ids), schedules, sampling.max_new_tokens)
-    if batch_size == "auto":
-        batch_size = auto_batch_size(model, room.places)
+    auto = batch_size == "auto"
+    if auto:
+        places = rounded(room, model.device).places
+        batch_size = auto_batch_size(model, places, held=engine_cache.nbytes)
 
     long = model.device.type == "cuda" and sampling.max_new_tokens >= COMPILED_FROM
     compiled = compile == "always" or (compile == "auto" and long)
 
     def run(rows: int):
-        engine = engine_cache.get(model, rows, room, sampling, compiled)
-        return engine.run(prompts, prompt_index, schedules, draws), engine.cache.nbytes / rows
+        # What memory is free differs a little each time; that is no reason for another engine.
+        least = rows - rows // WASTE if auto else rows
+        engine = engine_cache.get(model, rows, room, sampling, compiled, least)
+        found = engine.run(prompts, prompt_index, schedules, draws, None if auto else rows)
+        return found, engine.cache.nbytes / engine.cache.rows
 
     return halving(run, min(batch_size or len(prompt_ids), len(prompt_ids)), engine_cache.release)

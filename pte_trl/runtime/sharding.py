@@ -88,10 +88,15 @@ def whole_weights(model: nn.Module):
             unit.set_reshard_after_forward(True, recurse=False)
 
 
-def rollout_engine_must_go(trainer) -> bool:
-    """Whether training wants the rollout engine's memory, or the weights will lie elsewhere in the next rollout."""
+def rollout_engine_must_go(trainer, fits: bool) -> bool:
+    """Whether training wants the rollout engine's memory, or the weights will lie elsewhere in the next rollout.
+
+    Args:
+        fits: whether there is room for a training step beside it. It has to be there under `rollout_batch_size: auto`
+            alone: a stated size keeps the engine, and the memory that a run prints counts it.
+    """
     backend, replay = distributed_backend(trainer), getattr(trainer, "replay", None)
-    short = trainer.args.rollout_batch_size == "auto" or (replay and replay.kind == "segments")
+    short = (replay and replay.kind == "segments") or (trainer.args.rollout_batch_size == "auto" and not fits)
     return backend.is_zero3 or backend.is_fsdp or short
 
 

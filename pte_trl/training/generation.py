@@ -6,6 +6,7 @@ from pte_trl.cache.policy import CachePolicy
 from pte_trl.compat.trl import unwrap_model_for_generation
 from pte_trl.rollouts.rollout import Rollout, rollout
 from pte_trl.runtime.sharding import rollout_engine_must_go, whole_weights
+from pte_trl.training.replays import engine_fits
 
 
 def trainer_rollout(trainer, prompt_ids: list[list[int]], policy: CachePolicy, base: bool = False) -> Rollout:
@@ -39,6 +40,6 @@ def trainer_rollout(trainer, prompt_ids: list[list[int]], policy: CachePolicy, b
             engine_cache=trainer.engine_cache,
             compile=args.compile_rollouts,
         )
-    if rollout_engine_must_go(trainer):
+    if rollout_engine_must_go(trainer, engine_fits(trainer)):
         trainer.engine_cache.release()
     return result

@@ -50,6 +50,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         settings: what every checkpoint and the manifest record: what decides the course of the run.
         max_prompt_tokens: longest prompt there can be; None to look it up in the training set.
         engine_cache: the rollout engine, kept between rollouts.
+        step_beside_engine: bytes of a training step, where they decide whether the engine stays; None: not known.
     """
 
     config_class: type
@@ -63,6 +64,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         with quiet:
             super().__init__(**arguments | given_by_name)
         self.engine_cache, self.max_prompt_tokens = EngineCache(), None
+        self.step_beside_engine: float | None = None
         for layer in pte_layers(self.model):
             layer.watch_updates = True
         check_engine(self.args, self.engine)

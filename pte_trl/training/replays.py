@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from pte_trl.adapter.fit import FAMILIES
-from pte_trl.estimate.choice import FRAGMENTS, Replay, affordable
+from pte_trl.estimate.choice import FRAGMENTS, Replay, affordable, beside_engine
 from pte_trl.runtime.sharding import check_engine
 from pte_trl.runtime.startup import job_of
 from pte_trl.training.config import PteGRPOConfig, check_replay
@@ -49,6 +49,20 @@ def usable(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return (1 - FRAGMENTS) * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+
+def step_beside_engine(trainer, longest: int | None) -> float | None:
+    """What `rollout_batch_size: auto` needs to know before it keeps the engine (`beside_engine`); None: not known."""
+    known = trainer.bounded and longest is not None and trainer.model.config.model_type in FAMILIES
+    if not known or usable(trainer.accelerator.device) is None:
+        return None
+    return beside_engine(job_of(trainer, trainer.engine, longest))
+
+
+def engine_fits(trainer) -> bool:
+    """Whether a training step has room beside the rollout engine, as far as that is known."""
+    step, room = trainer.step_beside_engine, usable(trainer.accelerator.device)
+    return step is not None and room is not None and step + trainer.engine_cache.nbytes <= room
 
 
 def segments_refused(args: PteGRPOConfig, engine: str | None, model: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from pte_trl.training.generation import trainer_rollout
 from pte_trl.training.metrics import GrpoMetrics
 from pte_trl.training.micro_batches import prepared_by_window
 from pte_trl.training.mixin import BoundedTrainer
-from pte_trl.training.replays import check_dropout, dropouts, settled, stated
+from pte_trl.training.replays import check_dropout, dropouts, settled, stated, step_beside_engine
 
 logger = get_logger(__name__)
 
@@ -76,6 +76,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
 
     def _settle(self, longest_prompt: int | None) -> None:
         self.replay = settled(self, longest_prompt)
+        self.step_beside_engine = step_beside_engine(self, longest_prompt)
         if self.bounded:
             self.settings = self.settings | {"replay_chosen": str(self.replay)}
 

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.cache.eviction.strategy import Strategy
 from pte_trl.cache.schedule import Schedule
+from pte_trl.transfer import uploaded
 
 
 class SelectiveLayer(BoundedLayer):
@@ -90,14 +91,14 @@ class SelectiveLayer(BoundedLayer):
     def _choose(self, counts: list[int]) -> Tensor:
         """(batch, kv heads, kept), True for the `counts` entries that leave each head."""
         device = self.alive.device
-        capacity = torch.tensor([s.window for s in self.schedules], device=device).unsqueeze(1)
+        capacity = uploaded([s.window for s in self.schedules], device).unsqueeze(1)
         age = (self.fed - 1 - self.thought).unsqueeze(1)
         scores, protected = self.strategy.order(self.past, self.alive, age, capacity)
         # Two stable sorts: by score, the oldest first among equals; then unprotected, protected, dead.
         order = scores.argsort(dim=-1, stable=True)
         group = protected.long().masked_fill(~self.alive, 2)
         order = order.gather(2, group.gather(2, order).argsort(dim=-1, stable=True))
-        return order.argsort(dim=-1) < torch.tensor(counts, device=device).unsqueeze(1)
+        return order.argsort(dim=-1) < uploaded(counts, device).unsqueeze(1)
 
     def _encode(self, leaving: Tensor, encode: Callable[[Tensor, Tensor], None]) -> None:
         places = places_of(leaving.any(1))
