@@ -199,8 +199,9 @@ def one_pass(job: Job) -> float:
 
     b [ L T d e + T (6 I e + STREAM d + 2 d_kv e) + attention ]: the inputs of all layers and the inside of one, with
     gate, up and product of its MLP and the gradient of each. Without checkpointing, instead of the inputs, what the
-    other layers saved: (L - 1) [ T (3 I + 6 d) e + attention ]. PTE adds T (8 d_kv + 24 r + 100): keys, values and
-    latents in float32, and indices; without checkpointing, of every layer.
+    other layers saved: (L - 1) T (3 I + 6 d) e, and with SDPA their attention (blocks make their copies anew).
+    PTE adds T (8 d_kv + 24 r + 100): keys, values and latents in float32, and indices;
+    without checkpointing, of every layer.
     """
     layers, d, inner, _, d_kv, _ = job.sizes
     length, width = job.prompt + job.completion, job.dtype.itemsize
@@ -208,7 +209,7 @@ def one_pass(job: Job) -> float:
     inside = length * (6 * inner * width + STREAM * d + 2 * d_kv * width) + extra
     others = layers * length * d * width
     if not job.checkpointing:
-        others = (layers - 1) * (length * (3 * inner + 6 * d) * width + extra)
+        others = (layers - 1) * (length * (3 * inner + 6 * d) * width + (0 if job.blockwise else extra))
     states = length * (8 * d_kv + 24 * job.state_rank + 100) * (1 if job.checkpointing else layers)
     states = states if job.method == "pte" else 0
     return job.micro_batch * (others + inside + states)
