@@ -235,7 +235,7 @@ def test_the_page_states_these_costs():
     }
     scales = [SCALES[name] for name in ("paper", "night", "tiny")]
     for row, runs in (("Table 1", lambda at: needed("table1", at.name)), ("everything", lambda at: runs_of(at.name))):
-        stated = [re.search(r"[\d,]+|half", cell)[0] for cell in rows[f"{row}: cost, estimated"]]
+        stated = [re.search(r"[\d,.]+|half", cell)[0] for cell in rows[f"{row}: cost, estimated"]]
         hours = [0.5 if text == "half" else float(text.replace(",", "")) for text in stated]
         assert hours == pytest.approx([sum(cost(run, at).hours for run in runs(at)) for at in scales], rel=0.1)
     for cell, at in zip(rows["Table 1: trainings, evaluations"], scales, strict=True):
