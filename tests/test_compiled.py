@@ -196,8 +196,8 @@ def test_a_compiler_that_fails_in_the_middle_of_a_step_loses_nothing(monkeypatch
 
 
 # Per layer and step. For a CPU the compiler fuses nothing behind a reduction, so the cast behind x S, twice a layer,
-# is a kernel of its own. For a GPU it joins a reduction and what comes next where both have as many results, as here. A
-# sum in bfloat16 would round every addend, and a product of matrices S: the replay rounds neither.
+# is a kernel of its own. For a GPU it joins a reduction and what comes next where both have as many results, as here.
+# A sum in bfloat16 would round every addend, and a product of matrices S: the replay rounds neither.
 LAUNCHES = {
     ("bare", "float32"): 14,
     ("lora_c", "float32"): 18,
