@@ -85,7 +85,7 @@ STEPS = (
         *("exact", "Are tokens, log-probs and gradients right on this device?"),
         *("exact", "--seconds 100", "--dtypes float32 --cells 1"),
         takes=60,
-        limit=120,
+        limit=110,
     ),
     Step(
         *("exact-compiled", "And with decode steps that are compiled?"),
@@ -110,7 +110,7 @@ STEPS = (
         *("rollout-3b", "What share of the roofline does a decode step reach?"),
         *("rollout", ROLLOUT_3B, SMALL_ROLLOUT),
         takes=100,
-        limit=170,
+        limit=160,
     ),
     Step(
         *("profile", "Which kernels take a decode step's time, how many launches are there, what do graphs save?"),
@@ -119,11 +119,18 @@ STEPS = (
         limit=120,
     ),
     Step(
+        *("launches", "How many kernels does a layer of a decode step launch, eagerly and compiled?"),
+        *("launches", "--shape qwen2.5-3b --dtype bfloat16 --adapters pte", "--adapters bare"),
+        takes=40,
+        limit=60,
+        records=False,
+    ),
+    Step(
         *("replay-3b", "What does the replay cost over an ordinary training step, short and long?"),
         *("replay", f"{AT_3B} --lengths 3072 16384 --repeats 2 --arms lora_c pte --attention blocks flex"),
         "--lengths 24 --prompt 8 --window 16 --repeats 1 --arms pte",
         takes=90,
-        limit=160,
+        limit=150,
         needs=("trl",),
     ),
     Step(
@@ -137,7 +144,7 @@ STEPS = (
         *("training", "Does the recipe train on this device?"),
         *("tiny_training", "", "--steps 1 --batch 8 --pretraining 5"),
         takes=60,
-        limit=120,
+        limit=100,
         records=False,
         needs=TRAINING,
     ),

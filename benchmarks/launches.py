@@ -104,12 +104,18 @@ def per_layer(adapter: str, compile: bool, args: argparse.Namespace) -> float:
     return (many - few) / 2
 
 
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = options(__doc__)
+    parser.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
+    return parse(parser, argv)
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parse(options(__doc__), argv)
+    args = arguments(argv)
     print_table(
         [
             {"adapter": name, "eager": per_layer(name, False, args), "compiled": per_layer(name, True, args)}
-            for name in ADAPTERS
+            for name in args.adapters
         ]
     )
 

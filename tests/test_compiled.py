@@ -101,8 +101,9 @@ def mismatch(model, **changes) -> float:
     """`mismatch/max`: the largest difference between log-probs of a rollout and of its replay. Rows are refilled, have
     windows of their own, and evict."""
     policy, kept = CachePolicy("auto"), EngineCache()
-    found = sampled(model, policy=policy, windows=WINDOWS, batch_size=4, engine_cache=kept, **changes)
-    assert (kept.engine.compiled is None) == (changes["compile"] == "never") and max(found.evictions) > 5
+    options = {"windows": WINDOWS, "batch_size": 4, "eos_token_ids": [40, 41], "engine_cache": kept}
+    found = sampled(model, policy=policy, **options | changes)
+    assert (kept.engine.compiled is None) == (changes["compile"] == "never") and max(found.evictions) > 3
     longest = max(map(len, PROMPTS))
     padded = [[-1] * (longest - len(p)) + p + c for p, c in zip(PROMPTS, found.completion_ids, strict=True)]
     width = max(map(len, padded))
@@ -207,7 +208,9 @@ def test_a_compiler_that_fails_in_the_middle_of_a_step_loses_nothing(monkeypatch
 # ---- the compiler itself -------------------------------------------------------------------------------------------
 
 
-# Per layer and step. For a CPU the compiler leaves the cast behind x S, twice a layer, a kernel of its own.
+# Per layer and step. For a CPU the compiler fuses nothing behind a reduction, so the cast behind x S, twice a layer,
+# is a kernel of its own. For a GPU it joins a reduction and what comes next where both have as many results, as here.
+# A sum in bfloat16 would round every addend, and a product of matrices S: the replay rounds neither.
 LAUNCHES = {
     ("bare", "float32"): 14,
     ("lora_c", "float32"): 18,

@@ -211,7 +211,7 @@ def _kind(part):
 
 @functools.cache
 def say(sentence: str) -> None:
-    """Prints a sentence once per process."""
+    """Prints a sentence the first time it is given."""
     print(sentence, flush=True)
 
 

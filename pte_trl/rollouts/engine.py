@@ -66,7 +66,7 @@ class CudaGraphed:
         """Drops all graphs."""
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         # One pool for all graphs: they never run at the same time, so their temporary tensors can share memory. A new
-        # one, since a pool that has lost its last graph takes no other as long as the allocator holds memory of it.
+        # one, since a pool whose last graph was freed takes no other as long as the allocator holds memory of it.
         self.pool = torch.cuda.graph_pool_handle() if self.on else None
 
 
