@@ -20,6 +20,7 @@ from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.cache.masks import check_mask_taken, mask_for
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.transformers import without_checkpointing
+from pte_trl.transfer import fetched, offloaded
 
 # Up to so many tokens, over all of its samples, a segment's layers do not run again inside its backward, although the
 # model has gradient checkpointing. What they then hold is less than the cache of a long text, and one forward of four
@@ -71,7 +72,7 @@ class Past:
 
     def keep(self, cache: BoundedCache) -> None:
         """Stores the keys and values that the next segment has added."""
-        self.kept.append([tuple(x.to(self.store_on) for x in layer.new) for layer in cache.layers])
+        self.kept.append([tuple(offloaded(x, self.store_on) for x in layer.new) for layer in cache.layers])
         for layer in cache.layers:
             layer.new = ()
 
@@ -93,7 +94,7 @@ class Past:
             row, at = like.new_empty(*like.shape[:2], length, like.shape[3], device=device), 0
             for segment, part in pieces:
                 size = part.stop - part.start
-                row[:, :, at : at + size] = self.kept[segment][layer][which][:, :, part]
+                row[:, :, at : at + size] = fetched(self.kept[segment][layer][which], device)[:, :, part]
                 at += size
             found.append(row)
         return tuple(found)
