@@ -29,9 +29,11 @@ SAMPLES = [
 LAYERS = 4
 
 
-def model() -> nn.Module:
+def model(checkpointed: bool) -> nn.Module:
+    """With adapted keys and values; where layers are checkpointed without, so that segments are longer than W."""
     torch.manual_seed(0)
-    return with_pte(tiny("llama", torch.float32, num_hidden_layers=LAYERS), target_modules=ATTENTION).train()
+    targets = ["q_proj", "o_proj"] if checkpointed else ATTENTION
+    return with_pte(tiny("llama", torch.float32, num_hidden_layers=LAYERS), target_modules=targets).train()
 
 
 def loss_of(logps: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ def sharded(model: nn.Module, engine: str):
 def main(engine: str, folder: str, *options: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, bare = dist.get_rank(), model()
+    rank, bare = dist.get_rank(), model(bool(options))
     if options:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
         bare.enable_input_require_grads()
@@ -112,7 +114,7 @@ def main(engine: str, folder: str, *options: str) -> None:
         schedules = schedules_of(torch.tensor(windows))
 
         def segments(input_ids: Tensor, attention_mask: Tensor, prompt=prompt, schedules=schedules):
-            more = {"temperature": TEMPERATURE, "lockstep": lockstep_of(wrapper)}
+            more = {"temperature": TEMPERATURE, "lockstep": lockstep_of(wrapper), "segment_length": 10}
             return segment_logps(bare, input_ids, attention_mask, prompt, schedules, **more)
 
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,10 @@ def launch(folder: Path, *arguments: str) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-@pytest.fixture(scope="module")
-def expected():
+@cache
+def expected(checkpointed: bool) -> tuple[list, dict]:
     """Log-probs of every rank and micro-batch, and the mean of the ranks' gradients, in one pass."""
-    alone = model()
+    alone = model(checkpointed)
     logps = [[], []]
     for rank, batches in enumerate(SAMPLES):
         for number, (prompts, completion, windows) in enumerate(batches):
@@ -65,8 +66,8 @@ def expected():
         pytest.param("fsdp2", ["--checkpoint"], marks=pytest.mark.thorough, id="fsdp2-checkpointed"),
     ],
 )
-def test_ranks_with_unlike_samples_do_what_one_process_does(tmp_path, expected, engine, options):
-    logps, gradients = expected
+def test_ranks_with_unlike_samples_do_what_one_process_does(tmp_path, engine, options):
+    logps, gradients = expected(bool(options))
     for found, wanted in zip(launch(tmp_path, engine, *options), logps, strict=True):
         assert all(gap(a, b) <= 1e-4 for a, b in zip(found["logps"], wanted, strict=True))
         assert_same(found["gradients"], gradients, 1e-3)

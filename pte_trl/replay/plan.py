@@ -6,7 +6,7 @@ from sample to sample.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -113,7 +113,7 @@ class ReplayPlan:
 
     def __reduce__(self):
         """A copy or a pickle is without what is kept for the layers: it is made again, and may hold functions."""
-        return ReplayPlan, (self.evicted, self.users, self.first, self.real, self.prompt)
+        return ReplayPlan, tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def length(self) -> int:

@@ -134,7 +134,7 @@ class _Fetch(torch.autograd.Function):
 class SegmentLayer(BoundedLayer):
     """A layer of the cache that is fed segments, each perhaps with several evictions.
 
-    Going backward it is made for one segment: what it holds is fetched when the model comes to it, and freed after.
+    Going backward it is made for one segment: what it holds is fetched when the model reaches it, and released.
 
     Attributes:
         fetch: gives the keys and values before the segment; None for a prompt, and going forward.
