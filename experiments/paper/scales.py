@@ -116,7 +116,7 @@ NIGHT = Scale(
     shrink=4,
     sink=256,  # room for nearly every question, and a short thought at the smallest budget
     training={
-        "max_steps": STEPS,  # three methods x three seeds: with its evaluations nine hours, as estimated
+        "max_steps": STEPS,  # three methods x three seeds: with its evaluations seven hours, as estimated
         "learning_rate": RATE,  # a sixth of the paper's steps at five times its rate; not tuned
         "per_device_train_batch_size": 16,
         "global_batch": COMPLETIONS,
