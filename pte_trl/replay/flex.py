@@ -59,13 +59,15 @@ def compiles(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int
     """Whether forward and backward compile and run for such heads; if not, the reason is logged, once."""
 
     def probe() -> None:
-        plan = ReplayPlan.build([Schedule(TILE)], TILE, torch.ones(1, PROBE, dtype=torch.long, device=device))
+        mask = torch.ones(1, PROBE, dtype=torch.long, device=device)
+        plan = ReplayPlan.build([Schedule(TILE)], TILE, mask)
         inputs = [
             torch.randn(1, count, PROBE, width, device=device, dtype=dtype, requires_grad=True)
             for count in (heads, kv_heads, kv_heads)
         ]
-        out = compiled()(*inputs, block_mask=tiles(plan), enable_gqa=True)
-        torch.autograd.grad(out.sum(), inputs)
+        with torch.cuda.device_of(mask):  # a new thread begins with the first GPU, and kernels run on the current one
+            out = compiled()(*inputs, block_mask=tiles(plan), enable_gqa=True)
+            torch.autograd.grad(out.sum(), inputs)
 
     try:
         # In a thread of its own: the layer that asks may be checkpointed, and hooks that save its tensors, as autocast
