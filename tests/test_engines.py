@@ -150,17 +150,17 @@ def assert_same_run(reports: list[dict], folder: Path, expected: dict, expected_
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        pytest.param("ddp", "", marks=pytest.mark.thorough),  # tests/test_resume.py trains under it
+        pytest.param("ddp", "", marks=pytest.mark.thorough),  # tests/test_startup.py trains under it
         pytest.param("ddp", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),
         pytest.param("zero1", SEGMENTS, marks=pytest.mark.thorough),
-        pytest.param("zero2", CHECKPOINTED, marks=pytest.mark.thorough),  # on two nodes below
+        pytest.param("zero2", CHECKPOINTED, marks=pytest.mark.thorough),  # tests/test_resume.py trains under it
         pytest.param("zero3", "", marks=pytest.mark.thorough),
         ("zero3", f"{WALK} {CHECKPOINTED}"),
         ("fsdp2", f"{WALK} {CHECKPOINTED}"),
         # tests/test_lockstep.py has both without a trainer
         pytest.param("zero3", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),
         pytest.param("fsdp2", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),
-        ("multi_node_zero2", SEGMENTS),
+        pytest.param("multi_node_zero2", SEGMENTS, marks=pytest.mark.thorough),  # tests/test_slurm.py has two nodes
         pytest.param("multi_node_zero3", CHECKPOINTED, marks=pytest.mark.thorough),  # its parts are above
     ],
     ids=lambda value: value if value in ENGINES else value.split(" ")[0].lstrip("-") or "plain",

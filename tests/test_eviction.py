@@ -28,7 +28,7 @@ def strategy(request):
 
 
 CELLS = [(arm, family) for arm in ARMS for family in ("llama", "qwen2")]
-LESS = [("bare", "llama"), ("lora", "qwen2"), ("pte", "qwen2")]
+LESS = [("bare", "llama"), ("pte", "qwen2")]
 SHOWN = [pytest.param(cell, marks=() if cell in LESS else pytest.mark.thorough) for cell in CELLS]
 
 

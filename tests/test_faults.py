@@ -46,7 +46,10 @@ SPOILT = [
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [pytest.param(*case, marks=pytest.mark.thorough if case[0].startswith("logps") else ()) for case in SPOILT],
+    [  # log-probs and gradients by default on two ranks, below
+        pytest.param(*case, marks=pytest.mark.thorough if case[0].startswith(("logps", "gradient")) else ())
+        for case in SPOILT
+    ],
     ids=[fault for fault, _ in SPOILT],
 )
 def test_a_number_that_is_not_finite_stops_the_run(place, fault, message):

@@ -62,7 +62,7 @@ def expected(checkpointed: bool) -> tuple[list, dict]:
     [
         pytest.param("zero3", [], marks=pytest.mark.thorough, id="zero3"),
         pytest.param("zero3", ["--checkpoint"], id="zero3-checkpointed"),
-        pytest.param("fsdp2", [], id="fsdp2"),
+        pytest.param("fsdp2", [], marks=pytest.mark.thorough, id="fsdp2"),  # tests/test_engines.py trains under it
         pytest.param("fsdp2", ["--checkpoint"], marks=pytest.mark.thorough, id="fsdp2-checkpointed"),
     ],
 )

@@ -231,14 +231,14 @@ def unkilled(place):
     return of
 
 
-# By default a signal, a kill of one of several processes, and a kill while a checkpoint is written.
+# By default a signal, and a kill of one of several processes while a checkpoint is written.
 ALWAYS = [
     ("one", Kill("backward", 3, 0, "SIGINT", 3)),
-    ("ddp", Kill("rollout", 4, 1, "SIGKILL", 2)),
     ("zero2", Kill("saving", 5, 1, "SIGKILL", 2)),
 ]
 CASES = [
     *ALWAYS,
+    ("ddp", Kill("rollout", 4, 1, "SIGKILL", 2)),
     ("one", Kill("saving", 5, 0, "SIGKILL", 2)),
     ("ddp", Kill("rollout", 3, 1, "SIGTERM", 3)),
     *[("one", kill) for kill in KILLS if kill.signal == "SIGKILL" and kill.moment != "optimizer" and kill.step != 1],

@@ -99,6 +99,7 @@ def test_two_worlds_of_one_process(setting, tmp_path):
 
 
 @NEEDS_NO_GPU
+@pytest.mark.thorough  # engines by their classes: below
 def test_zero_that_runs_as_ddp(setting, tmp_path):
     options = ["--config_file", config_file(tmp_path, ZERO2)]
     done = launch(setting, tmp_path, options, ACCELERATE_USE_CPU="true")
