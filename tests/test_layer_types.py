@@ -90,6 +90,12 @@ def close(family: str) -> float:
     return CLOSE_FLOAT32 if family in FLOAT32 else CLOSE
 
 
+def usual(of: tuple[str, ...], *names: str) -> pytest.MarkDecorator:
+    """`parametrize` over families; those that are not named run with `make test-all`."""
+    cells = [pytest.param(name, marks=() if name in names else pytest.mark.thorough) for name in of]
+    return pytest.mark.parametrize("family", cells)
+
+
 @made_once
 def model_of(family: str):
     torch.manual_seed(0)
@@ -140,7 +146,7 @@ def test_the_replay_is_the_decode(family):
     assert apart(family, replay_logps(model, ids, mask, prompt, WINDOW + 1)) > WRONG, "the window does nothing"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@usual(FAMILIES, "olmo3", "bamba", "lfm2", "llama4_text")
 @torch.no_grad()
 def test_padding_changes_nothing(family):
     """The padded sequence alone, without its padding, decoded and replayed."""
@@ -152,7 +158,7 @@ def test_padding_changes_nothing(family):
         assert gap(view(model_of(family), ids, mask, short, WINDOW), expected) <= close(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@usual(FAMILIES, "olmo3", "qwen3_next", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_chunks_are_token_by_token(family):
     ids, mask, prompt = batch()
@@ -166,7 +172,7 @@ def test_chunks_are_token_by_token(family):
     assert apart(family, (torch.cat(logits, dim=1).double() / 0.6).log_softmax(-1)) <= close(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@usual(FAMILIES, "gemma3_text", "bamba", "lfm2")
 @torch.no_grad()
 def test_generate_does_what_the_reference_loop_does(family):
     """A cache made without config gets its layers from the model, in both."""
@@ -181,7 +187,7 @@ def test_generate_does_what_the_reference_loop_does(family):
     assert loop.cache.evictions == Schedule(WINDOW).evictions(2 * WINDOW - 1) > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@usual(FAMILIES, "cohere2", "bamba", "lfm2")
 def test_gradients_of_a_replay_are_those_of_the_decode(family):
     """Both paddings; the decode in chunks, since the models' own step of one token writes states in place."""
     ids, mask, prompt = batch()
@@ -197,7 +203,7 @@ def test_gradients_of_a_replay_are_those_of_the_decode(family):
 # ---- what would be silently wrong ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "gemma3_text", "gpt_oss", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_one_mask_for_all_layers_is_wrong(family):
     ids, mask, prompt = batch()
@@ -208,7 +214,7 @@ def test_one_mask_for_all_layers_is_wrong(family):
     assert apart(family, (logits.double() / 0.6).log_softmax(-1)) > WRONG
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "olmo3", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_a_cache_that_knows_nothing_of_the_layers_is_refused(family):
     ids, mask, prompt = batch()
@@ -223,7 +229,7 @@ def test_a_cache_that_knows_nothing_of_the_layers_is_refused(family):
             make_cache(model, Schedule(WINDOW), name)
 
 
-@pytest.mark.parametrize("family", SLIDES)
+@usual(SLIDES, "olmo3")
 @torch.no_grad()
 def test_bounded_layers_in_the_place_of_sliding_ones_are_wrong(family):
     ids, mask, prompt = batch()
@@ -273,7 +279,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "olmo3", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_rows_of_all_layers_go_together(family):
     ids, mask, _ = batch()
@@ -288,7 +294,7 @@ def test_rows_of_all_layers_go_together(family):
         )
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "olmo3", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_a_copied_layer_continues_alone(family):
     """Also what is held, put into a copy, and back from another device as offloading does it."""
@@ -313,7 +319,7 @@ def test_a_copied_layer_continues_alone(family):
     assert size <= cache.nbytes <= 2 * size
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "cohere2", "bamba")
 @torch.no_grad()
 def test_a_reset_cache_is_a_new_one(family):
     ids, mask, _ = batch()
@@ -324,7 +330,7 @@ def test_a_reset_cache_is_a_new_one(family):
     assert torch.equal(steps(family, cache, ids[1:], mask[1:], 0, 4), steps(family, fresh, ids[1:], mask[1:], 0, 4))
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "olmo3", "qwen3_next", "falcon_h1")
 def test_a_prompt_of_inference_mode_can_be_trained_on(family):
     ids, mask, prompt = batch()
     cache = BoundedCache(WINDOW, config=model_of(family).config)
@@ -365,7 +371,7 @@ def test_tokens_of_another_model_are_refused():
 # ---- masks and blocks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "gpt_oss", "falcon_h1", "lfm2")
 def test_masks_of_a_padded_prompt(family):
     """By the type of a layer, as the model makes them, where a query is a token."""
     _, mask, prompt = batch()
@@ -403,8 +409,10 @@ def test_blocks_of_a_sliding_layer(sliding):
     assert torch.equal(plan.of_sliding.mask(), seen)
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", "blockwise_flex"])
-@pytest.mark.parametrize("family", [*(x for x in SLIDES if x not in EAGER), "qwen3_next", "falcon_h1", "llama4_text"])
+@pytest.mark.parametrize("implementation", ["blockwise", pytest.param("blockwise_flex", marks=pytest.mark.thorough)])
+@usual(
+    ("gemma3_text", "olmo3", "cohere2", "qwen3_next", "falcon_h1", "llama4_text"), "olmo3", "falcon_h1", "llama4_text"
+)
 @torch.no_grad()
 def test_blockwise_attention_of_mixed_models(family, implementation):
     ids, mask, prompt = batch()
