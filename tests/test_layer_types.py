@@ -13,6 +13,7 @@ from pte_trl.cache.bounded import BoundedLayer
 from pte_trl.cache.eviction import STRATEGIES, make_cache
 from pte_trl.cache.layers import HybridLayer, RecurrentLayer, SlidingLayer, copied, held, hold
 from pte_trl.cache.masks import mask_for, prompt_mask
+from pte_trl.cache.pieces import takes_up_states
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.attention import blockwise_attention
 from pte_trl.replay.plan import ReplayPlan, replay_inputs
@@ -53,6 +54,12 @@ FAMILIES = {
     "llama4_text": {
         "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
         **{"attention_chunk_size": 6, "num_local_experts": 4, "no_rope_layers": [1, 0, 1]},
+    },
+}
+APART = {
+    "jamba": {
+        **{"attn_layer_period": 3, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        **{"mamba_d_state": 8, "num_experts": 4},
     },
 }
 EAGER = ("gpt_oss", "gemma2")  # sinks, soft-capped scores
@@ -99,7 +106,7 @@ def usual(of: tuple[str, ...], *names: str) -> pytest.MarkDecorator:
 @made_once
 def model_of(family: str):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family])
+    config = AutoConfig.for_model(family, **SHAPE | (FAMILIES | APART)[family])
     attention = "eager" if family in EAGER else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
     model = model.to(torch.float32 if family in FLOAT32 else torch.float64).eval()
@@ -198,6 +205,55 @@ def test_gradients_of_a_replay_are_those_of_the_decode(family):
         found.append(torch.autograd.grad(logps[real].sum(), list(model.parameters()), allow_unused=True))
     pairs = [(a, b) for a, b in zip(*found, strict=True) if a is not None]
     assert len(pairs) > 10 and all(gap(a, b) <= close(family) * max(1, a.abs().max()) for a, b in pairs)
+
+
+@torch.no_grad()
+def test_a_model_that_forgets_its_state_in_a_chunk_is_fed_one_by_one():
+    """Its layers begin a forward of several tokens from an empty state, in transformers itself."""
+    ids, mask, prompt = batch()
+    model = model_of("jamba")
+    assert not takes_up_states(model) and all(takes_up_states(model_of(family)) for family in RECURS)
+    assert apart("jamba", replay_logps(model, ids, mask, prompt, WINDOW)) <= CLOSE_FLOAT32
+    assert apart("jamba", decode_logps(model, ids, mask, prompt, WINDOW, chunked=True)) > WRONG
+    mask = torch.cat([mask[:, :prompt], torch.ones_like(mask[:, prompt:])], dim=1)
+    cache, now = BoundedCache(WINDOW), slice(prompt, ids.shape[1] - 1)
+    logits = [feed(model, cache, ids[:, :prompt], mask[:, :prompt])]
+    logits.append(feed(model, cache, ids[:, now], mask[:, :-1], logits_to_keep=0))
+    assert apart("jamba", (torch.cat(logits, dim=1).double() / 0.6).log_softmax(-1)) <= CLOSE_FLOAT32
+    for words, call in (
+        (
+            r"prefill_chunk_size=4\): recurrent layers of jamba begin each from an empty state",
+            feed_prompt_of("jamba", 4),
+        ),
+        (r"prefill_chunk_size=1\): recurrent layers of lfm2 would take padding for tokens", feed_prompt_of("lfm2", 1)),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def feed_prompt_of(family: str, longest: int):
+    ids, mask, prompt = batch()
+    return lambda: feed(model_of(family), BoundedCache(WINDOW), ids[:, :prompt], mask[:, :prompt], longest=longest)
+
+
+@torch.no_grad()
+def test_turns_of_a_chat():
+    """generate feeds a long turn as its model can take it: pieces, or tokens."""
+    ids, _, prompt = batch()
+    for family in ("lfm2", "jamba", "olmo3"):
+        how = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        cache, model = BoundedCache(WINDOW), model_of(family)
+        model.generate(input_ids=ids[:1, :prompt], past_key_values=cache, **how)
+        first = cache.get_seq_length()
+        said = model.generate(input_ids=ids[:1, :prompt], past_key_values=BoundedCache(WINDOW), **how).sequences
+        turn = torch.cat([said, ids[1:, -20:]], dim=1)
+        out = model.generate(input_ids=turn, past_key_values=cache, **how)
+        fresh = BoundedCache(WINDOW)
+        feed(model, fresh, turn[:, :prompt])
+        for at in range(prompt, turn.shape[1]):
+            logits = feed(model, fresh, turn[:, at : at + 1])
+        assert first == prompt + 3 and cache.evictions > 4
+        assert gap(out.logits[0], logits[:, -1]) <= CLOSE_FLOAT32 * logits.abs().max()
 
 
 # ---- what would be silently wrong ---------------------------------------------------------------------------------
