@@ -119,7 +119,7 @@ def randomise(model: nn.Module) -> None:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parameter in model.parameters():
         if id(parameter) in embeddings:
-            parameter.normal_()
+            parameter.normal_(std=0.25)
         elif parameter.dim() >= 2:
             parameter.normal_(std=0.85 * min(parameter.shape[-2:]) ** -0.5)
         else:  # norms, biases, decays: what the family starts with, and something of its own for every feature
