@@ -4,13 +4,18 @@ import copy
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pte_trl.adapter.attention import PteAttention
-from pte_trl.adapter.config import PteConfig
+from pte_trl.adapter.config import GEOMETRY, PteConfig
 from pte_trl.adapter.encoder import WHITENERS
 from pte_trl.adapter.layer import PteLinear
-from pte_trl.adapter.settings import ATTENTION_LINEARS, MLP_LINEARS
+from pte_trl.adapter.placement import attention_modules, linear_place, unwrapped
+from pte_trl.adapter.self_test import check_by_self_test
+from pte_trl.adapter.settings import ATTENTION_LINEARS, LINEARS, MLP_LINEARS
+from pte_trl.cache.layers import check_layer_types
 from pte_trl.compat.peft import check_target_module_exists
+from pte_trl.compat.transformers import attention_of
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.
@@ -18,45 +23,60 @@ ENCODER_PARTS = ("global_tokens", "query_map", "key_map", "value_map", *WHITENER
 WRAPPER_PARTS = ("base_layer", "modules_to_save", "original_module")
 OWN_PARTS = {*CONTAINERS, *ENCODER_PARTS, *WRAPPER_PARTS, "weight", "bias"}
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of which other rooms know more than a self-test tells
 # Rotary types whose frequencies depend on the length seen so far: decode and replay would rotate differently.
 LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
 
 
 def geometry_of(config) -> dict:
     """What an adapter's tensors are shaped by."""
-    heads = config.num_attention_heads
-    return {
-        "model_type": config.model_type,
-        "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
+    config = config.get_text_config(decoder=True)
+    found = {name: getattr(config, name, None) for name in GEOMETRY}  # a family may lack some
+    if found["head_dim"] is None and found["num_attention_heads"]:
+        found["head_dim"] = config.hidden_size // config.num_attention_heads
+    return found
 
 
-def check_supported(config) -> None:
-    """Refuses a model's configuration that would be silently wrong under a bounded cache.
+def check_supported(
+    config, method: str = "pte", adapter: PteConfig | None = None, attention: str | None = None
+) -> None:
+    """Refuses a model's configuration that would be wrong under a bounded cache, whatever its weights.
+
+    What can be seen in the configuration is refused at once. The rest is for a self-test on a small random copy, whose
+    result is kept beside the hub's cache.
+
+    Args:
+        method: "pte", or one whose decode has a bounded cache and no state, "lora_c".
+        adapter: the PTE adapter, whose targets are tested; None for the default ones.
+        attention: attention implementation that the model will run with, if it is not in `config`.
 
     Raises:
-        ValueError: another family, sliding-window layers, quantised weights, or a length-dependent rotary.
+        ValueError: in one sentence: quantised weights, a length-dependent rotary, layers that a bounded cache cannot
+            keep or share, no decoder; or the self-test's, with the layer and the difference that it measured.
     """
-    model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r}: PTE supports {', '.join(FAMILIES)}")
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
-    if sliding or (model_type == "mistral" and getattr(config, "sliding_window", None) is not None):
-        raise ValueError(
-            f"{model_type} with sliding_window={config.sliding_window}: layers with a window of their own are not "
-            "supported; set sliding_window=null (use_sliding_window=false) in the model's config"
-        )
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"the model's config is a {type(config).__name__}; PTE takes models of transformers")
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model_type={config.model_type!r}: has an encoder; PTE takes decoders")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("quantised weights are not supported by PTE: load the model in bfloat16 or float32")
-    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rotary in LENGTH_DEPENDENT_ROTARY:
-        raise ValueError(f"rope_type={rotary!r}: rotary frequencies that depend on the length are not supported")
+    for rotary in rotary_types(text):
+        if rotary in LENGTH_DEPENDENT_ROTARY:
+            raise ValueError(f"rope_type={rotary!r}: rotary frequencies that depend on the length are not supported")
+    check_layer_types(text)
+    if shared := getattr(text, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"num_kv_shared_layers={shared}: layers that read the keys and values of another are not supported"
+        )
+    check_by_self_test(config, method, adapter, attention or attention_of(config))
+
+
+def rotary_types(config: PreTrainedConfig) -> set[str]:
+    """Of all layers: the parameters may be given for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [x for x in parameters.values() if isinstance(x, dict)] or [parameters]
+    return {x.get("rope_type", "default") for x in each}
 
 
 def check_geometry(adapter: PteConfig, config) -> None:
@@ -85,22 +105,18 @@ def check_geometry(adapter: PteConfig, config) -> None:
 def adapted_linears(config: PteConfig, attention: str) -> dict[str, str]:
     """Name -> full name of the linears that are adapted in the layer whose attention module is called `attention`."""
     layer = attention.rpartition(".")[0]
-    parts = dict.fromkeys(ATTENTION_LINEARS, "self_attn") | dict.fromkeys(MLP_LINEARS, "mlp")
-    keys = {name: f"{layer}.{part}.{name}" for name, part in parts.items()}
+    keys = {name: f"{attention}.{name}" for name in ATTENTION_LINEARS}
+    keys |= {name: f"{layer}.mlp.{name}" for name in MLP_LINEARS}
     return {name: key for name, key in keys.items() if check_target_module_exists(config, key)}
-
-
-def is_attention(key: str) -> bool:
-    """Whether a module of that full name is the attention of a decoder layer."""
-    return key.rpartition(".")[2] == "self_attn"
 
 
 def check_modules(config: PteConfig, model: nn.Module) -> None:
     """Compares the modules an adapter names with those a model has.
 
     Raises:
-        ValueError: no causal language model, weights that are not in memory, nothing left to adapt, a name without
-            effect, a linear of another kind, or a module to save that PTE itself goes into.
+        ValueError: no causal language model, weights that are not in memory, no attention that PTE can go into,
+            nothing left to adapt, a name without effect, a linear that a layer lacks, one of another kind, or a module
+            to save that PTE itself goes into.
     """
     if not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(f"{type(model).__name__}: PTE adapts causal language models, which decode token by token")
@@ -108,17 +124,14 @@ def check_modules(config: PteConfig, model: nn.Module) -> None:
     if offloaded and getattr(model, "hf_device_map", None):
         raise ValueError(f"device_map: {offloaded[0]} is offloaded; PTE needs the weights where they are used")
     modules = dict(model.named_modules())
-    attentions = [key for key in modules if is_attention(key)]
+    attentions = attention_modules(model)
+    if not attentions:
+        raise ValueError(
+            f"{type(model).__name__}: PTE finds no attention over the whole text with a layer_idx, projections of its "
+            "own keys and values, and an output projection"
+        )
     _check_saved(config.modules_to_save or [], modules, attentions)
-    linears = [key for attention in attentions for key in adapted_linears(config, attention).values()]
-    for key in linears:
-        layer, _, name = key.rpartition(".")
-        holder = modules[layer]
-        linear = getattr(holder.base_layer if isinstance(holder, PteAttention) else holder, name)
-        linear = linear.base_layer if isinstance(linear, PteLinear) else linear
-        if type(linear) is not nn.Linear:
-            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-            raise ValueError(f"target_modules: {key} is {kind}; PTE adapts torch.nn.Linear alone")
+    linears = [each for attention in attentions for each in _checked_linears(config, attention, modules)]
     if config.exclude_modules:
         every = copy.copy(config)
         every.exclude_modules = None
@@ -130,6 +143,27 @@ def check_modules(config: PteConfig, model: nn.Module) -> None:
         )
 
 
+def _checked_linears(config: PteConfig, attention: str, modules: dict[str, nn.Module]) -> list[str]:
+    """Full names of the linears that are adapted in one layer, each of which is there and a plain linear."""
+    layer = attention.rpartition(".")[0]
+    places = {name: linear_place(modules[layer], modules[attention], name) for name in LINEARS}
+    wanted = adapted_linears(config, attention)
+    for name, key in wanted.items():
+        if places[name] is None:
+            there = [other for other, place in places.items() if place is not None]
+            raise ValueError(
+                f"target_modules: {layer} has no linear {name!r} of its own (PTE adapts no experts); allowed there "
+                f"are {', '.join(there)}"
+            )
+        holder, attribute = places[name]
+        linear = getattr(holder, attribute)
+        linear = unwrapped(linear) if isinstance(linear, PteLinear) else linear
+        if type(linear) is not nn.Linear:
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            raise ValueError(f"target_modules: {key} is {kind}; PTE adapts torch.nn.Linear alone")
+    return list(wanted.values())
+
+
 def _check_saved(names: list[str], modules: dict[str, nn.Module], attentions: list[str]) -> None:
     tuned = tuple(key + "." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
     own = [key for key in modules if not key.startswith(tuned)] if tuned else list(modules)
@@ -138,8 +172,9 @@ def _check_saved(names: list[str], modules: dict[str, nn.Module], attentions: li
         if not found:
             raise ValueError(f"modules_to_save={names}: the model has no module {name!r}")
         for key in found:
-            inside = {"self_attn", "mlp"} & set(key.split("."))
-            if inside or any(attention.startswith(key + ".") for attention in attentions):
+            around = any(attention.startswith(key + ".") for attention in attentions)
+            inside = any(key.startswith(attention) for attention in attentions)
+            if around or inside or {"mlp", "feed_forward"} & set(key.split(".")):
                 raise ValueError(
                     f"modules_to_save={names}: {name!r} is {key}, which PTE goes into; allowed are modules outside "
                     "attention and MLP"
