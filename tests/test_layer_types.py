@@ -304,6 +304,7 @@ def test_bounded_layers_in_the_place_of_sliding_ones_are_wrong(family):
 def test_types_of_layers_that_are_refused():
     for config, words in (
         (AutoConfig.for_model("deepseek_v32"), "layer types deepseek_sparse_attention of this deepseek_v32"),
+        (AutoConfig.for_model("olmo3", sliding_window=1), "sliding_window=1 of this olmo3: must be at least 2"),
         (
             AutoConfig.for_model("mistral", sliding_window=4),
             "this mistral has sliding_attention; set sliding_window=null",
