@@ -1,145 +1,37 @@
-"""Models whose layers differ: sliding, recurrent and hybrid layers beside full attention under the bounded cache."""
+"""Models whose layers differ, under the bounded cache: decode, replay, generate, and what is kept of each layer."""
 
 import copy
-from functools import cache as made_once
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from pte_trl.cache import BoundedCache, feed
 from pte_trl.cache.bounded import BoundedLayer
 from pte_trl.cache.eviction import STRATEGIES, make_cache
 from pte_trl.cache.layers import HybridLayer, RecurrentLayer, SlidingLayer, copied, held, hold
-from pte_trl.cache.masks import mask_for, prompt_mask
 from pte_trl.cache.pieces import takes_up_states
 from pte_trl.cache.schedule import Schedule
-from pte_trl.replay.attention import blockwise_attention
-from pte_trl.replay.plan import ReplayPlan, replay_inputs
+from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.reference import Batch
-from tests.models import VOCAB, chosen, decode_logps, gap, left_padded_batch, replay_logps, tiny
-
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-SHAPE |= {"intermediate_size": 48, "vocab_size": VOCAB, "max_position_embeddings": 512}
-SHAPE |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
-MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 4}
-# Family -> what its configuration needs besides SHAPE. A chunk of a recurrent layer is shorter than the prompt.
-FAMILIES = {
-    "gemma3_text": SLIDING,
-    "olmo3": SLIDING,
-    "cohere2": SLIDING,
-    "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        **{
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        },
-        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-        "shared_expert_intermediate_size": 24,
-    },
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
-    "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
-    "gemma2": SLIDING,
-    "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 5},
-        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4},
-    },
-    "llama4_text": {
-        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
-        **{"attention_chunk_size": 6, "num_local_experts": 4, "no_rope_layers": [1, 0, 1]},
-    },
-}
-APART = {
-    "jamba": {
-        **{"attn_layer_period": 3, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
-        **{"mamba_d_state": 8, "num_experts": 4},
-    },
-}
-EAGER = ("gpt_oss", "gemma2")  # sinks, soft-capped scores
-FLOAT32 = EAGER  # gpt_oss computes in it, and an eager float64 mask of gemma2 overflows there
-SLIDES = ("gemma3_text", "olmo3", "cohere2", "gpt_oss")
-RECURS = ("qwen3_next", "falcon_h1", "bamba", "lfm2")
-MAIN = (*SLIDES, *RECURS)
-WINDOW, COMPLETION = 8, 25
-CLOSE = 1e-9
-CLOSE_FLOAT32 = 1e-4  # of log-probs around 50
-WRONG = 0.01
-
-
-@pytest.fixture(autouse=True)
-def all_in_float64(monkeypatch, request):
-    """Parts of a model that would compute in float32 do it in float64, where the model has this precision."""
-    if getattr(request.node, "callspec", None) is None or request.node.callspec.params.get("family") in FLOAT32:
-        return
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
-
-    def wide_to(x, *args, **kwargs):
-        if x.dtype == torch.float64 and torch.float32 in (*args, kwargs.get("dtype")):
-            return x
-        return to(x, *args, **kwargs)
-
-    def wide_softmax(x, *args, **kwargs):
-        return softmax(x, *args, **{**kwargs, "dtype": torch.promote_types(x.dtype, kwargs.get("dtype") or x.dtype)})
-
-    monkeypatch.setattr(torch.Tensor, "to", wide_to)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch.nn.functional, "softmax", wide_softmax)
-
-
-def close(family: str) -> float:
-    return CLOSE_FLOAT32 if family in FLOAT32 else CLOSE
-
-
-def usual(of: tuple[str, ...], *names: str) -> pytest.MarkDecorator:
-    """`parametrize` over families; those that are not named run with `make test-all`."""
-    cells = [pytest.param(name, marks=() if name in names else pytest.mark.thorough) for name in of]
-    return pytest.mark.parametrize("family", cells)
-
-
-@made_once
-def model_of(family: str):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE | (FAMILIES | APART)[family])
-    attention = "eager" if family in EAGER else "sdpa"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
-    model = model.to(torch.float32 if family in FLOAT32 else torch.float64).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and parameter.dim() == 1:
-                parameter.uniform_(0.8, 1.2)
-            else:
-                parameter.normal_(std=1.0 if "embed_tokens" in name else 0.15)
-    return model
-
-
-def batch():
-    """Prompts padded on the left, a completion padded on the right."""
-    ids, mask, prompt = left_padded_batch([9, 4], COMPLETION)
-    mask[1, -4:] = 0
-    return ids, mask, prompt
-
-
-@made_once
-def decoded(family: str):
-    """(batch, completion, vocabulary) log-probs of feeding token by token."""
-    ids, mask, prompt = batch()
-    with torch.no_grad():
-        return decode_logps(model_of(family), ids, mask, prompt, WINDOW)
-
-
-def apart(family: str, logps: torch.Tensor) -> float:
-    """The largest difference from the decode, padding aside."""
-    _, mask, prompt = batch()
-    real = mask[:, prompt:].bool()
-    return gap(logps[real], decoded(family)[real])
-
+from tests.mixed import (
+    CLOSE_FLOAT32,
+    COMPLETION,
+    FAMILIES,
+    MAIN,
+    RECURS,
+    SLIDES,
+    WINDOW,
+    WRONG,
+    all_in_float64,  # noqa: F401
+    apart,
+    batch,
+    close,
+    decoded,
+    model_of,
+    usual,
+)
+from tests.models import chosen, decode_logps, gap, replay_logps, tiny
 
 # ---- decode and replay --------------------------------------------------------------------------------------------
 
@@ -304,6 +196,7 @@ def test_bounded_layers_in_the_place_of_sliding_ones_are_wrong(family):
 def test_types_of_layers_that_are_refused():
     for config, words in (
         (AutoConfig.for_model("deepseek_v32"), "layer types deepseek_sparse_attention of this deepseek_v32"),
+        (AutoConfig.for_model("olmo3", sliding_window=1), "sliding_window=1 of this olmo3: must be at least 2"),
         (
             AutoConfig.for_model("mistral", sliding_window=4),
             "this mistral has sliding_attention; set sliding_window=null",
@@ -422,74 +315,3 @@ def test_tokens_of_another_model_are_refused():
         cache.reset()
         feed(model_of("olmo3"), cache, ids[:, :prompt], mask[:, :prompt])
     assert [type(x) for x in cache.layers] == [SlidingLayer, BoundedLayer, SlidingLayer]
-
-
-# ---- masks and blocks ---------------------------------------------------------------------------------------------
-
-
-@usual(MAIN, "gpt_oss", "falcon_h1", "lfm2")
-def test_masks_of_a_padded_prompt(family):
-    """By the type of a layer, as the model makes them, where a query is a token."""
-    _, mask, prompt = batch()
-    real = mask[:, :prompt]
-    masks = prompt_mask(model_of(family), real)
-    assert masks.keys() >= set(model_of(family).config.layer_types)
-    assert torch.equal(masks["linear_attention"], real)
-    at = torch.arange(prompt)
-    seen = real.bool()[:, None, None] & (at <= at[:, None])
-    wanted = {"full_attention": seen, "sliding_attention": seen & (at > at[:, None] - 5)}
-    for name in wanted.keys() & masks.keys():
-        expected = mask_for(model_of(family), wanted[name] | (at == at[:, None]))
-        assert torch.equal(masks[name], expected)
-    assert prompt_mask(model_of(family), torch.ones_like(real)) is None
-
-
-@pytest.mark.parametrize("sliding", [1, 5, 40, 1000])
-def test_blocks_of_a_sliding_layer(sliding):
-    """Outputs and gradients where blocks begin to forget, against SDPA with the whole mask."""
-    mask = torch.ones(2, 3 * 128 + 40, dtype=torch.long)
-    mask[1, :3] = mask[1, -5:] = 0
-    plan = ReplayPlan.build([Schedule(16)] * 2, 20, mask, sliding)
-    inputs = [torch.randn(2, n, mask.shape[1], 16, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
-    at = torch.arange(mask.shape[1])
-    seen = mask.bool()[:, None, None] & (at <= at[:, None]) & (at > at[:, None] - sliding) | (at == at[:, None])
-    key, value = (x.repeat_interleave(2, dim=1) for x in inputs[1:])
-    expected = scaled_dot_product_attention(inputs[0], key, value, attn_mask=seen).transpose(1, 2)
-    out, _ = blockwise_attention(None, *inputs, plan.real[:, None, None][:, :, :0], replay=plan)
-    weights = torch.randn_like(out)
-    for a, b in zip(
-        torch.autograd.grad(out, inputs, weights), torch.autograd.grad(expected, inputs, weights), strict=True
-    ):
-        assert gap(a, b) <= 1e-12
-    assert gap(out, expected) <= 1e-12
-    assert torch.equal(plan.of_sliding.mask(), seen)
-
-
-@pytest.mark.parametrize("implementation", ["blockwise", pytest.param("blockwise_flex", marks=pytest.mark.thorough)])
-@usual(
-    ("gemma3_text", "olmo3", "cohere2", "qwen3_next", "falcon_h1", "llama4_text"), "olmo3", "falcon_h1", "llama4_text"
-)
-@torch.no_grad()
-def test_blockwise_attention_of_mixed_models(family, implementation):
-    ids, mask, prompt = batch()
-    model = copy.deepcopy(model_of(family))
-    model.set_attn_implementation(implementation)
-    assert apart(family, replay_logps(model, ids, mask, prompt, WINDOW)) <= close(family)
-    assert apart(family, decode_logps(model, ids, mask, prompt, WINDOW)) <= close(family)
-    inputs = replay_inputs(model, mask, prompt, Schedule(WINDOW))
-    if family in SLIDES:
-        inputs["attention_mask"] = inputs["attention_mask"]["full_attention"]
-        with pytest.raises(ValueError, match=r"sliding layer \(sliding_window=5\) was given the mask of a full one"):
-            model(input_ids=ids, **inputs)
-
-
-@pytest.mark.parametrize("implementation", ["blockwise", "blockwise_flex"])
-@pytest.mark.parametrize(("family", "what"), [("gpt_oss", "attention sinks"), ("gemma2", "soft-capped scores")])
-@torch.no_grad()
-def test_blockwise_attention_refuses_what_it_would_leave_out(family, what, implementation):
-    ids, mask, prompt = batch()
-    model = copy.deepcopy(model_of(family))
-    model.set_attn_implementation(implementation)
-    for view in (decode_logps, replay_logps):
-        with pytest.raises(ValueError, match=rf"Attention has {what} .*allowed for this model is attn_impl.*='eager'"):
-            view(model, ids, mask, prompt, WINDOW)

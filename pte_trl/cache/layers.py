@@ -168,12 +168,15 @@ def check_layer_types(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: naming the types of its layers and what is allowed.
     """
-    types, _ = layer_types_and_sizes(config)
+    types, sizes = layer_types_and_sizes(config)
     unknown = sorted(set(types) - set(KINDS))
     if unknown:
         raise ValueError(
             f"layer types {', '.join(unknown)} of this {config.model_type}: a bounded cache takes {', '.join(KINDS)}"
         )
+    # transformers' layer keeps the last window - 1 tokens, and all of them if that is 0.
+    if (sizes.get("sliding_window", 2) or 0) < 2:
+        raise ValueError(f"sliding_window={sizes['sliding_window']} of this {config.model_type}: must be at least 2")
     if not any(issubclass(KINDS[name], BoundedLayer) for name in types):
         raise ValueError(
             f"a bounded cache evicts from layers of full attention, this {config.model_type} has "
