@@ -215,7 +215,7 @@ def test_another_geometry_names_both(tmp_path):
 
 def test_a_model_without_a_place_for_pte_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=16))
-    with pytest.raises(ValueError, match="GPT2LMHeadModel: PTE finds no attention"):
+    with pytest.raises(ValueError, match="model_type='gpt2': GPT2LMHeadModel: PTE finds no attention"):
         get_peft_model(model, PteConfig())
 
 

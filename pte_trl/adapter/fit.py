@@ -173,7 +173,7 @@ def _check_saved(names: list[str], modules: dict[str, nn.Module], attentions: li
             raise ValueError(f"modules_to_save={names}: the model has no module {name!r}")
         for key in found:
             around = any(attention.startswith(key + ".") for attention in attentions)
-            inside = any(key.startswith(attention) for attention in attentions)
+            inside = any(f"{key}.".startswith(attention + ".") for attention in attentions)
             if around or inside or {"mlp", "feed_forward"} & set(key.split(".")):
                 raise ValueError(
                     f"modules_to_save={names}: {name!r} is {key}, which PTE goes into; allowed are modules outside "

@@ -99,7 +99,7 @@ def self_test(
         try:
             model = model if targets is None else _adapted(model, targets)
         except ValueError as error:  # a refusal, which says what it is about
-            return Verdict(str(error))
+            return Verdict(f"model_type={small.model_type!r}: {error}")
         try:
             return _measured(model, kind)
         except Exception as error:

@@ -29,6 +29,7 @@ MOST = {
     r"linear_num_key_heads|num_global_key_value_heads": KEY_HEADS,
     r"vocab_size.*": VOCABULARY,
     r"(mamba_)?chunk_size": 8,  # tokens that a recurrent layer takes together
+    r"mamba_d_state|ssm_state_size|state_size": 16,
     r"sliding_window|attention_chunk_size": OWN_WINDOW,
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
