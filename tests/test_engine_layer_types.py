@@ -1,4 +1,4 @@
-"""The engine for layers that are not full attention, against the reference implementation (see tests/test_engine.py)."""
+"""The engine for layers of other types than full attention, against the reference implementation."""
 
 import re
 from functools import cache
@@ -19,11 +19,8 @@ from tests.layer_type_models import CONFIGS, WINDOW, mixed
 from tests.models import with_lora, with_pte
 from tests.test_engine import NothingForTheHost, assert_same, sampled
 
-ARMS = {
-    "bare": lambda model: model,
-    "lora_c": with_lora,
-    "pte": lambda m: with_pte(m, target_modules=["q_proj", "o_proj"]),
-}
+QO = ["q_proj", "o_proj"]
+ARMS = {"bare": lambda model: model, "lora_c": with_lora, "pte": lambda model: with_pte(model, target_modules=QO)}
 # Longer and shorter than the models' own window; equal ones next to each other and far apart.
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12]] * 3 + [[10, 11]] * 3 + [[12, 13, 14]] + [[5, 6, 7, 8, 9, 10, 11, 12]] * 2
 WINDOWS = [3, 9, 100, 3, 9, 9, 3, 9, 3]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pte_trl.adapter.model import evicted_encoders
 from pte_trl.cache.bounded import BoundedCache
-from pte_trl.cache.masks import is_mixed, prompt_mask
+from pte_trl.cache.masks import prompt_mask
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.compiled import CompiledStep, is_capturing, say
 from pte_trl.rollouts.decoder import FAMILIES, base_of
@@ -115,7 +115,6 @@ class Engine:
     def __init__(self, model: nn.Module, rows: int, room: Room, sampling: Sampling, compile: bool = False):
         self.model, self.sampling, self.device = model, sampling, model.device
         self.cache = RingCache(rows, room.places, room.evict, self.device, room.tokens)
-        self.mixed = is_mixed(model.config)
         self.compiled = CompiledStep(model, self.cache) if compile else None
         self.sync_every = SYNC_EVERY.get(self.device.type, 1)
         # Attention reads the cache up to a multiple of `reach_step` places. Every multiple is another graph, so there
@@ -347,7 +346,7 @@ class Engine:
     def _eager(self, rows: Tensor, position: Tensor, place: Tensor, limit: int) -> Tensor:
         """(rows, vocabulary) logits after the rows' token, by the model's own forward."""
         self.cache.aim(rows, position, place, limit)
-        mask = self.cache.mask(position, limit, self.model.dtype, self.mixed)
+        mask = self.cache.mask(position, limit, self.model.dtype)
         return self._forward(self.token[: len(rows)].unsqueeze(1), mask, position.unsqueeze(1), self.cache)
 
     def _draw(self, rows: Tensor, logits: Tensor) -> None:

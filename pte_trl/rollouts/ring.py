@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.masks import additive
-from pte_trl.rollouts.ring_layers import ALIGN, RINGS, RingSliding, Sizes, Step, aligned
+from pte_trl.rollouts.ring_layers import ALIGN, RINGS, RingLayer, RingSliding, Sizes, Step, aligned
 
 __all__ = ["ALIGN", "RingCache", "aligned", "ring_size"]
 
@@ -65,6 +65,10 @@ class RingCache(BoundedCache):
     @property
     def places(self) -> int:
         return self.sizes.places
+
+    @property
+    def mixed(self) -> bool:
+        return any(type(layer) is not RingLayer for layer in self.layers)
 
     @property
     def sliding(self) -> RingSliding | None:
@@ -139,7 +143,7 @@ class RingCache(BoundedCache):
         for buffer in (*(x for layer in self.layers for x in layer.tensors()), self.seen, self.prompt, self.ring):
             buffer[:kept] = buffer[rows]
 
-    # ---- steps: these run inside CUDA graphs, so nothing here may read a tensor on the host --------------------------
+    # ---- steps: these run inside CUDA graphs, so nothing here may read a tensor on the host ------------------------
 
     def aim(self, rows: Tensor, position: Tensor, place: Tensor, limit: int) -> None:
         """Where the next token of `rows`, which are the first ones, goes.
@@ -152,28 +156,26 @@ class RingCache(BoundedCache):
         for layer in self.layers:
             layer.aim(Step(rows, place, limit, near))
 
-    def mask(self, position: Tensor, limit: int, dtype: torch.dtype, mixed: bool) -> Tensor | dict[str, Tensor | None]:
+    def mask(self, position: Tensor, limit: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor | None]:
         """What the tokens at `position` of the first rows see, as the model takes it.
 
         Args:
             position, limit: as for `aim`.
-            mixed: whether the model has layers of other types (`pte_trl.cache.masks.is_mixed`).
 
         Returns:
             (rows, 1, 1, places), 0 or -inf; where layers are mixed, one by the type of the layer.
         """
         full = additive(self.seen[: len(position), None, None, :limit], dtype)
-        if not mixed:
+        if not self.mixed:
             return full
-        # Names as in `pte_trl.cache.masks.masks_by_type`. A token of a decode is never padding: recurrent layers need none.
+        # Names as in `pte_trl.cache.masks.masks_by_type`. A token of a decode is no padding: states need no mask.
         masks = {"full_attention": full, "hybrid": full} | dict.fromkeys(("linear_attention", "conv", "mlp", "moe"))
         if self.sliding is not None:
             size = self.sliding.size
-            number = torch.arange(size, device=position.device)
+            place = torch.arange(size, device=position.device)
             # The ring holds the last tokens, as many as it has places, and a chunk begins at its first place.
-            near, chunk = (
-                additive((number <= x.unsqueeze(1))[:, None, None], dtype) for x in (position, position % size)
-            )
+            lasts = position, position % size
+            near, chunk = (additive((place <= last.unsqueeze(1))[:, None, None], dtype) for last in lasts)
             masks |= {"sliding_attention": near, "hybrid_sliding": near, "chunked_attention": chunk}
         return masks
 

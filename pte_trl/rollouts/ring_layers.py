@@ -54,7 +54,7 @@ class RingPart:
     """What the engine asks of every layer; a hybrid layer calls both of its parts by `super()`."""
 
     def begin(self, source, sizes: Sizes) -> None:
-        """Takes what belongs to the weights from `source`, a batch's first prompts; makes buffers if there are none."""
+        """Takes what follows from the weights from `source`, a batch's first prompts, and makes missing buffers."""
 
     def load(self, rows: Tensor, source, lengths: Tensor, longest: int) -> None:
         """Writes prompts, padded on the left to `longest` tokens, that `source` has been filled with into `rows`.
@@ -109,7 +109,7 @@ def zeros_like_of(states: Tensor, rows: int, places: int) -> Tensor:
 
 
 class RingLayer(RingPart, BoundedLayer):
-    """Full attention. `buffers` are keys and values, (rows, kv heads, places, width); `accumulators` (rows, n_g, r)."""
+    """Full attention. `buffers`: keys and values, (rows, kv heads, places, width); `accumulators`: (rows, n_g, r)."""
 
     def __init__(self, source: BoundedLayer):
         BoundedLayer.__init__(self, source.schedule)  # never asked: every row has a schedule of its own
@@ -169,7 +169,7 @@ class RingLayer(RingPart, BoundedLayer):
 
 
 class RingSliding(RingPart, SlidingLayer):
-    """Sliding or chunked attention. `buffers` are keys and values, (rows, kv heads, size, width).
+    """Sliding or chunked attention. `buffers`: keys and values, (rows, kv heads, size, width).
 
     Token i lies at i mod size. The size is the model's window, which counts the token that attends: once a token is
     written, the ring holds what it sees and nothing else. Where no row gets that long, the size is what one needs.
