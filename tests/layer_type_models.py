@@ -21,12 +21,8 @@ MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_chu
 CONFIGS = {
     "gemma3_text": SLIDES,
     "olmo3": SLIDES,
-    "llama4_text": {
-        "layer_types": [CHUNKED, FULL, CHUNKED],
-        "attention_chunk_size": WINDOW,
-        "no_rope_layers": [1, 0, 1],
-    }
-    | {"num_local_experts": 2, "intermediate_size_mlp": 48},
+    "llama4_text": {"layer_types": [CHUNKED, FULL, CHUNKED], "attention_chunk_size": WINDOW}
+    | {"no_rope_layers": [1, 0, 1], "num_local_experts": 2, "intermediate_size_mlp": 48},
     "qwen3_next": {"layer_types": [LINEAR, FULL, LINEAR], "num_experts": 4, "linear_num_value_heads": 4}
     | {"shared_expert_intermediate_size": 24}
     | EXPERTS
@@ -34,7 +30,7 @@ CONFIGS = {
     "falcon_h1": MAMBA,
     "lfm2": {"layer_types": ["conv", FULL, "conv"]},
     "deepseek_v3": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-    | {"num_key_value_heads": 4}
+    | {"num_key_value_heads": 4, "head_dim": 4}  # that of the rotary embedding
     | EXPERTS
     | LATENT,
     "qwen3_moe": {"num_experts": 4} | EXPERTS,
@@ -46,6 +42,8 @@ def mixed(name: str, dtype: torch.dtype = torch.float64, **changes) -> PreTraine
     torch.manual_seed(0)
     config = CONFIG_MAPPING[name](**COMMON | CONFIGS[name] | changes)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype).eval()
+    if any("experts" in parameter_name for parameter_name, _ in model.named_parameters()):
+        model.set_experts_implementation("batched_mm")  # the default one has no float64
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
