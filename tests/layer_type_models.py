@@ -21,6 +21,7 @@ MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_chu
 CONFIGS = {
     "gemma3_text": SLIDES,
     "olmo3": SLIDES,
+    "qwen2": SLIDES | {"use_sliding_window": True},  # a family whose steps can be compiled, without these layers
     "llama4_text": {"layer_types": [CHUNKED, FULL, CHUNKED], "attention_chunk_size": WINDOW}
     | {"no_rope_layers": [1, 0, 1], "num_local_experts": 2, "intermediate_size_mlp": 48},
     "qwen3_next": {"layer_types": [LINEAR, FULL, LINEAR], "num_experts": 4, "linear_num_value_heads": 4}

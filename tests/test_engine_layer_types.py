@@ -138,6 +138,12 @@ def test_a_planted_fault_is_seen(monkeypatch, plant, family):
     assert found.completion_ids != plain.completion_ids
 
 
+def families(*by_default: str) -> pytest.MarkDecorator:
+    """`parametrize` over every family; by default over these."""
+    marks = [[] if family in by_default else pytest.mark.thorough for family in CONFIGS]
+    return pytest.mark.parametrize("family", [pytest.param(f, marks=m) for f, m in zip(CONFIGS, marks, strict=True)])
+
+
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +161,7 @@ def test_where_a_prompt_lies_in_a_ring(size):
                 assert ring[number % size] == token
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("olmo3", "falcon_h1", "deepseek_v3")
 def test_the_bytes_of_a_row_are_those_of_the_buffers(family):
     model, kept = model_of(family, "bare"), EngineCache()
     held = sampled(model, engine_cache=kept, batch_size=3, **SAMPLES | {"max_new_tokens": 4})
@@ -183,7 +189,7 @@ def test_a_ring_is_no_longer_than_a_row_gets():
     assert kept.engine.cache.sliding.size == WINDOW and kept.engine.cache.has_room(**room, tokens=10**6)
 
 
-@pytest.mark.parametrize("family", ["olmo3", "lfm2", "falcon_h1"])
+@families("falcon_h1")
 def test_what_a_row_has_left_does_not_come_back(family):
     """NaN in every buffer that decoding writes over."""
     model, kept = model_of(family, "bare"), EngineCache()
@@ -209,7 +215,7 @@ def test_prompts_are_prefilled_once_and_their_states_are_kept_no_longer_than_nee
     assert max(most) <= 2 and most[-1] == 0
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families("qwen3_next")
 def test_no_step_waits_and_buffers_stay_where_they_are(monkeypatch, family):
     where = set()
 
@@ -232,12 +238,12 @@ def test_no_step_waits_and_buffers_stay_where_they_are(monkeypatch, family):
 def test_steps_that_are_not_compiled_are_printed_once(capsys):
     """Every architecture has a reason of its own; the same one is printed once for any number of engines."""
     compiled.say.cache_clear()
-    for family in CONFIGS:
+    families, options = ("gemma3_text", "qwen2", "lfm2", "qwen3_moe"), {"max_new_tokens": 4, "prompts": PROMPTS[-3:]}
+    for family in families:
         model = model_of(family, "bare")
         for _ in range(2):
-            options = SAMPLES | {"max_new_tokens": 4}
             assert_same(sampled(model, compile="always", **options), sampled(model, compile="never", **options))
     sentences = re.findall(
         "rollout: decode steps are not compiled but eager: Unsupported: (.*)", capsys.readouterr().out
     )
-    assert len(sentences) == len(set(sentences)) == len(CONFIGS)
+    assert len(sentences) == len(set(sentences)) == len(families)
