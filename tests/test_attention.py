@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -146,9 +147,10 @@ def test_flex_attention_sees_what_the_blocks_see(shape):
     assert gap(out, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("sliding", [None, 40])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_tiles_of_flex_attention_cover_the_mask(shape):
-    plan = case(shape)[0]
+def test_the_tiles_of_flex_attention_cover_the_mask(shape, sliding):
+    plan = case(shape)[0] if sliding is None else replace(case(shape)[0], sliding=sliding).of_sliding
     mask, tiles = plan.mask()[:, 0], flex.tiles(plan)
     count = -(-plan.length // flex.TILE)
 

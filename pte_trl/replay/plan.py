@@ -130,7 +130,7 @@ class ReplayPlan:
     def of_sliding(self) -> "ReplayPlan":
         """What the queries of a sliding layer see: its last tokens, those of the prompt like any others."""
         first = torch.arange(self.length, device=self.real.device) - self.sliding + 1
-        first, none = first.clamp(min=0).expand(len(self.real), -1), self.evicted[:, :0]
+        first, none = first.clamp(min=0).repeat(len(self.real), 1), self.evicted[:, :0]
         return ReplayPlan(none, none, first, self.real, prompt=0, window=min(self.sliding, self.length))
 
     @cached_property  # of all layers
