@@ -23,10 +23,10 @@ from tests.test_engine import NothingForTheHost, assert_same, sampled
 QO = ["q_proj", "o_proj"]
 ARMS = {"bare": lambda model: model, "lora_c": with_lora, "pte": lambda model: with_pte(model, target_modules=QO)}
 # Longer and shorter than the models' own window; equal ones next to each other and far apart.
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12]] * 3 + [[10, 11]] * 3 + [[12, 13, 14]] + [[5, 6, 7, 8, 9, 10, 11, 12]] * 2
-WINDOWS = [3, 6, 3, 3, 6, 6, 3, 6, 3]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12]] * 3 + [[10, 11]] * 2 + [[12, 13, 14]] + [[5, 6, 7, 8, 9, 10, 11, 12]]
+WINDOWS = [3, 6, 3, 3, 6, 6, 3]
 SEEDS = [*range(len(PROMPTS))]
-OPTIONS = {"policy": CachePolicy("auto"), "max_new_tokens": 18}
+OPTIONS = {"policy": CachePolicy("auto"), "max_new_tokens": 15, "eos_token_ids": [40, 41, 42, 43]}
 SAMPLES = OPTIONS | {"prompts": PROMPTS, "windows": WINDOWS, "seeds": SEEDS}
 REVERSED = OPTIONS | {"prompts": PROMPTS[::-1], "windows": WINDOWS[::-1], "seeds": SEEDS[::-1]}
 WITHIN = 2e-5  # routers and recurrent steps compute in float32
@@ -54,10 +54,10 @@ def test_the_engine_is_the_reference_implementation(monkeypatch, family, arm, ro
     assert_same(found, replace(plain, **{name: getattr(plain, name)[::-1] for name in lists}), WITHIN)
     evicted = {window for window, evictions in zip(WINDOWS, plain.evictions, strict=True) if evictions}
     lengths = [len(ids) for ids in plain.completion_ids]
-    assert evicted == {3, 6} and len(set(lengths)) > 3 and max(lengths) > WINDOW
+    assert evicted == {3, 6} and len(set(lengths)) > 2 and max(lengths) > WINDOW
 
 
-# ---- faults that must be seen: each changes what is sampled ---------------------------------------------------------
+# ---- faults that must be seen -------------------------------------------------------------------------------------
 
 
 def not_restored(monkeypatch):
@@ -118,7 +118,7 @@ def prompt_off_by_one(monkeypatch):
     monkeypatch.setattr(ring_layers, "columns", lambda *args: columns(*args).roll(1, dims=1))
 
 
-FAULTS = {not_restored: ("olmo3", "lfm2", "falcon_h1"), not_moved: ("lfm2", "qwen3_next"), not_written: ("lfm2",)}
+FAULTS = {not_restored: ("olmo3", "lfm2", "falcon_h1"), not_moved: ("lfm2",), not_written: ("lfm2",)}
 FAULTS |= {padding_is_read: ("lfm2", "falcon_h1"), one_more_is_seen: ("olmo3",), one_less_is_seen: ("gemma3_text",)}
 FAULTS |= {prompt_off_by_one: ("olmo3",)}
 CELLS = [(plant, family) for plant, families in FAULTS.items() for family in families]
@@ -134,8 +134,10 @@ CELLS = [(plant, family) for plant, families in FAULTS.items() for family in fam
 def test_a_planted_fault_is_seen(monkeypatch, plant, family):
     plain = expected(family, "bare")
     plant(monkeypatch)
-    found = sampled(model_of(family, "bare"), batch_size=4, **SAMPLES)
-    assert found.completion_ids != plain.completion_ids
+    rows = len(PROMPTS) if plant is not_moved else 4  # rows are moved when no prompt waits
+    found = sampled(model_of(family, "bare"), batch_size=rows, **SAMPLES)
+    with pytest.raises(AssertionError):
+        assert_same(found, plain, WITHIN)
 
 
 def families(*by_default: str) -> pytest.MarkDecorator:
@@ -215,7 +217,7 @@ def test_prompts_are_prefilled_once_and_their_states_are_kept_no_longer_than_nee
     assert max(most) <= 2 and most[-1] == 0
 
 
-@families("qwen3_next")
+@families()
 def test_no_step_waits_and_buffers_stay_where_they_are(monkeypatch, family):
     where = set()
 
@@ -238,7 +240,7 @@ def test_no_step_waits_and_buffers_stay_where_they_are(monkeypatch, family):
 def test_steps_that_are_not_compiled_are_printed_once(capsys):
     """Every architecture has a reason of its own; the same one is printed once for any number of engines."""
     compiled.say.cache_clear()
-    families, options = ("gemma3_text", "qwen2", "lfm2", "qwen3_moe"), {"max_new_tokens": 4, "prompts": PROMPTS[-3:]}
+    families, options = ("gemma3_text", "qwen2", "lfm2"), {"max_new_tokens": 4, "prompts": PROMPTS[-1:]}
     for family in families:
         model = model_of(family, "bare")
         for _ in range(2):
