@@ -94,6 +94,9 @@ def test_the_parts_of_a_decoder(family):
 def test_kinds_of_layers():
     assert transformers.layer_types(Qwen2Config(num_hidden_layers=2)) == ["full_attention"] * 2
     assert transformers.layer_types(MistralConfig(num_hidden_layers=2, sliding_window=8)) == ["sliding_attention"] * 2
+    shortened = Qwen2Config(num_hidden_layers=4)
+    shortened.num_hidden_layers = 2  # as AutoConfig.from_pretrained(..., num_hidden_layers=2) does
+    assert transformers.layer_types(shortened) == ["full_attention"] * 2
     mistral = MistralConfig(num_hidden_layers=2, sliding_window=8)
     assert transformers.layer_types_and_sizes(mistral) == (["sliding_attention"] * 2, {"sliding_window": 8})
     types, sizes = transformers.layer_types_and_sizes(Lfm2Config(num_hidden_layers=2, full_attn_idxs=[1]))

@@ -75,7 +75,10 @@ def layer_types_and_sizes(config: PreTrainedConfig) -> tuple[list[str], dict]:
 
     Layers that use the keys and values of an earlier one have no entry.
     """
-    return get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    text = config.get_text_config(decoder=True)
+    kinds, sizes = get_layer_types_and_kwargs(text)
+    # The list stays as long as it was where a loaded configuration is given fewer layers (`num_hidden_layers=`).
+    return kinds[: text.num_hidden_layers], sizes
 
 
 def decoder_classes(model: type[PreTrainedModel]) -> tuple[type, type, type, type]:
