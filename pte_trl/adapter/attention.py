@@ -9,7 +9,7 @@ from pte_trl.adapter.layer import PteLayer, PteLinear, StateInUse, frozen
 from pte_trl.adapter.routed import evicted_products
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
-from pte_trl.replay.segment_run import SegmentLayer
+from pte_trl.replay.segment_layers import SegmentLayer
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
