@@ -85,6 +85,11 @@ class Row:
     dtype: torch.dtype = torch.float64
     attention: str = "sdpa"
 
+    def words_of_refusal(self, view: str, arm: str) -> str | None:
+        """Words of the sentence by which a cell must be refused; None if it must pass."""
+        kinds = ("bare", *(("pte",) if arm.startswith("pte") else ()), arm, view)
+        return next((self.refused[kind] for kind in kinds if kind in self.refused), None)
+
 
 def row(model_type: str, bound=EXACT, refused=None, dtype=torch.float64, attention="sdpa", **config) -> Row:
     return Row(model_type, config, bound, refused or {}, dtype, attention)

@@ -138,3 +138,15 @@ def _relative(found: dict, expected: dict) -> float:
 
 
 VIEWS = {view.__name__: view for view in (replay, chunks, engine, segments, gradient)}
+
+
+def measure(row: Row, view: str, arm: str, window: int = WINDOW, **changes) -> Cell:
+    """One cell of the table.
+
+    Args:
+        changes: attention implementation and dtype, instead of the row's.
+
+    Raises:
+        ValueError: the architecture, or PTE or the view for it, is refused.
+    """
+    return VIEWS[view](model_of(row, arm, **changes), window)

@@ -176,7 +176,7 @@ class SegmentRun:
 
     def _cache(self, layers: Sequence) -> BoundedCache:
         cache = BoundedCache.from_schedule(self.schedule)
-        cache.layers = list(layers)
+        cache.layers, cache.layer_class_to_replicate = list(layers), None
         return cache
 
     def _enter(self, index: int, anchor: Tensor) -> tuple[BoundedCache, dict[tuple[int, str], Tensor]]:
