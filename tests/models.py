@@ -123,7 +123,7 @@ def decode_logps(
     Args:
         chunked: feed the longest chunks that no eviction interrupts, instead of token by token.
     """
-    cache = BoundedCache(window, ratio)
+    cache = BoundedCache(window, ratio, model.config)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     thoughts = ids.shape[1] - prompt - 1  # the last token is sampled, never fed
     runs = Schedule(window, ratio).chunks(thoughts) if chunked else [range(t, t + 1) for t in range(thoughts)]

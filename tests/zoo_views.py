@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from pte_trl.adapter.fit import check_supported
+from pte_trl.adapter.placement import attention_modules, linear_place
+from pte_trl.adapter.settings import LINEARS
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.segments import segment_logps
@@ -47,6 +49,17 @@ def model_of(row: Row, arm: str, attention: str | None = None, dtype: torch.dtyp
     if arm == "bare":
         return model
     return with_pte(model, target_modules=["q_proj", "o_proj"] if arm == "pte" else everything(model))
+
+
+def everything(model: nn.Module) -> list[str]:
+    """The linears that PTE can adapt in every layer it goes into."""
+    modules = dict(model.named_modules())
+
+    def has(attention: str, name: str) -> bool:
+        found = linear_place(modules[attention.rpartition(".")[0]], modules[attention], name)
+        return found is not None and type(getattr(*found)) is nn.Linear
+
+    return [name for name in LINEARS if all(has(attention, name) for attention in attention_modules(model))]
 
 
 @torch.no_grad()
