@@ -10,7 +10,9 @@ import torch
 from huggingface_hub import constants
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3nTextConfig,
     GenerationMixin,
+    Lfm2Config,
     MistralConfig,
     Qwen2Config,
     TrainerCallback,
@@ -18,6 +20,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from pte_trl.cache.layers import RecurrentLayer
 from pte_trl.compat import engines, transformers
 from tests.compat_names import about
 from tests.models import FAMILIES, tiny
@@ -87,10 +90,46 @@ def test_the_parts_of_a_decoder(family):
     assert transformers.decoder_classes(type(model)) == tuple(map(type, parts))
 
 
-@about("transformers.layer_types")
+@about("transformers.layer_types", "transformers.layer_types_and_sizes")
 def test_kinds_of_layers():
     assert transformers.layer_types(Qwen2Config(num_hidden_layers=2)) == ["full_attention"] * 2
     assert transformers.layer_types(MistralConfig(num_hidden_layers=2, sliding_window=8)) == ["sliding_attention"] * 2
+    mistral = MistralConfig(num_hidden_layers=2, sliding_window=8)
+    assert transformers.layer_types_and_sizes(mistral) == (["sliding_attention"] * 2, {"sliding_window": 8})
+    types, sizes = transformers.layer_types_and_sizes(Lfm2Config(num_hidden_layers=2, full_attn_idxs=[1]))
+    assert (types, sizes) == (["conv", "full_attention"], {"number_of_states": 1})
+    gemma = Gemma3nTextConfig(num_hidden_layers=5, num_kv_shared_layers=2)
+    assert transformers.layer_types_and_sizes(gemma)[0] == gemma.layer_types[:3]
+
+
+@about("transformers.DynamicSlidingWindowLayer")
+def test_a_sliding_layer_keeps_what_the_next_token_sees():
+    layer = transformers.DynamicSlidingWindowLayer(sliding_window=4)
+    x = torch.arange(9.0).view(1, 1, 9, 1)
+    for start, stop in ((0, 6), (6, 7), (7, 9)):
+        kept = layer.get_mask_sizes(stop - start)
+        keys, _ = layer.update(x[:, :, start:stop], x[:, :, start:stop])
+        begin = max(0, start - 3)
+        assert keys.flatten().tolist() == list(range(begin, stop)) and kept == (stop - begin, begin)
+    assert layer.get_seq_length() == layer.cumulative_length == 9
+
+
+@about("transformers.LinearAttentionLayer")
+def test_a_recurrent_layer_keeps_states():
+    """Ours updates them without writing in place; all attributes that it sets are those of transformers."""
+    theirs, ours = transformers.LinearAttentionLayer(number_of_states=2), RecurrentLayer(number_of_states=2)
+    for layer in (theirs, ours):
+        torch.manual_seed(0)
+        for length in (3, 1, 6):
+            layer.update_conv_state(torch.randn(2, 5, length), 1, conv_kernel_size=4)
+            layer.update_recurrent_state(torch.randn(2, 3), 1)
+    assert vars(theirs).keys() == vars(ours).keys()
+    for name, found in vars(theirs).items():
+        other = getattr(ours, name)
+        if name in ("conv_states", "recurrent_states"):
+            assert found[0] is other[0] is None and torch.equal(found[1], other[1])
+        else:
+            assert found == other, name
 
 
 @about("transformers.set_zero3_state")
