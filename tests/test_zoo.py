@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.zoo import NOT_TRIED, ROWS, ZOO, registered
-from tests.zoo_views import ARMS, VIEWS, measure, model_of, replay
+from tests.zoo_views import ARMS, VIEWS, measure
 
 SHARE = 0.01  # of what another window would change, that rounding may reach at most
 

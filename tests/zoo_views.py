@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pte_trl.adapter.fit import check_supported
 from pte_trl.adapter.placement import attention_modules, linear_place
@@ -22,6 +23,30 @@ IDS, MASK, PROMPT = left_padded_batch([7, 3], COMPLETION)
 # Of mixed sign, as advantages are: a plain sum would hide errors that cancel.
 WEIGHTS = torch.randn(2, COMPLETION, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 ARMS = ("bare", "pte", "pte-all")
+
+
+class Wide(TorchFunctionMode):
+    """float64 wherever a model asks for float32: in routers, norms, recurrences, rotary embeddings.
+
+    Rounding then hides nothing, and one bound serves all architectures.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            return args[0].double().contiguous()  # as a change of precision leaves it
+        widened = [torch.float64 if x is torch.float32 else x for x in args]
+        return func(*widened, **{k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()})
+
+
+def widened(model: nn.Module) -> None:
+    """Every forward of the model, from whatever place, inside `Wide`."""
+    forward = model.forward
+
+    def wide(*args, **kwargs):
+        with Wide():
+            return forward(*args, **kwargs)
+
+    model.forward = wide
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,7 @@ def model_of(row: Row, arm: str, attention: str | None = None, dtype: torch.dtyp
     Raises:
         ValueError: the architecture is refused.
     """
-    check_supported(config_of_row(row))
+    check_supported(config_of_row(row), "lora_c" if arm == "bare" else "pte")
     torch.manual_seed(0)
     model = tiny_of(row, attention, dtype)
     if arm == "bare":
@@ -107,9 +132,7 @@ def segments(model: nn.Module, window: int = WINDOW) -> Cell:
     """Segment by segment against one pass, log-probs and gradients."""
 
     def by_segments(w: int = window):
-        return segment_logps(
-            model, IDS, MASK, PROMPT, Schedule(w), segment_length=CUT, temperature=TEMPERATURE
-        )[0]
+        return segment_logps(model, IDS, MASK, PROMPT, Schedule(w), segment_length=CUT, temperature=TEMPERATURE)[0]
 
     return _both(model, by_segments, lambda: in_one_pass(model, window), lambda: in_one_pass(model, window + 1))
 
@@ -162,4 +185,7 @@ def measure(row: Row, view: str, arm: str, window: int = WINDOW, **changes) -> C
     Raises:
         ValueError: the architecture, or PTE or the view for it, is refused.
     """
-    return VIEWS[view](model_of(row, arm, **changes), window)
+    model = model_of(row, arm, **changes)
+    if model.dtype == torch.float64:
+        widened(model)
+    return VIEWS[view](model, window)
