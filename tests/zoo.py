@@ -60,10 +60,16 @@ TINY = {
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "chunk_size": 4,
 }
 MIXED = {"layer_types": [S, F, S], "sliding_window": 5}  # shorter than the prompts and than W
 ALL_FULL = {"sliding_window": None}
 HYBRID = {"layer_types": [L, F, L]}
+DBRX = {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}
 EXACT = 1e-9
 
 
@@ -237,10 +243,11 @@ NOT_TRIED = {
         data2vec-text electra ernie marian mbart megatron-bert mvp pegasus plbart prophetnet reformer rembert roberta
         roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod""",
     "no instruction-tuned model of the size of a reasoning model": """
-        biogpt bloom codegen cpmant ctrl gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese gptj mpt openai-gpt opt xglm""",
+        biogpt bloom codegen cpmant ctrl gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese gptj mpt openai-gpt opt
+        xglm""",
     "reads bytes, images or sound beside text": """
-        blt emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified gemma4_unified_text git got_ocr2 llama4 mllama moshi musicgen
-        musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp""",
+        blt emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified gemma4_unified_text git got_ocr2 llama4 mllama moshi
+        musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp""",
     "drafts for another model": "gemma4_assistant gemma4_unified_assistant",
     "no attention at all": "falcon_mamba rwkv xlstm",
 }

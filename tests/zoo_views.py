@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -107,25 +108,21 @@ def engine(model: nn.Module, window: int = WINDOW) -> Cell:
     """The engine, two rows for five completions of three prompts, against the reference and against a replay."""
     prompts = [[5, 9, 3, 7, 11, 2, 8], [4, 13, 6], [4, 13, 6], [17, 2, 9, 33], [5, 9, 3, 7, 11, 2, 8]]
     options = {"max_new_tokens": COMPLETION, "eos_token_ids": [1], "pad_token_id": 0, "temperature": TEMPERATURE}
-    run = lambda **more: rollout(model, prompts, CachePolicy(window), seeds=[*range(5)], **options, **more)
-    fast, plain = run(batch_size=2), run(reference=True)
-    found = 0.0
-    for prompt, ids, other, logps in zip(prompts, fast.completion_ids, plain.completion_ids, fast.logprobs):
-        if ids != other:
-            return Cell(float("inf"), 1.0)
-        found = max(found, gap(torch.tensor(logps), torch.tensor(replayed(model, prompt, ids, window))))
-    found = max(found, *(gap(torch.tensor(a), torch.tensor(b)) for a, b in zip(fast.logprobs, plain.logprobs)))
-    longest = max(range(5), key=lambda i: len(fast.completion_ids[i]))
-    ids, logps = fast.completion_ids[longest], fast.logprobs[longest]
-    other = replayed(model, prompts[longest], ids, window + 1)
-    return Cell(found, gap(torch.tensor(logps), torch.tensor(other)))
+    options |= {"policy": CachePolicy(window), "seeds": [*range(5)]}
+    fast, plain = (rollout(model, prompts, **options, **more) for more in ({"batch_size": 2}, {"reference": True}))
+    if fast.completion_ids != plain.completion_ids:
+        return Cell(float("inf"), 0.0)
+    samples = list(zip(prompts, fast.completion_ids, strict=True))
+    found, reference = (torch.tensor([*chain(*run.logprobs)]) for run in (fast, plain))
+    right, other = (torch.cat([_scored(model, *each, w) for each in samples]) for w in (window, window + 1))
+    return Cell(max(gap(found, reference), gap(found, right)), gap(right, other))
 
 
 @torch.no_grad()
-def replayed(model: nn.Module, prompt: list[int], ids: list[int], window: int) -> list[float]:
+def _scored(model: nn.Module, prompt: list[int], ids: list[int], window: int) -> torch.Tensor:
     tokens = torch.tensor([prompt + ids])
     logps = replay_logps(model, tokens, torch.ones_like(tokens), len(prompt), window)
-    return chosen(logps, tokens, len(prompt))[0].tolist()
+    return chosen(logps, tokens, len(prompt))[0]
 
 
 def segments(model: nn.Module, window: int = WINDOW) -> Cell:

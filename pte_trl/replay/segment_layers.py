@@ -119,7 +119,7 @@ class Fed:
     new: tuple[Tensor, Tensor] = ()
 
     def sees(self, fed: int) -> tuple[range, ...]:
-        """The tokens before thought token `fed` whose keys and values the layer holds, numbered as by `Past.pieces`."""
+        """The tokens before thought token `fed` that the layer holds, numbered as by `Past.pieces`."""
         raise NotImplementedError
 
     def _fetch(self) -> None:
