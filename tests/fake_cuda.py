@@ -6,8 +6,9 @@
     assert not gpu.waits
 
 It refuses operations between tensors of the host and of the device, and counts where the host would wait for the
-device (`waits`). `torch.cuda.CUDAGraph` records and replays (tests/fake_cuda_graph.py). Autocast casts what it casts
-on a GPU, and keeps the casts as long. No allocator, streams, kernels or timing: those show on a GPU only.
+device (`waits`); `torch.cuda.set_sync_debug_mode("warn")` warns of each. `torch.cuda.CUDAGraph` records and replays
+(tests/fake_cuda_graph.py). Autocast casts what it casts on a GPU, and keeps the casts as long. No allocator, streams,
+kernels or timing: those show on a GPU only.
 
 A tensor of it is a meta tensor for C++, whose autograd would ask a CUDA build for streams otherwise. It carries CUDA's
 dispatch keys, and its values lie in a tensor of the CPU.
@@ -15,8 +16,10 @@ dispatch keys, and its values lie in a tensor of the CPU.
 
 import collections
 import sys
+import warnings
 from contextlib import ExitStack
-from types import SimpleNamespace
+from functools import partial
+from types import FrameType, SimpleNamespace
 from typing import ClassVar
 from unittest import mock
 
@@ -177,6 +180,7 @@ class FakeCuda(TorchDispatchMode):
         self.captured = self.replays = 0
         self.free = 40 << 30
         self.capturing: Graph | None = None
+        self.sync_debug: str | int = 0
         self.pools = Pools()
 
     @classmethod
@@ -276,6 +280,10 @@ class FakeCuda(TorchDispatchMode):
 
     def wait(self, reason: str) -> None:
         self.waits[reason, where()] += 1
+        if self.sync_debug == "warn":
+            at = caller()
+            text = "called a synchronizing CUDA operation"
+            warnings.warn_explicit(text, UserWarning, at.f_code.co_filename, at.f_lineno)
         if self.capturing is not None:
             raise WaitInCapture(f"{reason} while a graph is captured, at {where()}")
 
@@ -296,6 +304,8 @@ class FakeCuda(TorchDispatchMode):
             yield cuda, name, lambda *args, value=value, **kwargs: value
         yield cuda, "mem_get_info", lambda *args: (self.free, 80 << 30)
         yield cuda, "synchronize", lambda *args: self.wait("synchronize")
+        yield cuda, "get_sync_debug_mode", lambda: self.sync_debug
+        yield cuda, "set_sync_debug_mode", partial(setattr, self, "sync_debug")
         yield cuda, "is_current_stream_capturing", lambda: self.capturing is not None
         yield cuda, "CUDAGraph", lambda *args, **kwargs: Graph(self)
         yield cuda, "graph", lambda graph, **options: graph.capture(**options)
@@ -331,12 +341,20 @@ def pinned(tensor: Tensor, *args) -> Tensor:
     return tensor
 
 
-def where() -> str:
+def caller() -> FrameType | None:
     """The innermost function that is not the fake device's own or torch's."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if any(part in file for part in SOURCES) and "/fake_cuda" not in file:
-            return f"{file.split('site-packages/')[-1].split('/pte_trl/')[-1]}:{frame.f_code.co_name}"
+            return frame
         frame = frame.f_back
-    return "?"
+    return None
+
+
+def where() -> str:
+    """Its file and name."""
+    frame = caller()
+    if frame is None:
+        return "?"
+    return f"{frame.f_code.co_filename.split('site-packages/')[-1].split('/pte_trl/')[-1]}:{frame.f_code.co_name}"

@@ -17,16 +17,16 @@ from tests.test_gradients import assert_same
 PROBE = Path(__file__).with_name("lockstep_probe.py")
 
 
-def launch(folder: Path, *arguments: str) -> list[dict]:
+def launch(folder: Path, *arguments: str, probe: Path = PROBE) -> list[dict]:
     """What both ranks have found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     about = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    about["PYTHONPATH"] = os.pathsep.join([str(PROBE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    about["PYTHONPATH"] = os.pathsep.join([str(probe.parents[1]), os.environ.get("PYTHONPATH", "")])
     started = [
         subprocess.Popen(
-            [python(), str(PROBE), arguments[0], str(folder), *arguments[1:]],
+            [python(), str(probe), arguments[0], str(folder), *arguments[1:]],
             env=os.environ | about | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

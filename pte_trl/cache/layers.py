@@ -24,6 +24,12 @@ class SlidingLayer(Rows, DynamicSlidingWindowLayer):
 
     is_croppable = False
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # transformers' own copies the window's size to the device here; no forward reads it.
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized, self.cumulative_length = False, 0

@@ -9,7 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pte_trl.adapter.model import geometry_of
-from pte_trl.rollouts.engine import Engine, Room
+from pte_trl.cache.bounded import BoundedCache
+from pte_trl.cache.layers import held, hold
+from pte_trl.rollouts.engine import Engine, Room, precision
+from pte_trl.rollouts.ring import RingCache
 from pte_trl.rollouts.sampling import Sampling
 
 SHARE = 0.6  # of the free memory for the cache; the rest is for activations and logits
@@ -20,7 +23,10 @@ Result = TypeVar("Result")
 
 
 def cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one sample that keeps so many tokens; S is small beside them."""
+    """Bytes of keys and values of one sample that keeps so many tokens, where all layers attend in full.
+
+    S is small beside them. Of a model that is there, `row_bytes` counts every type of layer.
+    """
     shape = geometry_of(config)
     heads = shape["num_hidden_layers"] * shape["num_key_value_heads"]
     return 2 * heads * shape["head_dim"] * tokens * dtype.itemsize
@@ -30,23 +36,47 @@ def rounded(room: Room, device: torch.device) -> Room:
     """What an engine's buffers have on this device for rows that need `room`."""
     if device.type != "cuda":
         return room
-    return Room(*(-(-size // unit) * unit for size, unit in ((room.places, PLACES), (room.evict, EVICT))))
+    units = {"places": PLACES, "evict": EVICT, "tokens": PLACES}
+    return Room(**{name: -(-getattr(room, name) // unit) * unit for name, unit in units.items()})
 
 
-def auto_batch_size(model: nn.Module, places: int, free: int | None = None, held: int = 0) -> int | None:
+@torch.no_grad()
+def row_bytes(model: nn.Module, places: int, tokens: int) -> int:
+    """Bytes that a row takes in an engine's cache, each type of layer by itself: of the shapes that a token has there.
+
+    Args:
+        places, tokens: as in `Room`.
+    """
+    source, token = (
+        BoundedCache(window=1, config=model.config),
+        torch.zeros(1, 1, dtype=torch.long, device=model.device),
+    )
+    with precision(model.device):
+        model(input_ids=token, position_ids=token, past_key_values=source, use_cache=True, logits_to_keep=1)
+    for layer in source.layers:
+        hold(layer, {name: x.to("meta") for name, x in held(layer).items()})
+    cache = RingCache(1, places, 1, "meta", tokens)
+    cache.begin(source)
+    return cache.nbytes
+
+
+def auto_batch_size(
+    model: nn.Module, places: int, free: int | None = None, held: int = 0, tokens: int | None = None
+) -> int | None:
     """Rows whose caches fit in SHARE of the free memory; None (all at once) on a CPU.
 
     Args:
         places: prompt and thought tokens of a row (`Room.places`).
         free: bytes; those that the model's GPU has, and torch holds unused, if None.
         held: bytes of a kept engine, which is used or goes.
+        tokens: that a row ever has (`Room.tokens`), where layers have windows of their own; None: `places`.
     """
     if free is None:
         if model.device.type != "cuda":
             return None
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         free = torch.cuda.mem_get_info(model.device)[0] + unused + held
-    return max(1, int(SHARE * free / cache_bytes(model.config, places, model.dtype)))
+    return max(1, int(SHARE * free / row_bytes(model, places, tokens or places)))
 
 
 def halving(run: Callable[[int], Result], rows: int, release: Callable[[], None] = lambda: None) -> Result:
@@ -108,8 +138,7 @@ class EngineCache:
         return self.engine
 
     def _roomy(self, rows: int, room: Room) -> bool:
-        cache = self.engine.cache
-        return rows <= cache.rows and room.evict <= cache.evict_at_most and room.places <= cache.places
+        return self.engine.cache.has_room(rows, room.places, room.evict, room.tokens)
 
     @property
     def nbytes(self) -> int:

@@ -86,6 +86,11 @@ class Layer(NamedTuple):
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without PEFT around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class Decoder:
     """Reads the layers of a model, again and again: copies of adapters lie where they lay before.
 
@@ -95,7 +100,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module):
         self.copies: dict[int, Tensor] = {}
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base_of(model)
 
     def read(self) -> tuple[list[Layer], Norm]:
         """The layers and the last norm, of the weights and adapters of now.

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from pte_trl.adapter.model import evicted_encoders
 from pte_trl.cache.bounded import BoundedCache
-from pte_trl.cache.masks import additive, prompt_mask
+from pte_trl.cache.masks import prompt_mask
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.compiled import CompiledStep, is_capturing, say
+from pte_trl.rollouts.decoder import FAMILIES, base_of
 from pte_trl.rollouts.draw import draw
+from pte_trl.rollouts.graphs import CudaGraphed
 from pte_trl.rollouts.prompts import left_pad
 from pte_trl.rollouts.ring import ALIGN, RingCache, aligned, ring_size
 from pte_trl.rollouts.sampling import Sampling
@@ -35,41 +37,6 @@ PREFILL_TOKENS = 16_384  # tokens of one prefill at most, so that its activation
 NEVER = 0  # in `Row.evicts_at`: counts begin at 1
 
 
-class CudaGraphed:
-    """A function that changes tensors in place: called as it is, on CUDA captured at its second call and replayed.
-
-    A graph is kept per arguments, which have to be plain values. It reads and writes the memory addresses of its
-    capture, so the function may use only tensors that stay the same objects, and must not wait for the device.
-    """
-
-    def __init__(self, function: Callable[..., None], on: bool):
-        self.function, self.on = function, on
-        self.clear()
-
-    def __call__(self, *key) -> None:
-        if not self.on or key not in self.graphs:
-            # The first call runs the kernels: it is a real step, and what CUDA libraries set up lazily (handles,
-            # workspaces, autotuning) is done then, since a capture forbids it.
-            self.graphs[key] = None
-            self.function(*key)
-            return
-        if self.graphs[key] is None:
-            graph = torch.cuda.CUDAGraph()
-            # Records, computes nothing: the replay below does. Other threads may ask the device meanwhile: NCCL's
-            # watchdog does, and `pte_trl.runtime.efficiency`.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                self.function(*key)
-            self.graphs[key] = graph
-        self.graphs[key].replay()
-
-    def clear(self) -> None:
-        """Drops all graphs."""
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        # One pool for all graphs: they never run at the same time, so their temporary tensors can share memory. A new
-        # one, since a pool whose last graph was freed takes no other as long as the allocator holds memory of it.
-        self.pool = torch.cuda.graph_pool_handle() if self.on else None
-
-
 @dataclass(frozen=True)
 class Room:
     """What a row has to have room for.
@@ -77,19 +44,22 @@ class Room:
     Attributes:
         places: prompt and thought tokens that the cache holds at most; a multiple of `pte_trl.rollouts.ring.ALIGN`.
         evict: tokens that leave at once at most.
+        tokens: prompt and thought tokens at most, evicted ones included.
     """
 
     places: int
     evict: int
+    tokens: int
 
     @classmethod
     def needed(cls, prompts: Iterable[int], schedules: Sequence[Schedule], max_new_tokens: int) -> "Room":
         """That of completions of prompts of so many tokens; two lists of the same length."""
+        prompts = list(prompts)
         pairs = zip(prompts, schedules, strict=True)
         places = max(prompt + ring_size(schedule.window, max_new_tokens) for prompt, schedule in pairs)
         # A window as long as a completion is never full, and nothing leaves it.
         evict = max((s.evict for s in schedules if s.window < max_new_tokens), default=1)
-        return cls(aligned(places), evict)
+        return cls(aligned(places), evict, aligned(max(prompts) + max_new_tokens))
 
 
 @dataclass
@@ -120,6 +90,17 @@ class Row:
         return self.length + min(self.count, self.ring)
 
 
+def precision(device: torch.device) -> torch.autocast:
+    """The autocast under way, without its cache.
+
+    Autocast keeps weights that it has cast until its context ends, and a graph captured inside would go on reading
+    that freed memory; so nothing is kept, and every graph casts the weights itself.
+    """
+    kind = device.type
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
 class Engine:
     """Rows, their cache, and the loop that keeps them busy.
 
@@ -133,14 +114,15 @@ class Engine:
 
     def __init__(self, model: nn.Module, rows: int, room: Room, sampling: Sampling, compile: bool = False):
         self.model, self.sampling, self.device = model, sampling, model.device
-        self.cache = RingCache(rows, room.places, room.evict, self.device)
+        self.cache = RingCache(rows, room.places, room.evict, self.device, room.tokens)
         self.compiled = CompiledStep(model, self.cache) if compile else None
         self.sync_every = SYNC_EVERY.get(self.device.type, 1)
         # Attention reads the cache up to a multiple of `reach_step` places. Every multiple is another graph, so there
         # are four at most on CUDA; on a CPU, where nothing is captured, small multiples save work.
         cuda = self.device.type == "cuda"
         self.reach_step = max(64, aligned(-(-self.cache.places // 4))) if cuda else ALIGN
-        self._step, self._evict = CudaGraphed(self._feed, cuda), CudaGraphed(self._drop, cuda)
+        known = type(base_of(model)) in FAMILIES  # their steps are known to wait for nothing
+        self._step, self._evict = (CudaGraphed(function, cuda, known) for function in (self._feed, self._drop))
 
         def zeros(*shape: int) -> Tensor:
             """Integers; made once and only written in place from then on, since graphs read them where they lie."""
@@ -193,7 +175,9 @@ class Engine:
         self.waiting = list(range(count))[::-1]  # samples that have no row yet, the next one last
         self.active = min(self.cache.rows, rows or count, count)  # rows in use: the first so many
         self.rows: list[Row | None] = [None] * self.active
-        self.first_logits: dict[int, Tensor] = {}  # after each prefilled prompt, while samples of it wait
+        # Of each prompt that lies in a row and that samples wait for: logits after it, and what decoding writes over.
+        self.first_logits: dict[int, Tensor] = {}
+        self.saved: dict[int, list[Tensor]] = {}
         self.cache.begun = False
         self._start_samples(range(self.active))
         steps = 0
@@ -266,8 +250,12 @@ class Engine:
         for row, new in started.items():
             self.rows[row] = new
         self._draw(index, torch.stack([self.first_logits[new.prompt] for new in started.values()]))
-        still_wanted = {self.prompt_index[sample] for sample in self.waiting}
-        self.first_logits = {p: logits for p, logits in self.first_logits.items() if p in still_wanted}
+        held = self._waiting_prompts() & {row.prompt for row in self.rows}
+        self.first_logits = {prompt: logits for prompt, logits in self.first_logits.items() if prompt in held}
+        self.saved = {prompt: states for prompt, states in self.saved.items() if prompt in held}
+
+    def _waiting_prompts(self) -> set[int]:
+        return {self.prompt_index[sample] for sample in self.waiting}
 
     def _row(self, sample: int) -> Row:
         """One that has sampled its first token."""
@@ -283,6 +271,8 @@ class Engine:
         row_with = {old.prompt: row for row, old in enumerate(self.rows) if old is not None}
         origins = {row: row_with[p] for row, p in prompt_of.items() if p in row_with and p in self.first_logits}
         self._copy(origins, prompt_of)  # first of all: the rows copied from may be among those that start now
+        if origins:  # and they have decoded since
+            self.cache.restore(self._index(origins), [self.saved[prompt_of[row]] for row in origins])
         prefilled = {p: row for row, p in reversed(prompt_of.items()) if row not in origins}  # the first row of each
         self._prefill({row: p for p, row in prefilled.items()})
         shared = {row: prefilled[p] for row, p in prompt_of.items() if row not in origins and prefilled[p] != row}
@@ -299,20 +289,21 @@ class Engine:
 
     def _prefill(self, prompts: dict[int, int]) -> None:
         """Row -> prompt: fills them, a part at a time, and keeps the logits after each prompt."""
-        todo = list(prompts.items())
+        todo, waiting = list(prompts.items()), self._waiting_prompts()
         size = max(1, PREFILL_TOKENS // max((len(self.prompts[p]) for _, p in todo), default=1))
         for part in (todo[at : at + size] for at in range(0, len(todo), size)):
             tokens, mask = left_pad([self.prompts[p] for _, p in part], self.sampling.pad_token_id, self.device)
-            source = BoundedCache(window=1)  # it takes the prompts alone, and these stay
+            source = BoundedCache(window=1, config=self.model.config)  # it takes the prompts alone, and these stay
             position = (mask.cumsum(1) - 1).clamp(min=0)
             padded = len({len(self.prompts[p]) for _, p in part}) > 1
             logits = self._forward(tokens, prompt_mask(self.model, mask, padded), position, source)
             self.cache.load(self._index(row for row, _ in part), source, mask.sum(1))
             self.first_logits.update(zip((p for _, p in part), logits, strict=True))
+            self.saved |= {p: self.cache.saved(row) for row, p in part if p in waiting}
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, position: Tensor, cache: BoundedCache) -> Tensor:
         """(batch, vocabulary) logits after the last token."""
-        with self._precision():
+        with precision(self.device):
             return self.model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -322,22 +313,12 @@ class Engine:
                 logits_to_keep=1,
             ).logits[:, -1]
 
-    def _precision(self) -> torch.autocast:
-        """The autocast under way, without its cache.
-
-        Autocast keeps weights that it has cast until its context ends, and a graph captured inside would go on reading
-        that freed memory; so nothing is kept, and every graph casts the weights itself.
-        """
-        kind = self.device.type
-        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-
     def _or_eagerly(self, call: Callable[[], Tensor | None]) -> Tensor | None:
         """What a call of the compiled step returns; None, and steps are eager from then on, where it fails."""
         if self.compiled is None:
             return None
         try:
-            with self._precision():
+            with precision(self.device):
                 return call()
         except torch.OutOfMemoryError:
             raise
@@ -364,10 +345,8 @@ class Engine:
 
     def _eager(self, rows: Tensor, position: Tensor, place: Tensor, limit: int) -> Tensor:
         """(rows, vocabulary) logits after the rows' token, by the model's own forward."""
-        for layer in self.cache.layers:
-            layer.aim(rows, place, limit)
-        seen = self.cache.seen[: len(rows), None, None, :limit]
-        mask = additive(seen, self.model.dtype)
+        self.cache.aim(rows, position, place, limit)
+        mask = self.cache.mask(position, limit, self.model.dtype)
         return self._forward(self.token[: len(rows)].unsqueeze(1), mask, position.unsqueeze(1), self.cache)
 
     def _draw(self, rows: Tensor, logits: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The bounded cache of the rollout engine: buffers made once, in which every row has a ring for its window.
 
-A row holds one sequence: its prompt of p tokens, then a ring of as many places as its window has, where thought token
-i lies at i mod ring:
+A row holds one sequence. In a layer of full attention that is its prompt of p tokens, then a ring of as many places as
+its window has, where thought token i lies at i mod ring:
 
     place   0 .. p - 1       p .. p + ring - 1                  p + ring .. places - 1
     holds   prompt tokens    thought tokens, W of them at most  nothing
@@ -9,27 +9,24 @@ i lies at i mod ring:
 p and W differ from row to row; all rows have as many places as the longest of them needs. The W tokens that a sequence
 keeps are consecutive, so no two of them share a place. An eviction only clears places in the mask `seen`; the tokens
 that come next are written there. Nothing is moved, and no shape changes from the first token to the last, which CUDA
-graphs need. Rows are independent: each has its own number of tokens and its own evictions.
+graphs need. Rows are independent: each has its own number of tokens and its own evictions. Layers of other types have
+buffers of their own (`pte_trl.rollouts.ring_layers`), in which nothing is evicted.
 
 Where `BoundedCache` keeps its entries in order, this one does not: keys carry their positions (they are kept after
 rotary) and attention sums over a set, so the order affects rounding alone. The engine says where the next token goes
 and when a row evicts.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from pte_trl.cache.bounded import BoundedCache, BoundedLayer
+from pte_trl.cache.bounded import BoundedCache
+from pte_trl.cache.masks import additive
+from pte_trl.rollouts.ring_layers import ALIGN, RINGS, RingLayer, RingSliding, Sizes, Step, aligned
 
-ALIGN = 16  # places are a multiple of it: attention kernels want an aligned mask; the last ones may stay unused
-
-
-def aligned(places: int) -> int:
-    """`places`, rounded up to a multiple of ALIGN."""
-    return -(-places // ALIGN) * ALIGN
+__all__ = ["ALIGN", "RingCache", "aligned", "ring_size"]
 
 
 def ring_size(window: int, max_new_tokens: int) -> int:
@@ -37,74 +34,28 @@ def ring_size(window: int, max_new_tokens: int) -> int:
     return min(window, max_new_tokens)
 
 
-class RingLayer(BoundedLayer):
-    """One layer. `buffers` are keys and values, (rows, kv heads, places, head_dim); `accumulators` (rows, n_g, r)."""
-
-    def reset(self) -> None:
-        super().reset()
-        self.accumulators = self.first_accumulator = None
-
-    def make_room(self, length: int, encode: Callable | None = None) -> None:
-        """Does nothing: the engine evicts between steps (`RingCache.evict`), since rows are due at different times."""
-
-    def begin(self, source: BoundedLayer, rows: int, places: int) -> None:
-        """Takes the encoder's tensors from `source`, a batch's first prompt; makes the buffers if there are none.
-
-        The weights may have changed since the batch before, so the encoder's tensors are taken anew each time.
-        """
-        if self.buffers is None:
-            # Zeros: a place that is not seen yet must not hold a NaN, which a masked softmax would still multiply.
-            # Each in its own dtype: autocast leaves keys in float32 (after rotary) and values in bfloat16.
-            self.buffers = tuple(
-                states.new_zeros(rows, states.shape[1], places, states.shape[3])
-                for states in (source.keys, source.values)
-            )
-            self.lazy_initialization(*self.buffers)
-            if source.accumulator is not None:
-                self.accumulators = source.accumulator.new_zeros(rows, *source.accumulator.shape)
-                self.queries = torch.empty_like(source.queries)
-        self.owner, self.first_accumulator = source.owner, source.accumulator
-        if source.accumulator is not None:
-            self.queries.copy_(source.queries)  # in place: the graph of an eviction reads it there
-
-    def tensors(self) -> list[Tensor]:
-        """What it holds for every row."""
-        return [*self.buffers, *([] if self.accumulators is None else [self.accumulators])]
-
-    def aim(self, rows: Tensor, place: Tensor, limit: int) -> None:
-        """The next token of `rows`, which are the first ones, goes to `place`; attention sees `limit` places."""
-        self.rows, self.place, self.limit = rows, place, limit
-        self.accumulator = (
-            None if self.accumulators is None else self.accumulators[: len(rows)]
-        )  # what the PTE layer reads
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[self.rows, :, self.place] = states[:, :, 0]
-        # All places, seen or not: the mask leaves out those that are empty or evicted.
-        return tuple(buffer[: len(self.rows), :, : self.limit] for buffer in self.buffers)
-
-
 class RingCache(BoundedCache):
-    """Keys, values, accumulators and the mask of the engine's rows.
+    """Keys, values, states, accumulators and the masks of the engine's rows.
 
     Args:
         rows: sequences that are decoded together at most.
         places: prompt and thought tokens that a row holds at most.
         evict: tokens that leave a row at once at most.
+        tokens: prompt and thought tokens that a row ever has at most, evicted ones included; None: `places`.
 
     Attributes:
-        seen: (rows, places), whether the sequence attends to the place.
+        seen: (rows, places), whether the sequence attends to the place, in layers of full attention.
         prompt, ring: (rows,), tokens of the prompt, and places for thoughts behind it (`ring_size`).
         begun: whether this batch's encoder tensors have been taken.
     """
 
-    def __init__(self, rows: int, places: int, evict: int, device):
+    def __init__(self, rows: int, places: int, evict: int, device, tokens: int | None = None):
         # Every row has a schedule of its own, which the engine follows; the one here is never asked.
         super().__init__(window=places)
-        self.layer_class_to_replicate = partial(RingLayer, self.schedule)
+        self.layer_class_to_replicate = None  # layers are made when the first prompts come
         self.rows, self.evict_at_most = rows, evict
-        self.seen = torch.zeros(rows, aligned(places), dtype=torch.bool, device=device)
+        self.sizes = Sizes(rows, aligned(places), tokens or places)
+        self.seen = torch.zeros(rows, self.sizes.places, dtype=torch.bool, device=device)
         # Of the device: `seen[rows, places] = True` would copy the value from the host, which a capture forbids.
         self.shown, self.hidden = (make((), dtype=torch.bool, device=device) for make in (torch.ones, torch.zeros))
         self.prompt, self.ring = (torch.ones(rows, dtype=torch.long, device=device) for _ in range(2))
@@ -113,11 +64,35 @@ class RingCache(BoundedCache):
 
     @property
     def places(self) -> int:
-        return self.seen.shape[1]
+        return self.sizes.places
+
+    @property
+    def mixed(self) -> bool:
+        return any(type(layer) is not RingLayer for layer in self.layers)
+
+    @property
+    def sliding(self) -> RingSliding | None:
+        """The first layer of sliding attention; all have the same size."""
+        return next((layer for layer in self.layers if isinstance(layer, RingSliding)), None)
+
+    def has_room(self, rows: int, places: int, evict: int, tokens: int) -> bool:
+        """Whether so many rows with that much fit; arguments as for the cache itself."""
+        sliding = self.sliding
+        near = sliding is None or sliding.size >= min(sliding.sliding_window, tokens)
+        return near and rows <= self.rows and evict <= self.evict_at_most and places <= self.places
 
     def place_of(self, rows: Tensor, thought: Tensor) -> Tensor:
         """Where thought tokens of rows lie; both arguments of the same shape, or one that broadcasts."""
         return self.prompt[rows] + thought % self.ring[rows]
+
+    # ---- prompts ---------------------------------------------------------------------------------------------------
+
+    def begin(self, source: BoundedCache) -> None:
+        """Makes the layers, if there are none, and takes the encoders' tensors of a batch from its first prompts."""
+        self.layers = self.layers or [RINGS[type(filled)](filled) for filled in source.layers]
+        for layer, filled in zip(self.layers, source.layers, strict=True):
+            layer.begin(filled, self.sizes)
+        self.begun = True
 
     def load(self, rows: Tensor, source: BoundedCache, lengths: Tensor) -> None:
         """Writes the prompts, padded on the left, that `source` has been filled with into `rows`.
@@ -126,22 +101,30 @@ class RingCache(BoundedCache):
             lengths: (len(rows),), tokens of each prompt.
         """
         if not self.begun:
-            for index, filled in enumerate(source.layers):
-                self.layer(index).begin(filled, self.rows, self.places)
-            self.begun = True
-        longest = source.get_seq_length()
-        # Turned left by its padding, a prompt begins at place 0; the padding lies behind it, where nothing is seen.
-        order = (self.numbers[:longest] + (longest - lengths).unsqueeze(1)) % longest
+            self.begin(source)
         for layer, filled in zip(self.layers, source.layers, strict=True):
-            for buffer, states in zip(layer.buffers, (filled.keys, filled.values), strict=True):
-                index = order[:, None, :, None].expand(-1, *states.shape[1:2], -1, states.shape[3])
-                buffer[rows, :, :longest] = states.gather(2, index)
+            layer.load(rows, filled, lengths, source.get_seq_length())
 
     def copy_prompts(self, rows: Tensor, origins: Tensor, longest: int) -> None:
-        """Writes the prompts that lie in the rows `origins`, of `longest` tokens at most, into `rows`."""
+        """Writes the prompts that lie in the rows `origins`, of `longest` tokens at most, into `rows`.
+
+        Where decoding has begun in `origins`, `restore` has to follow.
+        """
         for layer in self.layers:
-            for buffer in layer.buffers:
-                buffer[rows, :, :longest] = buffer[origins, :, :longest]
+            layer.copy(rows, origins, longest)
+
+    def overwritten(self) -> list[Tensor]:
+        """The buffers in which decoding writes over what the prompt has left; none where all layers attend in full."""
+        return [buffer for layer in self.layers for buffer in layer.overwritten()]
+
+    def saved(self, row: int) -> list[Tensor]:
+        """A copy of what the prompt has left in `overwritten`, taken before the row decodes."""
+        return [buffer[row].clone() for buffer in self.overwritten()]
+
+    def restore(self, rows: Tensor, saved: Sequence[list[Tensor]]) -> None:
+        """Writes what `saved` has returned for each of `rows`."""
+        for buffer, parts in zip(self.overwritten(), zip(*saved, strict=True), strict=True):
+            buffer[rows] = torch.stack(parts)
 
     def start(self, rows: Tensor, prompts: Tensor, rings: Tensor) -> None:
         """Starts `rows`, whose prompts have been written, and forgets their thoughts, which the mask hides.
@@ -152,14 +135,49 @@ class RingCache(BoundedCache):
         self.prompt[rows], self.ring[rows] = prompts, rings
         self.seen[rows] = self.numbers < prompts.unsqueeze(1)
         for layer in self.layers:
-            if layer.accumulators is not None:
-                layer.accumulators[rows] = layer.first_accumulator
+            layer.start(rows)
 
     def gather(self, rows: Tensor) -> None:
         """Makes `rows` the first ones, in this order."""
         kept = len(rows)
         for buffer in (*(x for layer in self.layers for x in layer.tensors()), self.seen, self.prompt, self.ring):
             buffer[:kept] = buffer[rows]
+
+    # ---- steps: these run inside CUDA graphs, so nothing here may read a tensor on the host ------------------------
+
+    def aim(self, rows: Tensor, position: Tensor, place: Tensor, limit: int) -> None:
+        """Where the next token of `rows`, which are the first ones, goes.
+
+        Args:
+            position: (rows,), tokens before it, evicted ones included.
+            place: (rows,), in the layers of full attention, which see the first `limit` places.
+        """
+        near = None if self.sliding is None else position % self.sliding.size
+        for layer in self.layers:
+            layer.aim(Step(rows, place, limit, near))
+
+    def mask(self, position: Tensor, limit: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor | None]:
+        """What the tokens at `position` of the first rows see, as the model takes it.
+
+        Args:
+            position, limit: as for `aim`.
+
+        Returns:
+            (rows, 1, 1, places), 0 or -inf; where layers are mixed, one by the type of the layer.
+        """
+        full = additive(self.seen[: len(position), None, None, :limit], dtype)
+        if not self.mixed:
+            return full
+        # Names as in `pte_trl.cache.masks.masks_by_type`. A token of a decode is no padding: states need no mask.
+        masks = {"full_attention": full, "hybrid": full} | dict.fromkeys(("linear_attention", "conv", "mlp", "moe"))
+        if self.sliding is not None:
+            size = self.sliding.size
+            place = torch.arange(size, device=position.device)
+            # The ring holds the last tokens, as many as it has places, and a chunk begins at its first place.
+            lasts = position, position % size
+            near, chunk = (additive((place <= last.unsqueeze(1))[:, None, None], dtype) for last in lasts)
+            masks |= {"sliding_attention": near, "hybrid_sliding": near, "chunked_attention": chunk}
+        return masks
 
     def evict(self, rows: Tensor, oldest: Tensor, counts: Tensor, encoders: dict[int, Callable]) -> None:
         """Drops thoughts of each row, `counts` of them from thought `oldest` on, and encodes them.
@@ -185,5 +203,5 @@ class RingCache(BoundedCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and accumulators of all rows."""
+        """Bytes of keys, values, states and accumulators of all rows."""
         return sum(x.nbytes for layer in self.layers for x in layer.tensors())

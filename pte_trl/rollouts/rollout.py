@@ -193,8 +193,8 @@ def run_engine(
     room = Room.needed(map(len, prompt_ids), schedules, sampling.max_new_tokens)
     auto = batch_size == "auto"
     if auto:
-        places = rounded(room, model.device).places
-        batch_size = auto_batch_size(model, places, held=engine_cache.nbytes)
+        full = rounded(room, model.device)
+        batch_size = auto_batch_size(model, full.places, held=engine_cache.nbytes, tokens=full.tokens)
 
     long = model.device.type == "cuda" and sampling.max_new_tokens >= COMPILED_FROM
     compiled = compile == "always" or (compile == "auto" and long)
