@@ -13,6 +13,7 @@ from pte_trl.cache.bounded import BoundedLayer
 from pte_trl.cache.eviction import STRATEGIES, make_cache
 from pte_trl.cache.layers import HybridLayer, RecurrentLayer, SlidingLayer, copied, held, hold
 from pte_trl.cache.masks import mask_for, prompt_mask
+from pte_trl.cache.pieces import takes_up_states
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.attention import blockwise_attention
 from pte_trl.replay.plan import ReplayPlan, replay_inputs
@@ -55,6 +56,12 @@ FAMILIES = {
         **{"attention_chunk_size": 6, "num_local_experts": 4, "no_rope_layers": [1, 0, 1]},
     },
 }
+APART = {
+    "jamba": {
+        **{"attn_layer_period": 3, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        **{"mamba_d_state": 8, "num_experts": 4},
+    },
+}
 EAGER = ("gpt_oss", "gemma2")  # sinks, soft-capped scores
 FLOAT32 = EAGER  # gpt_oss computes in it, and an eager float64 mask of gemma2 overflows there
 SLIDES = ("gemma3_text", "olmo3", "cohere2", "gpt_oss")
@@ -90,10 +97,16 @@ def close(family: str) -> float:
     return CLOSE_FLOAT32 if family in FLOAT32 else CLOSE
 
 
+def usual(of: tuple[str, ...], *names: str) -> pytest.MarkDecorator:
+    """`parametrize` over families; those that are not named run with `make test-all`."""
+    cells = [pytest.param(name, marks=() if name in names else pytest.mark.thorough) for name in of]
+    return pytest.mark.parametrize("family", cells)
+
+
 @made_once
 def model_of(family: str):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family])
+    config = AutoConfig.for_model(family, **SHAPE | (FAMILIES | APART)[family])
     attention = "eager" if family in EAGER else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
     model = model.to(torch.float32 if family in FLOAT32 else torch.float64).eval()
@@ -140,7 +153,7 @@ def test_the_replay_is_the_decode(family):
     assert apart(family, replay_logps(model, ids, mask, prompt, WINDOW + 1)) > WRONG, "the window does nothing"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@usual(FAMILIES, "olmo3", "bamba", "lfm2", "llama4_text")
 @torch.no_grad()
 def test_padding_changes_nothing(family):
     """The padded sequence alone, without its padding, decoded and replayed."""
@@ -152,7 +165,7 @@ def test_padding_changes_nothing(family):
         assert gap(view(model_of(family), ids, mask, short, WINDOW), expected) <= close(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@usual(FAMILIES, "olmo3", "qwen3_next", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_chunks_are_token_by_token(family):
     ids, mask, prompt = batch()
@@ -166,7 +179,7 @@ def test_chunks_are_token_by_token(family):
     assert apart(family, (torch.cat(logits, dim=1).double() / 0.6).log_softmax(-1)) <= close(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@usual(FAMILIES, "gemma3_text", "bamba", "lfm2")
 @torch.no_grad()
 def test_generate_does_what_the_reference_loop_does(family):
     """A cache made without config gets its layers from the model, in both."""
@@ -181,7 +194,7 @@ def test_generate_does_what_the_reference_loop_does(family):
     assert loop.cache.evictions == Schedule(WINDOW).evictions(2 * WINDOW - 1) > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@usual(FAMILIES, "cohere2", "bamba", "lfm2")
 def test_gradients_of_a_replay_are_those_of_the_decode(family):
     """Both paddings; the decode in chunks, since the models' own step of one token writes states in place."""
     ids, mask, prompt = batch()
@@ -194,10 +207,59 @@ def test_gradients_of_a_replay_are_those_of_the_decode(family):
     assert len(pairs) > 10 and all(gap(a, b) <= close(family) * max(1, a.abs().max()) for a, b in pairs)
 
 
+@torch.no_grad()
+def test_a_model_that_forgets_its_state_in_a_chunk_is_fed_one_by_one():
+    """Its layers begin a forward of several tokens from an empty state, in transformers itself."""
+    ids, mask, prompt = batch()
+    model = model_of("jamba")
+    assert not takes_up_states(model) and all(takes_up_states(model_of(family)) for family in RECURS)
+    assert apart("jamba", replay_logps(model, ids, mask, prompt, WINDOW)) <= CLOSE_FLOAT32
+    assert apart("jamba", decode_logps(model, ids, mask, prompt, WINDOW, chunked=True)) > WRONG
+    mask = torch.cat([mask[:, :prompt], torch.ones_like(mask[:, prompt:])], dim=1)
+    cache, now = BoundedCache(WINDOW), slice(prompt, ids.shape[1] - 1)
+    logits = [feed(model, cache, ids[:, :prompt], mask[:, :prompt])]
+    logits.append(feed(model, cache, ids[:, now], mask[:, :-1], logits_to_keep=0))
+    assert apart("jamba", (torch.cat(logits, dim=1).double() / 0.6).log_softmax(-1)) <= CLOSE_FLOAT32
+    for words, call in (
+        (
+            r"prefill_chunk_size=4\): recurrent layers of jamba begin each from an empty state",
+            feed_prompt_of("jamba", 4),
+        ),
+        (r"prefill_chunk_size=1\): recurrent layers of lfm2 would take padding for tokens", feed_prompt_of("lfm2", 1)),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def feed_prompt_of(family: str, longest: int):
+    ids, mask, prompt = batch()
+    return lambda: feed(model_of(family), BoundedCache(WINDOW), ids[:, :prompt], mask[:, :prompt], longest=longest)
+
+
+@torch.no_grad()
+def test_turns_of_a_chat():
+    """generate feeds a long turn as its model can take it: pieces, or tokens."""
+    ids, _, prompt = batch()
+    for family in ("lfm2", "jamba", "olmo3"):
+        how = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        cache, model = BoundedCache(WINDOW), model_of(family)
+        model.generate(input_ids=ids[:1, :prompt], past_key_values=cache, **how)
+        first = cache.get_seq_length()
+        said = model.generate(input_ids=ids[:1, :prompt], past_key_values=BoundedCache(WINDOW), **how).sequences
+        turn = torch.cat([said, ids[1:, -20:]], dim=1)
+        out = model.generate(input_ids=turn, past_key_values=cache, **how)
+        fresh = BoundedCache(WINDOW)
+        feed(model, fresh, turn[:, :prompt])
+        for at in range(prompt, turn.shape[1]):
+            logits = feed(model, fresh, turn[:, at : at + 1])
+        assert first == prompt + 3 and cache.evictions > 4
+        assert gap(out.logits[0], logits[:, -1]) <= CLOSE_FLOAT32 * logits.abs().max()
+
+
 # ---- what would be silently wrong ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "gemma3_text", "gpt_oss", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_one_mask_for_all_layers_is_wrong(family):
     ids, mask, prompt = batch()
@@ -208,7 +270,7 @@ def test_one_mask_for_all_layers_is_wrong(family):
     assert apart(family, (logits.double() / 0.6).log_softmax(-1)) > WRONG
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "olmo3", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_a_cache_that_knows_nothing_of_the_layers_is_refused(family):
     ids, mask, prompt = batch()
@@ -223,7 +285,7 @@ def test_a_cache_that_knows_nothing_of_the_layers_is_refused(family):
             make_cache(model, Schedule(WINDOW), name)
 
 
-@pytest.mark.parametrize("family", SLIDES)
+@usual(SLIDES, "olmo3")
 @torch.no_grad()
 def test_bounded_layers_in_the_place_of_sliding_ones_are_wrong(family):
     ids, mask, prompt = batch()
@@ -273,7 +335,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "olmo3", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_rows_of_all_layers_go_together(family):
     ids, mask, _ = batch()
@@ -288,7 +350,7 @@ def test_rows_of_all_layers_go_together(family):
         )
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "olmo3", "falcon_h1", "lfm2")
 @torch.no_grad()
 def test_a_copied_layer_continues_alone(family):
     """Also what is held, put into a copy, and back from another device as offloading does it."""
@@ -313,7 +375,7 @@ def test_a_copied_layer_continues_alone(family):
     assert size <= cache.nbytes <= 2 * size
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "cohere2", "bamba")
 @torch.no_grad()
 def test_a_reset_cache_is_a_new_one(family):
     ids, mask, _ = batch()
@@ -324,7 +386,7 @@ def test_a_reset_cache_is_a_new_one(family):
     assert torch.equal(steps(family, cache, ids[1:], mask[1:], 0, 4), steps(family, fresh, ids[1:], mask[1:], 0, 4))
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "olmo3", "qwen3_next", "falcon_h1")
 def test_a_prompt_of_inference_mode_can_be_trained_on(family):
     ids, mask, prompt = batch()
     cache = BoundedCache(WINDOW, config=model_of(family).config)
@@ -365,7 +427,7 @@ def test_tokens_of_another_model_are_refused():
 # ---- masks and blocks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", MAIN)
+@usual(MAIN, "gpt_oss", "falcon_h1", "lfm2")
 def test_masks_of_a_padded_prompt(family):
     """By the type of a layer, as the model makes them, where a query is a token."""
     _, mask, prompt = batch()
@@ -403,8 +465,10 @@ def test_blocks_of_a_sliding_layer(sliding):
     assert torch.equal(plan.of_sliding.mask(), seen)
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", "blockwise_flex"])
-@pytest.mark.parametrize("family", [*(x for x in SLIDES if x not in EAGER), "qwen3_next", "falcon_h1", "llama4_text"])
+@pytest.mark.parametrize("implementation", ["blockwise", pytest.param("blockwise_flex", marks=pytest.mark.thorough)])
+@usual(
+    ("gemma3_text", "olmo3", "cohere2", "qwen3_next", "falcon_h1", "llama4_text"), "olmo3", "falcon_h1", "llama4_text"
+)
 @torch.no_grad()
 def test_blockwise_attention_of_mixed_models(family, implementation):
     ids, mask, prompt = batch()

@@ -17,16 +17,17 @@ class Rows(ABC):
     """The methods of a cache layer that choose, repeat or drop rows, by one that maps every tensor with a row each."""
 
     @abstractmethod
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None: ...
+    def map_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every tensor that has a row for every sequence, (batch, ...), by `rows` of it."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
+        self.map_rows(lambda x: x[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
@@ -178,7 +179,7 @@ class BoundedLayer(Rows, CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
+    def map_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values, self.buffers = rows(self.keys), rows(self.values), None
             if self.accumulator is not None and self.accumulator.dim() == 3:

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.masks import check_padding_is_seen, config_of
+from pte_trl.cache.pieces import forwards
 from pte_trl.compat.transformers import BEAM_SEARCH, SAMPLE, wrap_decoding_loops
 
 LOOPS = (SAMPLE, BEAM_SEARCH)  # those a bounded cache can serve
@@ -66,7 +67,7 @@ def feed(
         cache.expect_prompt(count)
     positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     at, kept = 0, []
-    for length in cache.pieces(count, longest):
+    for length in forwards(model, cache, count, attention_mask, longest):
         now, at = slice(at, at + length), at + length
         held = cache.mask_columns(length)
         out = model(
@@ -218,7 +219,7 @@ def take_up(
     chunk, config.prefill_chunk_size = config.prefill_chunk_size, None
     if chunk is not None and not seen and total > chunk:
         cache.expect_prompt(total)
-    pieces = cache.pieces(total - seen, chunk)
+    pieces = forwards(model, cache, total - seen, mask, chunk)
     if len(pieces) > 1 and synced:
         raise ValueError(
             f"synced_gpus=True: {total - seen} new tokens take {len(pieces)} forwards (window="

@@ -34,7 +34,7 @@ class SlidingLayer(Rows, DynamicSlidingWindowLayer):
         self.keys = self.values = None
         self.is_initialized, self.cumulative_length = False, 0
 
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
+    def map_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = rows(self.keys), rows(self.values)
 
@@ -77,7 +77,7 @@ class RecurrentLayer(Rows, LinearAttentionLayer):
     def settle(self) -> None:
         """Makes states of inference mode usable outside of it, where autograd cannot save them."""
         if not torch.is_inference_mode_enabled():
-            RecurrentLayer._map(self, lambda x: x.clone() if x.is_inference() else x)
+            RecurrentLayer.map_rows(self, lambda x: x.clone() if x.is_inference() else x)
 
     def _begin(self, initialized: dict[int, bool], state_idx: int, states: Tensor) -> None:
         initialized[state_idx] = True
@@ -87,7 +87,7 @@ class RecurrentLayer(Rows, LinearAttentionLayer):
     def reset(self) -> None:
         LinearAttentionLayer.__init__(self, self.number_of_states)
 
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
+    def map_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
         for name in STATES:
             setattr(self, name, {i: x if x is None else rows(x) for i, x in getattr(self, name).items()})
 
@@ -108,9 +108,9 @@ class _AttentionAndState(RecurrentLayer):
         RecurrentLayer.reset(self)
         self.attention.reset(self)
 
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
-        RecurrentLayer._map(self, rows)
-        self.attention._map(self, rows)
+    def map_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
+        RecurrentLayer.map_rows(self, rows)
+        self.attention.map_rows(self, rows)
 
     def offload(self) -> None:
         RecurrentLayer.offload(self)

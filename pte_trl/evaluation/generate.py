@@ -103,7 +103,7 @@ class CacheStreamer(TextStreamer):
     def status(self) -> None:
         # What is written so far is dropped: a text without line breaks would be decoded anew with every token.
         self.end()
-        held = self.cache.layers[0].keys.shape[2]
+        held = self.cache.first.keys.shape[2]
         print(
             f"[{self.tokens} tokens; cache {held} tokens, {self.cache.nbytes / 1e6:.2f} MB; "
             f"{self.cache.evictions} evictions; {self.tokens / (time.perf_counter() - self.began):.1f} tokens/s; "

@@ -145,8 +145,8 @@ class SelectiveLayer(BoundedLayer):
         """Places held now: prompt, and thought tokens alive in some head of some row."""
         return 0 if self.keys is None else self.keys.shape[2]
 
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
-        super()._map(rows)
+    def map_rows(self, rows: Callable[[Tensor], Tensor]) -> None:
+        super().map_rows(rows)
         for name in ("alive", "thought", "past", "padding"):
             if getattr(self, name) is not None:
                 setattr(self, name, rows(getattr(self, name)))
