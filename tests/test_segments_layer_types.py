@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from pte_trl.adapter.self_test import check_segments
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay import segment_run
 from pte_trl.replay.segment_layers import Fed
@@ -122,3 +123,13 @@ def test_what_lies_between_segments():
     run.forward()
     for kept, span in zip(run.past.kept, run.spans, strict=True):
         assert [keys.shape[2] for keys, _ in kept.values()] == 3 * [len(span)]
+
+
+def test_a_model_that_forgets_its_state_is_refused():
+    model = model_of("jamba", "bare")
+    with pytest.raises(ValueError, match="'jamba' begin every forward of several tokens from an empty state"):
+        segments(model)
+    with pytest.raises(ValueError, match="empty state"):
+        check_segments(model.config)
+    for name in ("llama", "qwen3_next", "lfm2"):
+        check_segments(model_of(name, "bare").config)

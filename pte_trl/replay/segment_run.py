@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pte_trl.cache.bounded import BoundedCache
-from pte_trl.cache.layers import copied, hold, layers_of
+from pte_trl.cache.bounded_layer import Rows
+from pte_trl.cache.layers import KINDS, RecurrentLayer, copied, hold, layers_of
 from pte_trl.cache.masks import check_mask_taken, config_of
+from pte_trl.cache.pieces import takes_up_states
 from pte_trl.cache.schedule import Schedule
-from pte_trl.compat.transformers import without_checkpointing
+from pte_trl.compat.transformers import layer_types_and_sizes, without_checkpointing
 from pte_trl.replay.segment_layers import SEGMENT_KINDS, Entered, Fed, Past, fetching, handed_on, in_use
 from pte_trl.replay.segment_masks import segment_masks
 
@@ -60,6 +62,21 @@ def spans_of(
 def keys_follow_state(model: nn.Module) -> bool:
     """Whether keys or values of a token depend on a state S, which depends on those of earlier tokens."""
     return any(getattr(module, "keys_follow_state", False) for module in model.modules())
+
+
+def check_states_taken_up(model: nn.Module) -> None:
+    """Refuses a model whose code forgets what came before a segment.
+
+    Raises:
+        ValueError: its recurrent layers begin every forward of several tokens from an empty state.
+    """
+    kinds, _ = layer_types_and_sizes(config_of(model))
+    recurrent = any(issubclass(KINDS.get(kind, Rows), RecurrentLayer) for kind in kinds)
+    if recurrent and not takes_up_states(model):
+        raise ValueError(
+            f"replay='segments': recurrent layers of model_type={config_of(model).model_type!r} begin every forward "
+            "of several tokens from an empty state, and would forget what came before a segment; allowed is 'one_pass'"
+        )
 
 
 class SegmentRun:
