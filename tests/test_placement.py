@@ -25,6 +25,7 @@ from pte_trl.adapter.layer import PteLinear
 from pte_trl.adapter.model import pte_layers
 from pte_trl.adapter.placement import attention_modules, unwrapped
 from pte_trl.replay.segments import segment_logps
+from tests.grids import grid
 from tests.models import (
     TEMPERATURE,
     chosen,
@@ -57,6 +58,7 @@ CONFIGS = {
     "deepseek_v3": DeepseekV3Config(**{**SHAPE, **LATENT}, q_lora_rank=10),
     "deepseek_v3, queries whole": DeepseekV3Config(**{**SHAPE, **LATENT}, q_lora_rank=None),
 }
+TARGETS = {"qo": ["q_proj", "o_proj"], "o": ["o_proj"], "v": ["v_proj"]}
 WINDOW, LENGTHS, COMPLETION = 4, (4, 2), 12
 
 
@@ -70,10 +72,9 @@ def base(config, dtype=torch.float64):
     return model
 
 
-def adapted(config, **settings):
-    model = get_peft_model(
-        base(config), PteConfig(rank=3, num_global_tokens=4, alpha=3.0, **settings), autocast_adapter_dtype=False
-    ).eval()
+def adapted(config, dtype=torch.float64, **settings):
+    settings = PteConfig(rank=3, num_global_tokens=4, alpha=3.0, **settings)
+    model = get_peft_model(base(config, dtype), settings, autocast_adapter_dtype=False).eval()
     randomise_up(model)
     return model
 
@@ -84,33 +85,36 @@ def gradients(model, logps, ids, prompt) -> dict[str, torch.Tensor]:
     return dict(zip(names, found, strict=True))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.thorough if f == "phi" else ()) for f in CONFIGS]
+)
 def test_decode_replay_and_segments_agree(family):
-    """float64; the routers of some families compute in float32."""
-    model = adapted(CONFIGS[family])
+    """In float64, but for experts, which transformers computes in float32 at most."""
+    experts = hasattr(CONFIGS[family], "num_experts_per_tok")
+    log_probs, gradient_share = (1e-4, 1e-2) if experts else (1e-9, 1e-6)
+    model = adapted(CONFIGS[family], dtype=torch.float32 if experts else torch.float64)
     ids, mask, prompt = left_padded_batch(list(LENGTHS), COMPLETION)
     decoded = decode_logps(model, ids, mask, prompt, WINDOW)
     replayed = replay_logps(model, ids, mask, prompt, WINDOW)
-    assert gap(decoded, replayed) < 1e-5
+    assert gap(decoded, replayed) < log_probs
     assert gap(decoded, replay_logps(model, ids, mask, prompt, WINDOW + 1)) > 1e-3
     segments, _ = segment_logps(
         model, ids, mask, prompt, schedules_of(WINDOW), segment_length=5, temperature=TEMPERATURE
     )
-    assert gap(segments, chosen(decoded, ids, prompt)) < 1e-5
+    assert gap(segments, chosen(decoded, ids, prompt)) < log_probs
     of_decode, of_replay = (gradients(model, logps, ids, prompt) for logps in (decoded, replayed))
     for name, gradient in of_decode.items():
         scale = gradient.norm().clamp(min=1e-3)
-        assert (gradient - of_replay[name]).norm() < 1e-4 * scale, name
+        assert (gradient - of_replay[name]).norm() < gradient_share * scale, name
 
 
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["o_proj"], ["v_proj"]], ids="".join)
+@grid(targets=TARGETS, reentrant=[True, False])
 def test_gradient_checkpointing_runs_the_probe_again(targets, reentrant):
     ids, mask, prompt = left_padded_batch(list(LENGTHS), COMPLETION)
     found = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
-        model = with_pte(tiny("qwen3", num_hidden_layers=2), target_modules=targets).train()
+        model = with_pte(tiny("qwen3", num_hidden_layers=2), target_modules=TARGETS[targets]).train()
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
