@@ -18,6 +18,7 @@ from transformers import (
 from pte_trl import BoundedCache, PteConfig
 from pte_trl.adapter.arrival import calls_of
 from pte_trl.adapter.attention import PteAttention
+from pte_trl.cache.masks import prompt_mask
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 
@@ -141,7 +142,7 @@ def decode_logps(
     for start, stop in spans:
         out = model(
             input_ids=ids[:, start:stop],
-            attention_mask=mask[:, :stop],
+            attention_mask=prompt_mask(model, mask[:, :stop]) if start == 0 else mask[:, :stop],
             position_ids=position_ids[:, start:stop],
             past_key_values=cache,
             use_cache=True,

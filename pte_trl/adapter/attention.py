@@ -23,7 +23,7 @@ from pte_trl.adapter.projections import (
 )
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
-from pte_trl.replay.segment_run import SegmentLayer
+from pte_trl.replay.segment_layers import SegmentLayer
 
 
 class PteAttention(nn.Module, PteLayer):

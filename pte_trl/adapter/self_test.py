@@ -24,10 +24,11 @@ from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.small_copy import reduced, small_copy
 from pte_trl.adapter.verdicts import kept
 from pte_trl.cache.bounded import BoundedCache
-from pte_trl.cache.masks import BLOCKWISE, MASKED_ATTENTION
+from pte_trl.cache.masks import BLOCKWISE, MASKED_ATTENTION, is_mixed
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.precision import without_autocast
+from pte_trl.replay.segment_run import check_states_taken_up
 
 PROMPTS, THOUGHTS, WINDOW = (5, 3), 14, 4  # tokens; E = 1, so that 10 tokens are evicted
 ROUNDING, LEAST, SHARE = 10, 1e-4, 0.01  # accepted: that often the rounding, or the least; and less than the share
@@ -79,6 +80,29 @@ def check_by_self_test(
     verdict = Verdict(**kept(small, [targets, attention], lambda: vars(self_test(config, small, targets, attention))))
     if verdict.fault is not None:
         raise ValueError(verdict.fault)
+
+
+def check_segments(config: PreTrainedConfig, attention: str | None = None) -> None:
+    """Refuses `replay: segments` for an architecture in which a segment would forget what came before it.
+
+    Args:
+        attention: as `check_by_self_test`.
+
+    Raises:
+        ValueError: as `check_states_taken_up`, found out on a small random copy.
+    """
+    small = reduced(config)
+
+    def run() -> dict[str, str | None]:
+        with _apart():
+            try:
+                check_states_taken_up(_model(config, small, attention if attention in MASKED_ATTENTION else None))
+            except ValueError as error:
+                return {"fault": str(error)}
+        return {"fault": None}
+
+    if is_mixed(config) and (fault := kept(small, "segments", run)["fault"]):
+        raise ValueError(fault)
 
 
 def self_test(

@@ -7,7 +7,7 @@ from pte_trl.adapter.arrival import Call, Recorder
 from pte_trl.adapter.routed import evicted_products
 from pte_trl.cache.bounded import BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
-from pte_trl.replay.segment_run import SegmentLayer
+from pte_trl.replay.segment_layers import SegmentLayer
 
 
 def of_replay(layer, name: str, hidden: Tensor, call: Call, plan: ReplayPlan) -> Recorder | None:

@@ -5,7 +5,7 @@ attention, state space, convolution) has a state of fixed size: both are bounded
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -147,10 +147,15 @@ KINDS: dict[str, type[Rows]] = {
 }
 
 
-def layers_of(config: PreTrainedConfig, schedule: Schedule) -> list[Rows]:
+def layers_of(
+    config: PreTrainedConfig, schedule: Schedule, kinds: Mapping[str, type[Rows]] | None = None
+) -> list[Rows]:
     """An empty cache layer for every layer of a model that has one of its own, in order.
 
     Layers that use the keys and values of an earlier one (`num_kv_shared_layers`) are the last, and have none.
+
+    Args:
+        kinds: subclasses of those of `KINDS`, by the same names.
 
     Raises:
         ValueError: a layer of a type that is not in `KINDS`; no layer of full attention.
@@ -165,7 +170,7 @@ def layers_of(config: PreTrainedConfig, schedule: Schedule) -> list[Rows]:
             first = {"sliding_window": sizes["sliding_window"]}
         return kind(**first, **(states if issubclass(kind, RecurrentLayer) else {}))
 
-    return [make(KINDS[name]) for name in types]
+    return [make((kinds or KINDS)[name]) for name in types]
 
 
 def check_layer_types(config: PreTrainedConfig) -> None:

@@ -5,6 +5,9 @@ token what has left before it. So a segment is a replay of its own in one pass, 
 after all of its evictions are found at once, from keys and values that lie in the cache and, where the segment is
 longer than what the window keeps, from those of its own tokens. Where keys and values depend on the state themselves,
 a segment ends before an eviction would take a token of it.
+
+A sliding layer is fed alike, under a mask of its own. A recurrent layer starts from the state that the segment before
+has left, and hands the gradient of that state back to it.
 """
 
 import copy
@@ -16,11 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pte_trl.cache.bounded import BoundedCache, BoundedLayer
-from pte_trl.cache.masks import check_mask_taken, mask_for
+from pte_trl.cache.bounded import BoundedCache
+from pte_trl.cache.bounded_layer import Rows
+from pte_trl.cache.layers import KINDS, RecurrentLayer, copied, hold, layers_of
+from pte_trl.cache.masks import check_mask_taken, config_of
+from pte_trl.cache.pieces import takes_up_states
 from pte_trl.cache.schedule import Schedule
-from pte_trl.compat.transformers import without_checkpointing
-from pte_trl.transfer import fetched, offloaded
+from pte_trl.compat.transformers import layer_types_and_sizes, without_checkpointing
+from pte_trl.replay.segment_layers import SEGMENT_KINDS, Entered, Fed, Past, fetching, handed_on, in_use
+from pte_trl.replay.segment_masks import segment_masks
 
 # Up to so many tokens, over all of its samples, a segment's layers do not run again inside its backward, although the
 # model has gradient checkpointing. What they then hold is less than the cache of a long text, and one forward of four
@@ -30,7 +37,6 @@ SMALL = 64
 # segment has about as many of them whatever its length is. Longer ones cost memory: activations grow with the length,
 # and a segment's mask and its attention on a CPU with the square of it.
 LONGEST = 512
-HELD = ("accumulator", "queries")  # tensors of a cache layer, beside keys and values, that gradients flow through
 
 
 def spans_of(
@@ -58,139 +64,19 @@ def keys_follow_state(model: nn.Module) -> bool:
     return any(getattr(module, "keys_follow_state", False) for module in model.modules())
 
 
-class Past:
-    """Keys and values of a text, and gradients for them: a tensor for every segment and layer.
+def check_states_taken_up(model: nn.Module) -> None:
+    """Refuses a model whose code forgets what came before a segment.
 
-    A token's keys and values are the same in every segment that sees them. So their gradient has one place, into
-    which each of these segments adds its own, and no segment hands on gradients of a whole cache.
+    Raises:
+        ValueError: its recurrent layers begin every forward of several tokens from an empty state.
     """
-
-    def __init__(self, spans: list[range], store_on: torch.device):
-        self.spans, self.store_on = spans, store_on
-        self.kept: list[list[tuple[Tensor, Tensor]] | None] = []  # by segment and layer
-        self.gradients: dict[tuple[int, int], list[Tensor | None]] = {}  # of segment and layer, where there are any
-
-    def keep(self, cache: BoundedCache) -> None:
-        """Stores the keys and values that the next segment has added."""
-        self.kept.append([tuple(offloaded(x, self.store_on) for x in layer.new) for layer in cache.layers])
-        for layer in cache.layers:
-            layer.new = ()
-
-    def pieces(self, oldest: int, stop: int) -> list[tuple[int, slice]]:
-        """Where the prompt and the thought tokens from `oldest` to `stop` lie: segments, and tokens in them."""
-        seen = [(0, slice(0, len(self.spans[0])))]
-        for segment, span in enumerate(self.spans[1:], 1):
-            part = slice(max(oldest, span.start) - span.start, min(stop, span.stop) - span.start)
-            if part.start < part.stop:
-                seen.append((segment, part))
-        return seen
-
-    def gather(self, layer: int, pieces: list[tuple[int, slice]], device: torch.device) -> tuple[Tensor, ...]:
-        """Keys and values of the pieces, in a row."""
-        length = sum(part.stop - part.start for _, part in pieces)
-        found = []
-        for which in range(2):
-            like = self.kept[0][layer][which]
-            row, at = like.new_empty(*like.shape[:2], length, like.shape[3], device=device), 0
-            for segment, part in pieces:
-                size = part.stop - part.start
-                row[:, :, at : at + size] = fetched(self.kept[segment][layer][which], device)[:, :, part]
-                at += size
-            found.append(row)
-        return tuple(found)
-
-    def add(self, layer: int, pieces: list[tuple[int, slice]], grads: Sequence[Tensor | None]) -> None:
-        """Adds to the gradients of the pieces."""
-        for which, grad in enumerate(grads):
-            at = 0
-            for segment, part in pieces if grad is not None else ():
-                held, size = self.gradients.setdefault((segment, layer), [None, None]), part.stop - part.start
-                if held[which] is None:
-                    held[which] = grad.new_zeros(self.kept[segment][layer][which].shape)
-                held[which][:, :, part] += grad[:, :, at : at + size]
-                at += size
-
-    def drop(self, segment: int) -> None:
-        """Forgets a segment whose backward is done: the ones before it have never seen it."""
-        self.kept[segment] = None
-        self.gradients = {place: held for place, held in self.gradients.items() if place[0] != segment}
-
-
-class _Fetch(torch.autograd.Function):
-    """Keys and values of the past, which go into the graph without one tensor of it being held for that."""
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, past: Past, layer: int, pieces: list[tuple[int, slice]]):
-        ctx.add = partial(past.add, layer, pieces)
-        ctx.set_materialize_grads(False)
-        return past.gather(layer, pieces, anchor.device)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor | None):
-        ctx.add(grads)
-        return None, None, None, None
-
-
-class SegmentLayer(BoundedLayer):
-    """A layer of the cache that is fed segments, each perhaps with several evictions.
-
-    Going backward it is made for one segment: what it holds is fetched when the model reaches it, and released.
-
-    Attributes:
-        fetch: gives the keys and values before the segment; None for a prompt, and going forward.
-        new: keys and values of the segment itself.
-    """
-
-    fetch: Callable[[], tuple[Tensor, Tensor]] | None = None
-    new: tuple[Tensor, Tensor] = ()
-
-    def make_room(self, length: int, encode: Callable[[Tensor, Tensor, int], None] | None = None) -> None:
-        """Lets leave what has to before the last of `length` tokens, which may be some of these tokens.
-
-        Args:
-            length: tokens fed next.
-            encode: called with the keys and values that leave, eviction by eviction in a row, and with the number of
-                evictions. Those of the tokens fed next are not here yet, so they are missing at the end.
-
-        Only what leaves before the first token is dropped: the first tokens still see the rest.
-        """
-        if self.fetch is not None:
-            self.keys, self.values = self.fetch()
-            self.fetch = None
-        if self.in_prompt():
-            return
-        due = self.schedule.evictions_before(self.fed + length - 1) - self.evicted
-        if due == 0:
-            return
-        leaving = slice(self.prompt, self.prompt + due * self.schedule.evict)
-        if encode is not None:
-            encode(self.keys[:, :, leaving], self.values[:, :, leaving], due)
-        self._drop(self.schedule.evictions_before(self.fed) - self.evicted)
-        self.evicted += due
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        length, prompt = key_states.shape[2], self.in_prompt()
-        self.make_room(length)
-        self.new = (key_states, value_states)
-        if prompt:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values, self.prompt = key_states, value_states, length
-        else:
-            self.keys = torch.cat([self.keys, key_states], dim=2)
-            self.values = torch.cat([self.values, value_states], dim=2)
-        found = self.keys, self.values
-        if torch.is_grad_enabled():
-            self.keys = self.values = None
-        elif not prompt:
-            self._drop(self.evicted - self.schedule.evictions_before(self.fed))
-        self.fed += 0 if prompt else length
-        return found
-
-    def _drop(self, evictions: int) -> None:
-        """Forgets the oldest thought tokens, as many as so many evictions take."""
-        if evictions:
-            stop = self.prompt + evictions * self.schedule.evict
-            self.keys, self.values = (self._without(x, self.prompt, stop) for x in (self.keys, self.values))
+    kinds, _ = layer_types_and_sizes(config_of(model))
+    recurrent = any(issubclass(KINDS.get(kind, Rows), RecurrentLayer) for kind in kinds)
+    if recurrent and not takes_up_states(model):
+        raise ValueError(
+            f"replay='segments': recurrent layers of model_type={config_of(model).model_type!r} begin every forward "
+            "of several tokens from an empty state, and would forget what came before a segment; allowed is 'one_pass'"
+        )
 
 
 class SegmentRun:
@@ -222,23 +108,23 @@ class SegmentRun:
         self.small = SMALL if small is None else small
         check_mask_taken(model)
         self.spans = spans_of(schedule, prompt, ids.shape[1] - prompt - 1, longest, not keys_follow_state(model))
-        self.past = Past(self.spans, torch.device("cpu") if offload else ids.device)
-        self.entered: list[list[dict]] = []  # of every segment and layer, the encoder's side of the cache
+        self.store_on = torch.device("cpu") if offload else ids.device
+        self.past = Past(self.spans, self.store_on)
+        self.entered: list[Entered] = []  # by segment
         device = ids.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     @torch.no_grad()
     def forward(self) -> tuple[Tensor, Tensor]:
-        cache, logps, entropies = self._cache(), [], []
+        layers = layers_of(config_of(self.model), self.schedule, SEGMENT_KINDS)
+        cache, logps, entropies = self._cache(layers), [], []
         with without_checkpointing(self.model):
             for span in self.spans:
-                self.entered.append(
-                    [{"accumulator": x.accumulator, "queries": x.queries, "owner": x.owner} for x in cache.layers]
-                )
+                self.entered.append(Entered(cache.layers, self.store_on))
                 some_logps, some_entropies = self._run(span, cache)
                 logps.append(some_logps)
                 entropies.append(some_entropies)
-                self.past.keep(cache)
+                self.past.keep(cache.layers)
         return torch.cat(logps, 1)[:, self.prompt - 1 :], torch.cat(entropies, 1)[:, self.prompt - 1 :]
 
     def backward(self, given: Sequence[Tensor | None], pull: Callable) -> None:
@@ -252,8 +138,8 @@ class SegmentRun:
             raise RuntimeError("backward through segments a second time: after the first they hold nothing any more")
         # A value in the graph of everything that comes from the past: autograd only goes where gradients are wanted.
         anchor = torch.zeros((), device=self.ids.device, requires_grad=True)
-        # Gradients for the encoder's side of the cache that this segment leaves to the next, by layer and name. The
-        # last one leaves it to nobody, so there are none yet.
+        # Gradients for what this segment hands on to the next, by layer and name. The last one hands nothing on, so
+        # there are none yet.
         outgoing: dict[tuple[int, str], Tensor | None] = {}
         with without_checkpointing(self.model) as checkpointed, torch.enable_grad():
             for index in reversed(range(len(self.spans))):
@@ -273,13 +159,15 @@ class SegmentRun:
                 # What came into this segment is what the one before it has left.
                 outgoing = dict(zip(taken, pulled[1:], strict=True))
                 self.past.drop(index)
+                self.entered[index] = None
 
     def _left_behind(self, index: int, cache: BoundedCache, outgoing: dict) -> list[tuple[Tensor, Tensor]]:
         """What a segment leaves to later ones, each with its gradient."""
         pairs = []
         for at, layer in enumerate(cache.layers):
-            pairs += zip(layer.new, self.past.gradients.get((index, at), (None, None)), strict=True)
-            pairs += ((getattr(layer, name), outgoing.get((at, name))) for name in HELD)
+            if isinstance(layer, Fed):
+                pairs += zip(layer.new, self.past.gradients.get((index, at), (None, None)), strict=True)
+            pairs += ((x, outgoing.get((at, name))) for name, x in handed_on(layer).items())
         return [(x, grad) for x, grad in pairs if grad is not None and x.requires_grad]
 
     def _run(self, span: range, cache: BoundedCache) -> tuple[Tensor, Tensor]:
@@ -291,7 +179,7 @@ class SegmentRun:
         if span.start < 0:
             labels[:, :-1] = -100
         inputs = {"input_ids": self.ids[:, places], "position_ids": self.positions[:, places]}
-        inputs["attention_mask"] = mask_for(self.model, self._seen(span))
+        inputs["attention_mask"] = segment_masks(self.model, self.mask, self.prompt, span, self.schedule)
         device, dtype, on = self.autocast
         with torch.autocast(device, dtype=dtype, enabled=on):
             if self.temperature is None:
@@ -303,46 +191,27 @@ class SegmentRun:
         entropy = -(logps.exp() * logps).sum(-1)
         return logps.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2) * (labels != -100), entropy
 
-    def _seen(self, span: range) -> Tensor:
-        """(batch, 1, queries, keys), True where a token of the segment sees a key: the prompt, then thoughts."""
-        at = torch.arange(-self.prompt, span.stop, device=self.ids.device)  # prompt tokens have negative numbers
-        query = at[self.prompt + span.start :].unsqueeze(1)
-        key = torch.cat([at[: self.prompt], at[self.prompt + self.schedule.first_visible(max(0, span.start)) :]])
-        seen = ((key < 0) | (key >= self.schedule.first_visible(query))) & (key <= query)
-        real = nn.functional.pad(self.mask[:, : self.prompt].bool(), (0, len(key) - self.prompt), value=True)
-        # A padded query sees itself, so that no row of the softmax is empty.
-        return ((seen & real.unsqueeze(1)) | (key == query)).unsqueeze(1)
-
-    def _cache(self) -> BoundedCache:
+    def _cache(self, layers: Sequence) -> BoundedCache:
         cache = BoundedCache.from_schedule(self.schedule)
-        cache.layer_class_to_replicate = partial(SegmentLayer, self.schedule)
+        cache.layers, cache.layer_class_to_replicate = list(layers), None
         return cache
 
     def _enter(self, index: int, anchor: Tensor) -> tuple[BoundedCache, dict[tuple[int, str], Tensor]]:
         """The cache as segment `index` found it, and of it the leaves at which gradients stop, by layer and name."""
-        cache, taken, fed = self._cache(), {}, self.spans[index].start
-        if fed < 0:
-            return cache, taken
-        oldest = self.schedule.first_visible(fed - 1) if fed else 0  # what the token before left there
-        pieces = self.past.pieces(oldest, fed)
-        for at, encoder in enumerate(self.entered[index]):
-            layer = cache.layer(at)
-            layer.dtype, layer.device, layer.is_initialized = self.past.kept[0][at][0].dtype, self.ids.device, True
-            layer.prompt, layer.fed, layer.owner = self.prompt, fed, encoder["owner"]
-            layer.evicted = self.schedule.evictions(fed)
-            layer.fetch = partial(_Fetch.apply, anchor, self.past, at, pieces)
-            for name in HELD:
-                if encoder[name] is not None:
-                    taken[at, name] = encoder[name].detach().requires_grad_()
-                    setattr(layer, name, taken[at, name])
-        return cache, taken
+        layers, taken = self.entered[index].leaves(self.ids.device)
+        if index:
+            for at, layer in enumerate(layers):
+                if isinstance(layer, Fed):
+                    pieces = self.past.pieces(*layer.sees(self.spans[index].start))
+                    layer.fetch = fetching(anchor, self.past, at, pieces)
+        return self._cache(layers), taken
 
 
 @contextmanager
 def run_again_in_backward(layers: list[nn.Module]):
-    """Decoder layers, in order, that keep what enters them and run again in backward: checkpointing with a cache."""
-    for index, layer in enumerate(layers):
-        layer.forward = partial(_checkpointed, layer.forward, index)
+    """Decoder layers that keep what enters them and run again in backward: checkpointing with a cache."""
+    for layer in layers:
+        layer.forward = partial(_checkpointed, layer.forward, cache_layers_of(layer))
     try:
         yield
     finally:
@@ -350,20 +219,29 @@ def run_again_in_backward(layers: list[nn.Module]):
             del layer.forward  # the class's own again
 
 
-def _checkpointed(forward, index: int, hidden: Tensor, *args, past_key_values: BoundedCache, **kwargs):
+def cache_layers_of(layer: nn.Module) -> list[int]:
+    """Which layers of the cache a decoder layer uses."""
+    found = {module.layer_idx for module in layer.modules() if isinstance(getattr(module, "layer_idx", None), int)}
+    return sorted(found)
+
+
+def _checkpointed(forward, indices: list[int], hidden: Tensor, *args, past_key_values: BoundedCache, **kwargs):
     # The second run must find what the first one found. And what is kept for it must not be the cache itself, whose
     # tensors will hold on to what is kept for their backward: only the garbage collector would free that circle.
-    before, found = past_key_values.layer(index), copy.copy(past_key_values)
+    found = copy.copy(past_key_values)
     found.layers = list(past_key_values.layers)
+    before = {index: found.layers[index] for index in indices if index < len(found.layers)}
+    places = [(index, name) for index, layer in before.items() for name in handed_on(layer)]
 
-    def run(hidden: Tensor, *held: Tensor | None):
-        layer, cache = copy.copy(before), copy.copy(found)
-        for name, tensor in zip(HELD, held, strict=True):
-            setattr(layer, name, tensor)
-        cache.layers = [*found.layers[:index], layer, *found.layers[index + 1 :]]
-        return forward(hidden, *args, past_key_values=cache, **kwargs), layer
+    def run(hidden: Tensor, *tensors: Tensor):
+        layers, cache = {index: copied(layer) for index, layer in before.items()}, copy.copy(found)
+        cache.layers = [layers.get(index, layer) for index, layer in enumerate(found.layers)]
+        for (index, name), x in zip(places, tensors, strict=True):
+            hold(layers[index], in_use({name: x}))
+        return forward(hidden, *args, past_key_values=cache, **kwargs), layers
 
-    held = (getattr(before, name) for name in HELD)
-    out, after = checkpoint(run, hidden, *held, use_reentrant=False, preserve_rng_state=False)
-    past_key_values.layers[index] = after
+    carried = (handed_on(before[index])[name] for index, name in places)
+    out, after = checkpoint(run, hidden, *carried, use_reentrant=False, preserve_rng_state=False)
+    for index, layer in after.items():
+        past_key_values.layers[index] = layer
     return out

@@ -1,14 +1,15 @@
 """The segment-wise view: the decode fed in segments, with exact gradients and the activations of one segment only.
 
 The prompt is the first segment; then come runs of 512 thought tokens or of W, each over several evictions
-(`pte_trl.replay.segment_run`). Going forward, no graph is kept: only the keys and values of every token, and what the
-encoder holds at every segment's start. Going backward, the segments are run again, last first. Later segments have
-seen a segment's keys and values and what the encoder held (accumulator, queries): the gradients that they found for
-these are what its own backward starts from, beside those of its log-probs. Gradients of the weights add up on the way.
+(`pte_trl.replay.segment_run`). Going forward, no graph is kept: only the keys and values of every token, and at every
+segment's start what the encoder holds and the states of recurrent layers. Going backward, the segments are run again,
+last first. Later segments have seen a segment's keys and values, what the encoder held (accumulator, queries) and
+recurrent states: the gradients that they found for these are what its own backward starts from, beside those of its
+log-probs. Gradients of the weights add up on the way.
 
 Memory: the activations of one segment, the gradients of the keys and values that it sees, and keys and values of the
-text up to there (on the CPU with `offload`). Where the model has gradient checkpointing, the activations are every
-layer's input and one layer's inside.
+text up to there, with a recurrent state of every segment (on the CPU with `offload`). Where the model has gradient
+checkpointing, the activations are every layer's input and one layer's inside.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pte_trl.cache.schedule import Schedule
-from pte_trl.replay.segment_run import SegmentRun
+from pte_trl.replay.segment_run import SegmentRun, check_states_taken_up
 from pte_trl.transfer import uploaded
 
 
@@ -67,7 +68,11 @@ def segment_logps(
 
     Returns:
         (batch, completion) each. Log-probs of padded places are 0.
+
+    Raises:
+        ValueError: the model's attention takes no arbitrary mask, or its recurrent layers take up no states.
     """
+    check_states_taken_up(model)
     if isinstance(schedules, Schedule):
         schedules = [schedules] * len(input_ids)
     runs, small = [], None if lockstep is None else 0

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from pte_trl.adapter.fit import FAMILIES
+from pte_trl.adapter.self_test import check_segments
 from pte_trl.estimate.choice import FRAGMENTS, Replay, affordable, beside_engine
 from pte_trl.runtime.sharding import check_engine
 from pte_trl.runtime.startup import job_of
@@ -72,6 +73,7 @@ def segments_refused(args: PteGRPOConfig, engine: str | None, model: nn.Module) 
     try:
         check_replay(asked)
         check_engine(asked, engine)
+        check_segments(model.config)
         check_dropout(model)
     except ValueError as error:
         return str(error)

@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from pte_trl.adapter.model import adapters_disabled
+from pte_trl.adapter.self_test import check_segments
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rewards.grader import has_boxed
@@ -64,6 +65,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
             self.model.delete_adapter("ref")
         self.replay = stated(self.args)
         if self.replay.kind == "segments":
+            check_segments(self.model.config)
             check_dropout(self.model)
         # In one pass a dropout of the user's stands, but training then is not on the log-probs that were sampled.
         if self.bounded and (random := dropouts(self.model)):
