@@ -87,7 +87,7 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
     script, args = parse((RecipeArguments, PteGRPOConfig), ["--config", path, *flags, *ANYWHERE])
     config = config_of(script.model_name_or_path)
     if args.method != "lora":
-        check_supported(config)
+        check_supported(config, args.method)
     dtype = getattr(torch, "bfloat16" if script.dtype == "auto" else script.dtype)
     per_rollout = args.per_device_train_batch_size * args.steps_per_generation
     if args.global_batch is not None and not args.given & {"steps_per_generation", "generation_batch_size"}:

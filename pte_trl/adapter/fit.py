@@ -37,7 +37,7 @@ def geometry_of(config) -> dict:
     }
 
 
-def check_supported(config) -> None:
+def check_supported(config, method: str = "pte") -> None:
     """Refuses a model's configuration that would be silently wrong under a bounded cache.
 
     Raises:

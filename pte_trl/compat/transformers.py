@@ -5,7 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.modeling_utils import set_zero3_state  # inside it ZeRO-3 leaves a model on the meta device alone
@@ -35,6 +41,7 @@ __all__ = [
     "is_flash_attention_requested",
     "layer_types",
     "set_zero3_state",
+    "supports_sdpa",
     "template_variables",
     "tied_weights",
     "tracker_callbacks",
@@ -71,6 +78,11 @@ def decoder_classes(model: type[PreTrainedModel]) -> tuple[type, type, type, typ
         getattr(module, family + part) for part in ("DecoderLayer", "Attention", "MLP", "RMSNorm")
     )
     return layer, attention, mlp, norm
+
+
+def supports_sdpa(config: PreTrainedConfig) -> bool:
+    """Whether the causal language model of a configuration can compute its attention by PyTorch's SDPA."""
+    return getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True)
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
