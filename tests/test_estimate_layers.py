@@ -154,9 +154,11 @@ def test_the_models_of_the_recipes_are_counted_whole(shape, billions):
 def test_what_is_not_known_is_said_in_one_sentence():
     falcon = Job(CONFIGS["falcon_h1"](), 0, 0, "pte", 16, 400, Schedule(32))
     for _ in range(2):  # also where it is known already
-        with pytest.raises(NotEstimated, match="^not estimated for falcon_h1: what its recurrent layers hold in a tr"):
+        with pytest.raises(
+            NotEstimated, match=r"^not estimated for falcon_h1: what its recurrent layers hold in a tr"
+        ):
             estimate(falcon)
-    with pytest.raises(NotEstimated, match="^not estimated for gpt_neox: its attention has neither"):
+    with pytest.raises(NotEstimated, match=r"^not estimated for gpt_neox: its attention has neither"):
         shape_of(GPTNeoXConfig(**{k: v for k, v in SIZE.items() if k != "num_key_value_heads"}))
 
 

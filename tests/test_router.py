@@ -51,7 +51,7 @@ def scored(trainer, window: int, ours: bool):
     score = type(trainer)._get_per_token_logps_and_entropies if ours else None
     score = score or GRPOTrainer._get_per_token_logps_and_entropies
     given = (trainer.model, ids, mask, ids.shape[1] - prompt)
-    logps, entropies, loss = score(trainer, *given, compute_entropy=True, compute_aux_loss=True)
+    logps, _, loss = score(trainer, *given, compute_entropy=True, compute_aux_loss=True)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, trained.values(), allow_unused=True, retain_graph=True)
     return loss, dict(zip(trained, gradients, strict=True)), logps
