@@ -26,7 +26,7 @@ KNOWN = {
     "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5-0.5b",
     "Qwen/Qwen3-4B": "qwen3-4b",
     "allenai/OLMoE-1B-7B-0125-Instruct": "olmoe-1b-7b",
-    "tiiuae/Falcon-H1-1.5B-Instruct": "falcon-h1-1.5b",
+    "LiquidAI/LFM2-1.2B": "lfm2-1.2b",
     "outputs/smollm2-135m": "smollm2-135m",
     "outputs/tiny-base": "tiny",
 }

@@ -59,10 +59,10 @@ CONFIGS = {
 
 
 def held(layer) -> int:
-    """Bytes of all tensors of a cache layer."""
+    """Bytes of keys, values and states in a cache layer."""
     values = [value for value in vars(layer).values() if value is not None]
     nested = [list(v.values()) if isinstance(v, dict) else v if isinstance(v, (list, tuple)) else [v] for v in values]
-    return sum(x.nbytes for group in nested for x in group if isinstance(x, Tensor))
+    return sum(x.nbytes for group in nested for x in group if isinstance(x, Tensor) and x.is_floating_point())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -104,7 +104,7 @@ STEPS = {
     "lfm2": lambda: Lfm2Config(
         **LARGER,
         intermediate_size=256,
-        layer_types=["conv", "full_attention", "conv"],
+        layer_types=["full_attention", "conv", "full_attention"],
         block_auto_adjust_ff_dim=False,
     ),
 }
@@ -146,7 +146,7 @@ def test_experts_count_whole_in_the_weights_and_by_token_in_the_step():
     assert (layer.inner, layer.routed, layer.experts) == (8 * 1024, 8, 64)
 
 
-@pytest.mark.parametrize(("shape", "billions"), [("qwen3-4b", 4.02), ("falcon-h1-1.5b", 1.55)])
+@pytest.mark.parametrize(("shape", "billions"), [("qwen3-4b", 4.02), ("lfm2-1.2b", 1.17)])
 def test_the_models_of_the_recipes_are_counted_whole(shape, billions):
     assert count(AutoConfig.from_pretrained(SHAPES / shape)) / 1e9 == pytest.approx(billions, abs=0.006)
 

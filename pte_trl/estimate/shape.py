@@ -42,7 +42,7 @@ class Layer:
         output: of what attention gives, for all query heads.
         keys: of keys and values together, as attention computes with them.
         cached: of what the cache keeps of a token: keys and values, or the latents of MLA.
-        window: tokens that a sliding or chunked layer keeps at most; None: all.
+        window: tokens that a query of a sliding or chunked layer sees at most, itself among them; None: all.
         conv, recurrent: elements of the states of one sample, whatever its length. Recurrent ones are float32.
         inner: I of a gated MLP with as many weights as a token goes through.
         routed: experts that a token goes through.
@@ -67,8 +67,8 @@ class Layer:
         return self.kind in ("full_attention", "hybrid") and self.cached > 0
 
     def kept(self, tokens: int) -> int:
-        """Of so many tokens those that are in its cache, where the policy has evicted none of them."""
-        return tokens if self.window is None else min(tokens, self.window)
+        """Of so many tokens those that its cache keeps for the next one, where the policy has evicted none of them."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ STREAM = 26  # bytes per token and hidden unit inside a layer: norms and adapter
 TILE = (4096, 32768)  # tokens and vocabulary of the fused head's buffer (trl.kernels.chunked_logprob)
 TILE_CPU = 7.25  # float32 copies of such a tile where the kernels of the head do not run
 LIVE = 10**9  # parameters that ZeRO-3 holds gathered at most while training (stage3_max_live_parameters)
-EXPERTS = 6  # copies of a token for every expert that it goes through, with their gradients
-CONV = 10  # the same of a short convolution
+# Of a gated MLP with its backward, and of what it saves for that: times I, and of experts times the k d of k copies.
+DENSE, EXPERTS = {"inside": (6, 0), "saved": (3, 0)}, {"inside": (3, 4), "saved": (4.5, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -195,29 +195,31 @@ def attention(job: Job, layer: Layer) -> float:
     return own + (1 + width) * sum(block.mask.numel() for block in blocks)
 
 
-def beside(job: Job, layer: Layer) -> float:
-    """Bytes of a token in a layer beside a gated MLP and attention: experts, router logits, a short convolution."""
-    copies = EXPERTS * layer.routed + (CONV if layer.conv else 0)
-    return copies * job.shape.hidden * job.dtype.itemsize + 12 * layer.experts
+def mlp(job: Job, layer: Layer, when: str) -> float:
+    """Bytes of a token in the MLP: 6 I e "inside" a layer's backward, 3 I e as "saved" for it.
+
+    Of the experts of an MoE, k of which a token goes through, (3 I + 4 k d) e and (4.5 I + k d / 2) e, since their
+    backward comes expert by expert, and 12 for every router logit.
+    """
+    of_inner, of_copies = (EXPERTS if layer.routed else DENSE)[when]
+    width = of_inner * layer.inner + of_copies * layer.routed * job.shape.hidden
+    return width * job.dtype.itemsize + 12 * layer.experts
 
 
 def inside(job: Job, layer: Layer, extra: float) -> float:
     """One layer of a replay and its backward, of one sample; `extra` is its attention.
 
-    T (6 I e + STREAM d + d_kv e), for gate, up and product of its MLP and the gradient of each; for the experts of an
-    MoE, of which a token goes through k, EXPERTS k d e beside it, and 12 bytes for every router logit. A short
-    convolution adds CONV d e.
+    T (mlp + STREAM d + d_kv e); mlp is 6 I e for gate, up and product and the gradient of each.
     """
-    length, d, width = job.prompt + job.completion, job.shape.hidden, job.dtype.itemsize
-    own = 6 * layer.inner * width + STREAM * d + layer.keys * width
-    return length * (own + beside(job, layer)) + extra
+    own = mlp(job, layer, "inside") + STREAM * job.shape.hidden + layer.keys * job.dtype.itemsize
+    return (job.prompt + job.completion) * own + extra
 
 
 def one_pass(job: Job) -> float:
     """Activations of b samples in one forward and backward.
 
     b [ L T d e + max inside ]: the inputs of all L layers and the inside of one. Without checkpointing, instead of the
-    inputs, what the other layers saved: the sum of T (3 I + 6 d) e, and with SDPA their attention (blocks make their
+    inputs, what the other layers saved: the sum of T (mlp + 6 d e), and with SDPA their attention (blocks make their
     copies anew). PTE adds T (4 d_kv + 24 r + 100): keys, values and latents in float32, and indices; without
     checkpointing, of every layer.
 
@@ -232,8 +234,7 @@ def one_pass(job: Job) -> float:
     others = len(job.layers) * length * d * width
     if not job.checkpointing:
         saved = [
-            length * ((3 * layer.inner + 6 * d) * width + beside(job, layer) / 2)
-            + (0 if _in_blocks(job, layer) else extra[layer])
+            length * (mlp(job, layer, "saved") + 6 * d * width) + (0 if _in_blocks(job, layer) else extra[layer])
             for layer in job.layers
         ]
         others = sum(saved) - saved[job.layers.index(largest)]
@@ -262,7 +263,7 @@ def segments(job: Job) -> float:
     Instead of these, without checkpointing and in segments of `SMALL` tokens at most (`pte_trl.replay.segment_run`;
     not where weights are gathered): the head and every layer's inside as it was saved, b sum [ s (3 I e + 24 d) + a ].
     Besides that, keys and values of the text up to the segment's end, u tokens, b sum u d_kv e, unless they are on
-    the CPU. Experts and short convolutions as in one pass.
+    the CPU.
 
     Raises:
         NotEstimated: as `one_pass`.
@@ -288,11 +289,9 @@ def _segment(job: Job, tokens: int, found: int, end: int) -> float:
     logits = head(job, b * tokens)
     kept = 0 if job.offload else b * end * width * sum(layer.cached for layer in job.layers)
     if not job.checkpointing or (b * tokens <= segment_run.SMALL and job.sharding not in GATHERED):
-        saved = (
-            tokens * (3 * x.inner * width + 24 * d) + attended(x) + tokens * beside(job, x) / 2 for x in job.layers
-        )
+        saved = (tokens * (mlp(job, x, "saved") + 24 * d) + attended(x) for x in job.layers)
         return b * sum(saved) + logits + kept
-    largest = max(tokens * (6 * x.inner * width + STREAM * d + beside(job, x)) + attended(x) for x in job.layers)
+    largest = max(tokens * (mlp(job, x, "inside") + STREAM * d) + attended(x) for x in job.layers)
     caches = sum((2 * tokens + found) * layer.keys * width for layer in job.layers)
     return b * (len(job.layers) * tokens * d * width + caches) + max(b * largest, logits) + kept
 
