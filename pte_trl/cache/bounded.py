@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, CacheLayerMixin, PreTrainedConfig
 
 from pte_trl.cache.bounded_layer import BoundedLayer
-from pte_trl.cache.layers import RecurrentLayer, held, layers_of
+from pte_trl.cache.layers import RecurrentLayer, SlidingLayer, held, layers_of
 from pte_trl.cache.schedule import Schedule
 
 __all__ = ["BoundedCache", "BoundedLayer"]
@@ -70,20 +70,22 @@ class BoundedCache(Cache):
         return cls(schedule.window, schedule.evict_ratio, config)
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Gives an empty cache the layers of a model.
+        """Gives the cache the layers of a model, which it must have already where it holds tokens.
 
         Raises:
-            ValueError: `layers_of` knows no layer for it, or there are layers of another model already.
+            ValueError: `layers_of` knows no layer for it, or the tokens were fed to another model.
         """
         found = layers_of(config, self.schedule)
-        if self.layers:
-            if [type(layer) for layer in found[: len(self.layers)]] != [type(layer) for layer in self.layers]:
-                raise ValueError(
-                    f"past_key_values: this cache was made for other layers than this {config.model_type} has; make "
-                    "it by BoundedCache(window, config=model.config)"
-                )
-            return
-        self.layers, self.layer_class_to_replicate = found, None
+        fits = len(self.layers) == len(found) and all(map(_serves, self.layers, found))
+        if not fits and any(map(held, self.layers)):
+            raise ValueError(
+                f"past_key_values: this cache holds tokens of a model with other layers than this {config.model_type} "
+                "has; call cache.reset() first or take a fresh cache"
+            )
+        expected = self.first.expected
+        self.layers, self.layer_class_to_replicate = self.layers if fits else found, None
+        if not fits:
+            self.expect_prompt(expected)
 
     @property
     def configured(self) -> bool:
@@ -94,6 +96,11 @@ class BoundedCache(Cache):
     def bounded(self) -> list[BoundedLayer]:
         """The layers of full attention."""
         return [layer for layer in self.layers if isinstance(layer, BoundedLayer)]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some layers do not attend in full."""
+        return any(isinstance(layer, SlidingLayer | RecurrentLayer) for layer in self.layers)
 
     @property
     def first(self) -> BoundedLayer:
@@ -190,6 +197,13 @@ class BoundedCache(Cache):
         if not self.configured:
             refuse_unconfigured("recurrent layers")
 
+    def mask_columns(self, length: int) -> int:
+        """Columns of the mask (batch, tokens) of a forward of `length` tokens: the prompt, and ones after it.
+
+        As many as are kept where all layers are bounded. A sliding layer counts every token that it has seen.
+        """
+        return (self.get_seq_length() if self.mixed else self.first.kept()) + length
+
     # ---- what it holds --------------------------------------------------------------------------------------------
 
     @property
@@ -205,6 +219,14 @@ class BoundedCache(Cache):
     def nbytes(self) -> int:
         """Bytes that the cache holds for its whole batch, the encoder's accumulator included."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in _stored(layer))
+
+
+def _serves(layer, wanted) -> bool:
+    """Whether a layer keeps what another would: a layer of an eviction strategy serves as a bounded one."""
+    sizes = ("sliding_window", "number_of_states")
+    return isinstance(layer, type(wanted)) and all(
+        getattr(layer, name, None) == getattr(wanted, name, None) for name in sizes
+    )
 
 
 def _stored(layer) -> list[Tensor]:

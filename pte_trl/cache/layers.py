@@ -176,9 +176,9 @@ def check_layer_types(config: PreTrainedConfig) -> None:
         )
     if not any(issubclass(KINDS[name], BoundedLayer) for name in types):
         raise ValueError(
-            f"this {config.model_type} has only layers of {', '.join(sorted(set(types)))}, so there is nothing to "
-            "evict: a bounded cache needs a layer of full attention (where the model can do without its window, set "
-            "sliding_window=null or use_sliding_window=false in its config)"
+            f"a bounded cache evicts from layers of full attention, this {config.model_type} has "
+            f"{', '.join(sorted(set(types)))}; set sliding_window=null (use_sliding_window=false) in the model's "
+            "config if it can do without"
         )
 
 
