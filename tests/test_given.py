@@ -80,8 +80,12 @@ REFUSED = {
     "no folder": ("pte", lambda f: {"model": "/none/such"}, "model='/none/such': there is no such folder"),
     "no model": ("pte", lambda f: {"model": None}, "model=None: must be a hub name, a folder or a model"),
     "a dict": ("pte", lambda f: {"peft_config": {"rank": 4}}, "peft_config=dict: must be a PteConfig"),
-    "another family": ("lora_c", lambda f: {"model": gpt2()}, "model_type='gpt2'"),
-    "layers with a window": ("lora_c", lambda f: {"model": tiny("mistral", **OWN_WINDOW)}, "sliding_window=4"),
+    "another architecture": ("pte", lambda f: {"model": gpt2()}, "model_type='gpt2': method='pte' is not right in it"),
+    "layers with a window": (
+        "lora_c",
+        lambda f: {"model": tiny("mistral", **OWN_WINDOW)},
+        "this mistral has sliding_attention",
+    ),
     "more layers than there are": (
         *("pte", lambda f: {"model": str(f / "base"), "peft_config": PteConfig(layers_to_transform=7)}),
         r"layers_to_transform=\[7\]: the model has the layers 0 to 2",

@@ -25,8 +25,9 @@ def check_evaluation_model(args: ModelSource) -> None:
     reachable(*model_needs(args))
     one_of("attn_implementation", args.attn_implementation, MASKED_ATTENTION)
     config = check_base(args.model_name_or_path, args.trust_remote_code)
-    check_supported(config, "lora_c")  # without an adapter and with LoRA; PTE's own is looked at with its folder
     args.attn_implementation = usable_attention(args.attn_implementation, config)
+    # Without an adapter, and with LoRA; PTE's own is looked at with its folder.
+    check_supported(config, "lora_c", attention=args.attn_implementation)
     if args.adapter is not None:
         args.adapter = str(adapter_folder(args.adapter))
         check_adapter_folder(args.adapter, config, args.trust_remote_code)

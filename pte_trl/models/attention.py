@@ -19,9 +19,14 @@ def eager_alone(config) -> str | None:
     return None if supports_sdpa(config) else f"transformers has no SDPA for {config.model_type}"
 
 
-def usable_attention(asked: str | None, config) -> str | None:
-    """`asked`, or "eager" where only that computes what the model was trained with; the change is printed."""
-    if asked in (None, "eager") or (why := eager_alone(config)) is None:
+def usable_attention(asked: str, config, quiet: bool = False) -> str:
+    """`asked`, or "eager" where only that computes what the model was trained with.
+
+    Args:
+        quiet: do not print the change.
+    """
+    if asked == "eager" or (why := eager_alone(config)) is None:
         return asked
-    say(f"attn_implementation: eager instead of {asked}, since {why}")
+    if not quiet:
+        say(f"attn_implementation: eager instead of {asked}, since {why}")
     return "eager"

@@ -17,8 +17,10 @@ from pte_trl.cache.masks import MASKED_ATTENTION
 from pte_trl.compat.peft import CONFIG_NAME as ADAPTER_FILE
 from pte_trl.compat.transformers import attention_of
 from pte_trl.data.needs import repository
+from pte_trl.models.attention import usable_attention
 from pte_trl.models.hub import reachable
 from pte_trl.models.weights import check_model_folder, read_config
+from pte_trl.replay.attention import NAME
 from pte_trl.rewards.functions import AccuracyReward
 from pte_trl.rewards.grader import Grader, check_golds
 from pte_trl.runtime.together import on_main
@@ -65,7 +67,8 @@ def check_given(settings, model: Any, peft_config: Any):
     config = named_config(model, settings.trust_remote_code, options, method)
     _check_tokens(settings, peft_config, config)
     if method != "lora":
-        _check_bounded(settings, config, options.get("attn_implementation"), peft_config)
+        attention = options.get("attn_implementation") or usable_attention(NAME, config, quiet=True)
+        _check_bounded(settings, config, attention, peft_config)
     if isinstance(peft_config, (PteConfig, LoraConfig)) and loaded_here(settings.method, config):
         check_targets(peft_config, config, settings.trust_remote_code, key="peft_config.target_modules")
     return config
@@ -135,7 +138,7 @@ def loaded_here(method: str, config) -> bool:
     if method != "lora":
         return True
     try:
-        check_supported(config, "lora_c")
+        check_supported(config, "lora_c", attention=usable_attention(NAME, config, quiet=True))
     except ValueError:
         return False
     return True
@@ -228,7 +231,10 @@ def _check_tokens(settings, adapter: PeftConfig | None, config) -> None:
 
 def _check_bounded(settings, config, attention: str | None, adapter: PeftConfig) -> None:
     """What a decode with evictions and its replay can do, of the model's configuration."""
-    check_supported(config, settings.method)
+    if attention is not None:
+        one_of("attn_implementation", attention, MASKED_ATTENTION)
+    pte = adapter if isinstance(adapter, PteConfig) else None
+    check_supported(config, settings.method, pte, attention)
     if getattr(settings, "replay", None) == "segments":
         check_whole(settings, config)
     if tokens := getattr(adapter, "alora_invocation_tokens", None):
@@ -237,7 +243,5 @@ def _check_bounded(settings, config, attention: str | None, adapter: PeftConfig)
             "and a decode feeds one token a call, so it would be off there and on in training; allowed is None, or "
             "method=lora"
         )
-    if attention is not None:
-        one_of("attn_implementation", attention, MASKED_ATTENTION)
     if hasattr(adapter, "geometry"):
         check_geometry(adapter, config)

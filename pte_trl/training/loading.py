@@ -53,19 +53,20 @@ def check_fits(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
     Raises:
         ValueError: as `check_model`.
     """
+    made = script.adapter_config(args.method) if script.adapter is None else None
     if args.method != "lora":
         one_of("attn_implementation", script.attn_implementation, MASKED_ATTENTION)
-        check_supported(config, args.method)
+        script.attn_implementation = usable_attention(script.attn_implementation, config)
+        check_supported(config, args.method, made if args.method == "pte" else None, script.attn_implementation)
         if getattr(args, "replay", None) == "segments":
             check_whole(args, config)
-    if loaded_here(args.method, config):
-        script.attn_implementation = usable_attention(script.attn_implementation, config)
     elif script.attn_implementation == NAME:
-        script.attn_implementation = None  # `lora` trains any architecture, by transformers' own choice
-    if script.adapter is None:
-        adapter = script.adapter_config(args.method)
-        check_adapter(args.method, adapter, model_config=config)
-        check_targets(adapter, config, args.trust_remote_code)
+        # `lora` trains any architecture, those that no bounded method can by transformers' own choice.
+        known = loaded_here(args.method, config)
+        script.attn_implementation = usable_attention(NAME, config) if known else None
+    if made is not None:
+        check_adapter(args.method, made, model_config=config)
+        check_targets(made, config, args.trust_remote_code)
         return
     name = script.adapter
     script.adapter = str(adapter_folder(name))
