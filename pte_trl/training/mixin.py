@@ -14,6 +14,7 @@ from torch import nn
 
 from pte_trl.adapter.model import pte_layers
 from pte_trl.compat.trl import distributed_backend
+from pte_trl.models.loading import quiet_router
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.runtime.checkpoints import AtomicCheckpoints, batch_steps, fault_of
 from pte_trl.runtime.launch import check_launch
@@ -31,7 +32,6 @@ from pte_trl.training.described import trainer_settings
 from pte_trl.training.given import check_data, check_given, check_reward_models, loaded_here
 from pte_trl.training.loading import check_optimizer, load_named, load_named_tokenizer
 from pte_trl.training.metrics import TrainerMetrics
-from pte_trl.training.router import quiet_router
 from pte_trl.training.unsupported import check_arguments
 
 

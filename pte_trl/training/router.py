@@ -35,17 +35,6 @@ def check_whole(args, config) -> None:
         )
 
 
-def quiet_router(model: PreTrainedModel) -> None:
-    """The model returns router logits where it is asked for them alone.
-
-    A configuration that asks for them always would have every decoded token, and every head of a replay, compute the
-    loss with a mask that does not fit.
-    """
-    text = model.config.get_text_config()
-    if getattr(text, "output_router_logits", False):
-        text.output_router_logits = False
-
-
 @contextmanager
 def seeing(model: PreTrainedModel, mask: Any) -> Iterator[None]:
     """Inside it the language model below the head is called with `mask`, whatever attention mask the head was given.
