@@ -80,7 +80,11 @@ REFUSED = {
     "no folder": ("pte", lambda f: {"model": "/none/such"}, "model='/none/such': there is no such folder"),
     "no model": ("pte", lambda f: {"model": None}, "model=None: must be a hub name, a folder or a model"),
     "a dict": ("pte", lambda f: {"peft_config": {"rank": 4}}, "peft_config=dict: must be a PteConfig"),
-    "another architecture": ("pte", lambda f: {"model": gpt2()}, "model_type='gpt2': method='pte' is not right in it"),
+    "another architecture": (
+        "pte",
+        lambda f: {"model": gpt2()},
+        "GPT2LMHeadModel: PTE finds no attention over the whole text",
+    ),
     "layers with a window": (
         "lora_c",
         lambda f: {"model": tiny("mistral", **OWN_WINDOW)},
