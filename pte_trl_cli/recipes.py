@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from pte_trl.adapter.fit import check_supported
 from pte_trl.estimate.choice import CONTEXT, FRAGMENTS, affordable, with_replay
 from pte_trl.estimate.terms import SHAPES, Job, count, estimate
+from pte_trl.models.attention import usable_attention
 from pte_trl.runtime.startup import longest_schedule
 from pte_trl.settings.parsing import parse, read_recipe
 from pte_trl.training.arguments import RecipeArguments
@@ -23,6 +24,10 @@ KNOWN = {
     "Qwen/Qwen2.5-3B-Instruct": "qwen2.5-3b",
     "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b",
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "llama-8b",
+    "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5-0.5b",
+    "Qwen/Qwen3-4B": "qwen3-4b",
+    "allenai/OLMoE-1B-7B-0125-Instruct": "olmoe-1b-7b",
+    "LiquidAI/LFM2-1.2B": "lfm2-1.2b",
     "outputs/smollm2-135m": "smollm2-135m",
     "outputs/tiny-base": "tiny",
 }
@@ -86,8 +91,6 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
     """
     script, args = parse((RecipeArguments, PteGRPOConfig), ["--config", path, *flags, *ANYWHERE])
     config = config_of(script.model_name_or_path)
-    if args.method != "lora":
-        check_supported(config)
     dtype = getattr(torch, "bfloat16" if script.dtype == "auto" else script.dtype)
     per_rollout = args.per_device_train_batch_size * args.steps_per_generation
     if args.global_batch is not None and not args.given & {"steps_per_generation", "generation_batch_size"}:
@@ -97,6 +100,9 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
     in_parts = args.method != "lora" and isinstance(args.rollout_batch_size, int)
     at_once = args.rollout_batch_size if in_parts else per_rollout
     adapter = script.adapter_config(args.method)
+    if args.method != "lora":
+        attention = usable_attention(script.attn_implementation, config, quiet=True)
+        check_supported(config, args.method, adapter if args.method == "pte" else None, attention)
     return Job(
         config=config,
         parameters=count(config),
@@ -118,7 +124,7 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
         reference=args.beta != 0,
         engine_stays=in_parts,
         state_rank=script.rank,
-        blockwise=script.attn_implementation.startswith("blockwise"),
+        blockwise=usable_attention(script.attn_implementation, config, quiet=True).startswith("blockwise"),
         device=device,
     )
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from contextlib import nullcontext
 from inspect import signature
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3nTextConfig,
     GenerationMixin,
+    GptOssConfig,
     Lfm2Config,
     MistralConfig,
     Qwen2Config,
@@ -229,3 +231,14 @@ def test_the_version_of_fsdp_that_a_recipe_asks_for(tmp_path):
     assert transformers.fsdp_version_of(arguments(tmp_path)) is None
     settings = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "version": 2}}
     assert transformers.fsdp_version_of(arguments(tmp_path, **settings)) == 2
+
+
+@about("transformers.supports_sdpa")
+def test_whether_a_model_has_sdpa():
+    """What it says is what transformers does when it is asked for SDPA."""
+    for config, expected in ((Qwen2Config(), True), (GptOssConfig(), False)):
+        assert transformers.supports_sdpa(config) == expected
+        small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "vocab_size": 16, "head_dim": 8}
+        config.update(small | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2})
+        with nullcontext() if expected else pytest.raises(ValueError, match="scaled_dot_product_attention"):
+            AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")

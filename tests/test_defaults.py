@@ -110,4 +110,6 @@ def test_lora_trains_any_architecture(tmp_path, family, capsys):
     trainer = grpo(tmp_path, "lora", arguments, max_steps=1)
     trainer.max_prompt_tokens = 32
     trained(trainer)
-    assert f"not estimated for {family}" in capsys.readouterr().out
+    # What is known of a model is read off its modules: of these two the names of the linears suffice.
+    known = family in ("opt", "qwen3_moe")
+    assert (f"not estimated for {family}" in capsys.readouterr().out) != known

@@ -36,7 +36,7 @@ def test_flops_of_a_pair_are_those_that_torch_counts(family):
     counted = sum(
         flops for operation, flops in counter.get_flop_counts()["Global"].items() if operation is torch.ops.aten.bmm
     )
-    assert attention_tflops(model.config, length**2) * 1e12 == pytest.approx(counted, rel=0.01)
+    assert attention_tflops(model.config, length**2, length) * 1e12 == pytest.approx(counted, rel=0.01)
 
 
 def test_the_callback_writes_peak_and_mean_of_what_it_saw(tmp_path):

@@ -151,7 +151,7 @@ def test_both_trainers_have_a_global_batch(tmp_path, config):
     assert config(**settings).gradient_accumulation_steps == 1
 
 
-LAUNCHES = re.compile(r"(.*)(?:grpo_pte\.py --config|slurm\.sh) (recipes/(?:qwen|llama)\w+\.yaml)([^\n`]*)")
+LAUNCHES = re.compile(r"(.*)(?:grpo_pte\.py --config|slurm\.sh) (recipes/(?:qwen3b|qwen7b|llama8b)\.yaml)([^\n`]*)")
 
 
 def launches() -> list[tuple[str, str, str, Path]]:

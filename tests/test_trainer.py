@@ -73,7 +73,7 @@ def trainer_for(tmp_path, method="pte", model=None, peft=True, trainer_class=Pte
         args=PteGRPOConfig(**settings),
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": p}] for p in PROBLEMS]}),
         processing_class=tokenizer,
-        peft_config=script.adapter_config(method) if peft else None,
+        peft_config=script.adapter_config(method) if peft is True else peft or None,
     )
 
 

@@ -23,7 +23,6 @@ ENCODER_PARTS = ("global_tokens", "query_map", "key_map", "value_map", *WHITENER
 WRAPPER_PARTS = ("base_layer", "modules_to_save", "original_module")
 OWN_PARTS = {*CONTAINERS, *ENCODER_PARTS, *WRAPPER_PARTS, "weight", "bias"}
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of which other rooms know more than a self-test tells
 # Rotary types whose frequencies depend on the length seen so far: decode and replay would rotate differently.
 LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
 

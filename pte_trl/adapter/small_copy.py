@@ -50,6 +50,8 @@ def reduced(config: PreTrainedConfig, heads: bool = True) -> PreTrainedConfig:
                 setattr(found, name, min(value, most))
     for name, token in TOKENS.items():
         setattr(found, name, token)
+    if getattr(found, "output_router_logits", False):
+        found.output_router_logits = False  # as in a training: a decode has no use for them
     if heads:
         _cut_heads(found)
     return found

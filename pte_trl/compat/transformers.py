@@ -5,7 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import (
     DynamicSlidingWindowLayer,  # what a decode keeps of a layer of sliding or chunked attention
     LinearAttentionLayer,  # and of a recurrent one
@@ -42,6 +48,7 @@ __all__ = [
     "layer_types",
     "layer_types_and_sizes",
     "set_zero3_state",
+    "supports_sdpa",
     "template_variables",
     "tied_weights",
     "tracker_callbacks",
@@ -88,6 +95,11 @@ def decoder_classes(model: type[PreTrainedModel]) -> tuple[type, type, type, typ
         getattr(module, family + part) for part in ("DecoderLayer", "Attention", "MLP", "RMSNorm")
     )
     return layer, attention, mlp, norm
+
+
+def supports_sdpa(config: PreTrainedConfig) -> bool:
+    """Whether the causal language model of a configuration can compute its attention by PyTorch's SDPA."""
+    return getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_sdpa", True)
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:

@@ -5,10 +5,12 @@
     peak = weights + adapter + gradients + optimizer + gathered + max(training, rollout)
 
 Every term is a function with its formula. b is the micro-batch, n the completions decoded at once, P and C the tokens
-of prompt and completion, T = P + C, L layers, d the hidden size, I the MLP's, d_q and d_kv all query and all key heads
-together, V the vocabulary, e the bytes of a value, N the GPUs. Factors that stand for many small tensors were found by
-counting what is alive in real steps on a CPU; tests/test_estimate.py holds them to it. A GPU's own context (about
-0.5 GB) and fragmentation come on top.
+of prompt and completion, T = P + C, d the hidden size, V the vocabulary, e the bytes of a value, N the GPUs. What
+differs from layer to layer is read off the model (`pte_trl.estimate.shape`): I the width of the MLP (of an MoE, of the
+experts that a token goes through), d_q the queries, d_kv keys and values together. A sum over l is over all layers, a
+maximum over one. Factors that stand for many small tensors were found by counting what is alive in real steps on a
+CPU; tests/test_estimate.py and tests/test_estimate_layers.py hold them to it. A GPU's own context (about 0.5 GB) and
+fragmentation come on top.
 """
 
 from dataclasses import dataclass
@@ -20,11 +22,11 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pte_trl.adapter.config import one_of
-from pte_trl.adapter.model import geometry_of
 from pte_trl.cache.schedule import Schedule
+from pte_trl.estimate.shape import Layer, NotEstimated, Shape, shape_of
 from pte_trl.replay import segment_run
 from pte_trl.replay.plan import ReplayPlan
-from pte_trl.rollouts.batching import cache_bytes, rounded
+from pte_trl.rollouts.batching import rounded
 from pte_trl.rollouts.engine import PREFILL_TOKENS, Room
 
 SHARDINGS = ("none", "zero1", "zero2", "zero3", "fsdp2")
@@ -34,6 +36,8 @@ STREAM = 26  # bytes per token and hidden unit inside a layer: norms and adapter
 TILE = (4096, 32768)  # tokens and vocabulary of the fused head's buffer (trl.kernels.chunked_logprob)
 TILE_CPU = 7.25  # float32 copies of such a tile where the kernels of the head do not run
 LIVE = 10**9  # parameters that ZeRO-3 holds gathered at most while training (stage3_max_live_parameters)
+# Of a gated MLP with its backward, and of what it saves for that: times I, and of experts times the k d of k copies.
+DENSE, EXPERTS = {"inside": (6, 0), "saved": (3, 0)}, {"inside": (3, 4), "saved": (4.5, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,13 @@ class Job:
             raise ValueError(f"schedule={self.schedule!r}: only method=lora has none, method={self.method!r}")
 
     @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """L, d, I, d_q, d_kv, V."""
-        shape = geometry_of(self.config)
-        heads = (shape["num_attention_heads"], shape["num_key_value_heads"])
-        widths = (heads_of_kind * shape["head_dim"] for heads_of_kind in heads)
-        return (
-            shape["num_hidden_layers"],
-            shape["hidden_size"],
-            shape["intermediate_size"],
-            *widths,
-            self.config.vocab_size,
-        )
+    def shape(self) -> Shape:
+        """Raises `NotEstimated` for a model whose layers are not known."""
+        return shape_of(self.config)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.shape.layers
 
     def divided(self, value: float, *shardings: str) -> float:
         return value / self.ranks if self.sharding in shardings else value
@@ -152,15 +151,15 @@ def gathered(job: Job, rollout: bool) -> float:
     A rollout gathers the whole model under ZeRO-3 and FSDP2 (TRL's own under FSDP2, for lora, goes layer by layer).
     While training, ZeRO-3 holds up to LIVE parameters, FSDP2 two layers and the embeddings.
     """
-    total, (layers, d, *_, vocabulary) = job.parameters, job.sizes
     if job.sharding not in GATHERED:
         return 0.0
+    total, embedded = job.parameters, job.shape.vocabulary * job.shape.hidden
     if rollout and (job.sharding == "zero3" or job.method != "lora"):
         held = total
     elif job.sharding == "zero3":
         held = min(total, LIVE)
     else:
-        held = 2 * (total - vocabulary * d) / layers + vocabulary * d
+        held = 2 * (total - embedded) / len(job.layers) + embedded
     return job.dtype.itemsize * held * (1 - 1 / job.ranks)
 
 
@@ -172,86 +171,135 @@ def head(job: Job, tokens: int) -> float:
 
     On a CPU, TILE_CPU float32 copies of min(V, 32768) columns beside it.
     """
-    d, vocabulary, width = job.sizes[1], job.sizes[-1], job.dtype.itemsize
+    width = job.dtype.itemsize
     rows = min(tokens, TILE[0])
-    copies = TILE_CPU * 4 * min(vocabulary, TILE[1]) if job.device == "cpu" else 0
-    return rows * (TILE[1] * width + copies) + tokens * d * (4 + width)
+    copies = TILE_CPU * 4 * min(job.shape.vocabulary, TILE[1]) if job.device == "cpu" else 0
+    return rows * (TILE[1] * width + copies) + tokens * job.shape.hidden * (4 + width)
 
 
-def attention(job: Job) -> float:
+def attention(job: Job, layer: Layer) -> float:
     """What a replay's attention holds beyond an ordinary one's, of one sample.
 
     Blockwise: keys and values for every query head of the prompt and of what is in reach, copied for the blocks that
-    are a batch, with gradients as large, 4 d_q e each; masks, 1 + e bytes per pair in the blocks. SDPA: T^2 (1 + e).
+    are a batch, with gradients as large, 4 d_q e each; masks, 1 + e bytes per pair in the blocks. SDPA, and sliding
+    layers under both: T^2 (1 + e).
     """
-    length, width, d_q = job.prompt + job.completion, job.dtype.itemsize, job.sizes[3]
-    if job.schedule is None:
+    length, width = job.prompt + job.completion, job.dtype.itemsize
+    if job.schedule is None or not layer.output:
         return 0.0
-    if not job.blockwise:
+    if not job.blockwise or layer.window is not None:
         return length**2 * (1 + width)
     blocks = ReplayPlan.build([job.schedule], job.prompt, torch.ones(1, length)).blocks
     copies = max(block.count * block.mask.shape[3] for block in blocks)
-    return 4 * d_q * width * copies + (1 + width) * sum(block.mask.numel() for block in blocks)
+    own = 2 * (layer.query + layer.output) * width * copies
+    return own + (1 + width) * sum(block.mask.numel() for block in blocks)
+
+
+def mlp(job: Job, layer: Layer, when: str) -> float:
+    """Bytes of a token in the MLP: 6 I e "inside" a layer's backward, 3 I e as "saved" for it.
+
+    Of the experts of an MoE, k of which a token goes through, (3 I + 4 k d) e and (4.5 I + k d / 2) e, since their
+    backward comes expert by expert, and 12 for every router logit.
+    """
+    of_inner, of_copies = (EXPERTS if layer.routed else DENSE)[when]
+    width = of_inner * layer.inner + of_copies * layer.routed * job.shape.hidden
+    return width * job.dtype.itemsize + 12 * layer.experts
+
+
+def inside(job: Job, layer: Layer, extra: float) -> float:
+    """One layer of a replay and its backward, of one sample; `extra` is its attention.
+
+    T (mlp + STREAM d + d_kv e); mlp is 6 I e for gate, up and product and the gradient of each.
+    """
+    own = mlp(job, layer, "inside") + STREAM * job.shape.hidden + layer.keys * job.dtype.itemsize
+    return (job.prompt + job.completion) * own + extra
 
 
 def one_pass(job: Job) -> float:
     """Activations of b samples in one forward and backward.
 
-    b [ L T d e + T (6 I e + STREAM d + 2 d_kv e) + attention ]: the inputs of all layers and the inside of one, with
-    gate, up and product of its MLP and the gradient of each. Without checkpointing, instead of the inputs, what the
-    other layers saved: (L - 1) T (3 I + 6 d) e, and with SDPA their attention (blocks make their copies anew).
-    PTE adds T (8 d_kv + 24 r + 100): keys, values and latents in float32, and indices;
-    without checkpointing, of every layer.
+    b [ L T d e + max inside ]: the inputs of all L layers and the inside of one. Without checkpointing, instead of the
+    inputs, what the other layers saved: the sum of T (mlp + 6 d e), and with SDPA their attention (blocks make their
+    copies anew). PTE adds T (4 d_kv + 24 r + 100): keys, values and latents in float32, and indices; without
+    checkpointing, of every layer.
+
+    Raises:
+        NotEstimated: recurrent layers. What they hold depends on the kernels that are installed.
     """
-    layers, d, inner, _, d_kv, _ = job.sizes
-    length, width = job.prompt + job.completion, job.dtype.itemsize
-    extra = attention(job)
-    inside = length * (6 * inner * width + STREAM * d + 2 * d_kv * width) + extra
-    others = layers * length * d * width
+    _no_recurrence(job)
+    d, width = job.shape.hidden, job.dtype.itemsize
+    length = job.prompt + job.completion
+    extra = {layer: attention(job, layer) for layer in set(job.layers)}
+    largest = max(job.layers, key=lambda layer: inside(job, layer, extra[layer]))
+    others = len(job.layers) * length * d * width
     if not job.checkpointing:
-        others = (layers - 1) * (length * (3 * inner + 6 * d) * width + (0 if job.blockwise else extra))
-    states = length * (8 * d_kv + 24 * job.state_rank + 100) * (1 if job.checkpointing else layers)
-    states = states if job.method == "pte" else 0
-    return job.micro_batch * (others + inside + states)
+        saved = [
+            length * (mlp(job, layer, "saved") + 6 * d * width) + (0 if _in_blocks(job, layer) else extra[layer])
+            for layer in job.layers
+        ]
+        others = sum(saved) - saved[job.layers.index(largest)]
+    states = [length * (4 * layer.keys + 24 * job.state_rank + 100) for layer in job.layers if layer.bounded]
+    states = (max(states) if job.checkpointing else sum(states)) if job.method == "pte" and states else 0
+    return job.micro_batch * (others + inside(job, largest, extra[largest]) + states)
+
+
+def _in_blocks(job: Job, layer: Layer) -> bool:
+    return job.blockwise and layer.window is None
+
+
+def _no_recurrence(job: Job) -> None:
+    if any(layer.recurrent for layer in job.layers):
+        raise NotEstimated(
+            job.config, "what its recurrent layers hold in a training step depends on the kernels that are installed"
+        )
 
 
 def segments(job: Job) -> float:
     """Activations of b samples, segment by segment: those of the costliest segment with its head.
 
     For a segment of s tokens that finds k in the cache: its keys and values, and the gradients of all that it sees,
-    b L (2 s + k) 2 d_kv e; every layer's input, b L s d e; and the larger of the head and one layer's inside,
-    b [ s (6 I e + STREAM d) + a ] with a = (s + k)(2 d_q + 8 d_kv) e + s (s + k)(1 + e), the second for its mask.
+    b sum (2 s + k) d_kv e; every layer's input, b L s d e; and the larger of the head and one layer's inside,
+    b [ s (6 I e + STREAM d) + a ] with a = (s + k)(2 d_q + 4 d_kv) e + s (s + k)(1 + e), the second for its mask.
     Instead of these, without checkpointing and in segments of `SMALL` tokens at most (`pte_trl.replay.segment_run`;
-    not where weights are gathered): the head and every layer's inside as it was saved, b L [ s (3 I e + 24 d) + a ].
-    Besides that, keys and values of the text up to the segment's end, u tokens, 2 b L u d_kv e, unless they are on
+    not where weights are gathered): the head and every layer's inside as it was saved, b sum [ s (3 I e + 24 d) + a ].
+    Besides that, keys and values of the text up to the segment's end, u tokens, b sum u d_kv e, unless they are on
     the CPU.
+
+    Raises:
+        NotEstimated: as `one_pass`.
     """
-    layers, d, inner, d_q, d_kv, _ = job.sizes
-    width, runs = job.dtype.itemsize, []
-    cut = (job.segment_length, job.evicts_own)
+    _no_recurrence(job)
+    runs, cut = [], (job.segment_length, job.evicts_own)
     for span in segment_run.spans_of(job.schedule, job.prompt, job.completion - 1, *cut):
         found = 0
         if span.start >= 0:
             found = job.prompt + span.start - job.schedule.first_visible(max(0, span.start - 1))
         runs.append((len(span), found, job.prompt + span.stop))
+    return max(_segment(job, *run) for run in runs)
 
-    def cost(tokens: int, found: int, end: int) -> float:
-        attended = (tokens + found) * ((2 * d_q + 8 * d_kv) * width + tokens * (1 + width))
-        logits = head(job, job.micro_batch * tokens)
-        kept = 0 if job.offload else job.micro_batch * 2 * layers * end * d_kv * width
-        if not job.checkpointing or (job.micro_batch * tokens <= segment_run.SMALL and job.sharding not in GATHERED):
-            return job.micro_batch * layers * (tokens * (3 * inner * width + 24 * d) + attended) + logits + kept
-        inside = job.micro_batch * (tokens * (6 * inner * width + STREAM * d) + attended)
-        caches = (2 * tokens + found) * 2 * d_kv * width
-        return job.micro_batch * layers * (tokens * d * width + caches) + max(inside, logits) + kept
 
-    return max(cost(*run) for run in runs)
+def _segment(job: Job, tokens: int, found: int, end: int) -> float:
+    d, width, b = job.shape.hidden, job.dtype.itemsize, job.micro_batch
+
+    def attended(layer: Layer) -> float:
+        if not layer.output:
+            return 0.0
+        return (tokens + found) * ((2 * layer.query + 4 * layer.keys) * width + tokens * (1 + width))
+
+    logits = head(job, b * tokens)
+    kept = 0 if job.offload else b * end * width * sum(layer.cached for layer in job.layers)
+    if not job.checkpointing or (b * tokens <= segment_run.SMALL and job.sharding not in GATHERED):
+        saved = (tokens * (mlp(job, x, "saved") + 24 * d) + attended(x) for x in job.layers)
+        return b * sum(saved) + logits + kept
+    largest = max(tokens * (mlp(job, x, "inside") + STREAM * d) + attended(x) for x in job.layers)
+    caches = sum((2 * tokens + found) * layer.keys * width for layer in job.layers)
+    return b * (len(job.layers) * tokens * d * width + caches) + max(b * largest, logits) + kept
 
 
 def without_graph(job: Job, rows: int) -> float:
     """A forward of m whole texts under the full cache: m T (3 I + 4.5 d) e, the inside of one layer."""
-    _, d, inner, *_ = job.sizes
-    return rows * (job.prompt + job.completion) * (3 * inner + 4.5 * d) * job.dtype.itemsize
+    inner = job.shape.widest("inner")
+    return rows * (job.prompt + job.completion) * (3 * inner + 4.5 * job.shape.hidden) * job.dtype.itemsize
 
 
 def reference(job: Job) -> float:
@@ -266,8 +314,7 @@ def training(job: Job) -> float:
         return max(segments(job), reference(job))
     # On a GPU the head's kernel scores the completion alone; elsewhere every place.
     tokens = job.micro_batch * (job.completion if job.device == "cuda" else job.prompt + job.completion - 1)
-    layers, d = job.sizes[:2]
-    inputs = job.micro_batch * layers * (job.prompt + job.completion) * d * job.dtype.itemsize
+    inputs = job.micro_batch * len(job.layers) * (job.prompt + job.completion) * job.shape.hidden * job.dtype.itemsize
     return max(one_pass(job), inputs + head(job, tokens), reference(job))
 
 
@@ -283,14 +330,21 @@ def cached_tokens(job: Job) -> int:
 
 
 def rollout_cache(job: Job) -> float:
-    """n times 2 L d_kv e for every cached token, and 4 L r^2 for S."""
-    state = 4 * job.sizes[0] * job.state_rank**2 if job.method == "pte" else 0
-    return job.rollout_batch * (cache_bytes(job.config, cached_tokens(job), job.dtype) + state)
+    """n times d_kv e for every cached token of every layer, and 4 r^2 for S of every layer that has one.
+
+    A sliding layer keeps its own window at most. Recurrent states are the same at every length.
+    """
+    tokens, full, width, size = cached_tokens(job), job.prompt + job.completion, job.dtype.itemsize, 0.0
+    for layer in job.layers:
+        kept = tokens if layer.bounded else layer.kept(full)
+        size += layer.cached * kept * width + layer.conv * width + layer.recurrent * 4
+        size += 4 * job.state_rank**2 if job.method == "pte" and layer.bounded else 0
+    return job.rollout_batch * size
 
 
 def drawing(job: Job) -> float:
     """What drawing a token of every row needs, (16 + e) n V."""
-    return (16 + job.dtype.itemsize) * job.rollout_batch * job.sizes[-1]
+    return (16 + job.dtype.itemsize) * job.rollout_batch * job.shape.vocabulary
 
 
 def rollout(job: Job) -> float:
@@ -298,8 +352,7 @@ def rollout(job: Job) -> float:
 
     m is n where nothing is shared; the engine prefills n / num_generations, PREFILL_TOKENS at a time.
     """
-    _, d, inner, *_ = job.sizes
-    prompts = job.rollout_batch
+    d, inner, prompts = job.shape.hidden, job.shape.widest("inner"), job.rollout_batch
     if job.schedule is not None:
         prompts = max(1, min(prompts // job.num_generations, PREFILL_TOKENS // job.prompt))
     prefill = prompts * job.prompt * (4 * inner + 8 * d) * job.dtype.itemsize

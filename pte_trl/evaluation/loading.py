@@ -11,6 +11,7 @@ from pte_trl.adapter.fit import check_supported
 from pte_trl.cache.masks import MASKED_ATTENTION
 from pte_trl.data.needs import model_needs
 from pte_trl.evaluation.config import ModelSource
+from pte_trl.models.attention import usable_attention
 from pte_trl.models.hub import reachable
 from pte_trl.models.loading import check_base, load_base
 
@@ -24,7 +25,9 @@ def check_evaluation_model(args: ModelSource) -> None:
     reachable(*model_needs(args))
     one_of("attn_implementation", args.attn_implementation, MASKED_ATTENTION)
     config = check_base(args.model_name_or_path, args.trust_remote_code)
-    check_supported(config)
+    args.attn_implementation = usable_attention(args.attn_implementation, config)
+    # Without an adapter, and with LoRA; PTE's own is looked at with its folder.
+    check_supported(config, "lora_c", attention=args.attn_implementation)
     if args.adapter is not None:
         args.adapter = str(adapter_folder(args.adapter))
         check_adapter_folder(args.adapter, config, args.trust_remote_code)

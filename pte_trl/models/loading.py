@@ -53,4 +53,16 @@ def load_weights(name: str, key: str = "model_name_or_path", **options) -> PreTr
     check_loaded(found, name, key)
     # A checkpoint's own sampling settings would change what TRL's `generate` samples, for `lora` alone.
     model.generation_config = neutral_generation_config(model)
+    quiet_router(model)
     return model
+
+
+def quiet_router(model: PreTrainedModel) -> None:
+    """The model returns the router logits of its experts where it is asked for them alone.
+
+    A configuration that asks for them always has every decoded token compute the load-balancing loss, with a mask that
+    does not fit. A training asks for them where its loss needs them.
+    """
+    text = model.config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False

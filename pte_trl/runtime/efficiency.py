@@ -2,8 +2,9 @@
 
 The paper gives no formula for its TFLOPs. Ours counts what a sample's forward must compute: every pair of a query
 and a key that it may see costs 2 d FLOPs for the score and 2 d for the value, d being all query heads together, in
-every layer. (The paper's full-cache figures, 4.2, 5.7 and 7.4 for its three models, fit 4 L d T^2 with T = 3,770 for
-all three: the whole square, twice the causal half that we count.)
+every layer with attention. A sliding layer sees its own window, whatever the cache policy is. (The paper's full-cache
+figures, 4.2, 5.7 and 7.4 for its three models, fit 4 L d T^2 with T = 3,770 for all three: the whole square, twice the
+causal half that we count.)
 """
 
 import statistics
@@ -15,8 +16,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from pte_trl.adapter.model import geometry_of
 from pte_trl.cache.schedule import Schedule
+from pte_trl.estimate.shape import shape_of
 from pte_trl.runtime.manifest import hardware, write_json
 
 TFLOPS_METRIC = "attention/tflops_max"
@@ -29,10 +30,27 @@ def visible_pairs(prompt: int, completion: int, schedule: Schedule | None) -> in
     return prompt * (prompt + 1) // 2 + int((prompt + thought + 1 - first).sum())
 
 
-def attention_tflops(config, pairs: int) -> float:
-    """10^12 FLOPs of one forward through the attention of a model with this configuration."""
-    shape = geometry_of(config)
-    return 4 * shape["num_hidden_layers"] * shape["num_attention_heads"] * shape["head_dim"] * pairs / 1e12
+def sliding_pairs(length: int, window: int) -> int:
+    """The same of a sample in a layer that sees `window` tokens, the query itself among them."""
+    seen = min(length, window)
+    return seen * (seen + 1) // 2 + (length - seen) * window
+
+
+def attention_tflops(config, pairs: int, length: int) -> float:
+    """10^12 FLOPs of one forward through the attention of a model with this configuration.
+
+    Args:
+        pairs: of `visible_pairs`, for the layers that the cache policy applies to.
+        length: of the sample, prompt and completion, for sliding layers.
+
+    Raises:
+        NotEstimated: a model whose layers are not known.
+    """
+    found = 0
+    for layer in shape_of(config).layers:
+        seen = pairs if layer.window is None else sliding_pairs(length, layer.window)
+        found += 2 * (layer.query + layer.output) * seen
+    return found / 1e12
 
 
 def memory_share(device: torch.device) -> float:

@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from pte_trl.adapter.fit import FAMILIES
 from pte_trl.cache.masks import BLOCKWISE
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.engines import running_zero_stage, zero3_numel
 from pte_trl.compat.transformers import attention_of
+from pte_trl.estimate.shape import NotEstimated
 from pte_trl.estimate.terms import Job, estimate
 from pte_trl.replay.segment_run import keys_follow_state
 from pte_trl.runtime.faults import Fault
@@ -135,15 +135,15 @@ def sharding_line(engine: str, parameters: list[nn.Parameter], ranks: int) -> st
 
 
 def memory_line(trainer, engine: str, max_prompt_tokens: int | None) -> str:
-    """The estimate, of GRPO on families whose shape we know; `lora` trains any."""
+    """The estimate, of GRPO, or why there is none."""
     if max_prompt_tokens is None:
         return "not estimated, the longest prompt is not known"
     if not hasattr(trainer.args, "num_generations"):
         return "not estimated for a distillation"
-    model_type = trainer.accelerator.unwrap_model(trainer.model).config.model_type
-    if model_type not in FAMILIES:
-        return f"not estimated for {model_type}"
-    terms = estimate(job_of(trainer, engine, max_prompt_tokens))
+    try:
+        terms = estimate(job_of(trainer, engine, max_prompt_tokens))
+    except NotEstimated as error:
+        return str(error)
     parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in terms.items() if name != "peak" and size)
     return f"{terms['peak'] / 1e9:.3g} GB per process, estimated; in GB: {parts}"
 

@@ -11,18 +11,21 @@ from transformers import CONFIG_NAME, AutoConfig
 
 from pte_trl.adapter import PteConfig
 from pte_trl.adapter.check import active_config, check_adapter, expected_shapes
-from pte_trl.adapter.fit import FAMILIES, check_geometry, check_supported
+from pte_trl.adapter.fit import check_geometry, check_supported
 from pte_trl.adapter.settings import one_of
 from pte_trl.cache.masks import MASKED_ATTENTION
 from pte_trl.compat.peft import CONFIG_NAME as ADAPTER_FILE
 from pte_trl.compat.transformers import attention_of
 from pte_trl.data.needs import repository
+from pte_trl.models.attention import usable_attention
 from pte_trl.models.hub import reachable
 from pte_trl.models.weights import check_model_folder, read_config
+from pte_trl.replay.attention import NAME
 from pte_trl.rewards.functions import AccuracyReward
 from pte_trl.rewards.grader import Grader, check_golds
 from pte_trl.runtime.together import on_main
 from pte_trl.runtime.trained import check_enough
+from pte_trl.training.router import check_whole
 
 LOADED = "PeftModel.from_pretrained(model, FOLDER, is_trainable=True)"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -56,16 +59,17 @@ def check_given(settings, model: Any, peft_config: Any):
         check_adapter(method, found, source=source)
         if method != "lora":
             config = getattr(model, "config", None)
-            _check_bounded(config, attention_of(config), found)
+            _check_bounded(settings, config, attention_of(config), found)
         return None
     _check_folder(model)
     check_adapter(method, peft_config, source="peft_config")
     options = settings.model_init_kwargs or {}
-    config = named_config(model, settings.trust_remote_code, options)
+    config = named_config(model, settings.trust_remote_code, options, method)
     _check_tokens(settings, peft_config, config)
     if method != "lora":
-        _check_bounded(config, options.get("attn_implementation"), peft_config)
-    if isinstance(peft_config, (PteConfig, LoraConfig)) and config.model_type in FAMILIES:
+        attention = options.get("attn_implementation") or usable_attention(NAME, config, quiet=True)
+        _check_bounded(settings, config, attention, peft_config)
+    if isinstance(peft_config, (PteConfig, LoraConfig)) and loaded_here(settings.method, config):
         check_targets(peft_config, config, settings.trust_remote_code, key="peft_config.target_modules")
     return config
 
@@ -129,11 +133,23 @@ def _check_answers(name: str, dataset: Dataset, grader: Grader) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def named_config(name: str, trust_remote_code: bool, options: dict):
+def loaded_here(method: str, config) -> bool:
+    """Whether a model given by name is loaded as a recipe loads it. What only `lora` trains is left to TRL."""
+    if method != "lora":
+        return True
+    try:
+        check_supported(config, "lora_c", attention=usable_attention(NAME, config, quiet=True))
+    except ValueError:
+        return False
+    return True
+
+
+def named_config(name: str, trust_remote_code: bool, options: dict, method: str):
     """The configuration of a model given by name, whose files are looked at where they are here.
 
     Args:
         options: TRL's `model_init_kwargs`.
+        method: of the training; only where this project loads the model, its folder is looked at.
 
     Raises:
         ValueError, OSError: as `check_given`.
@@ -147,7 +163,7 @@ def named_config(name: str, trust_remote_code: bool, options: dict):
     known = {"trust_remote_code": trust_remote_code} | known
     if hub is None:
         config = read_config(Path(name), f"model={name!r}", known["trust_remote_code"])
-        if config.model_type in FAMILIES:  # of others, which `lora` trains, TRL knows better how they load
+        if loaded_here(method, config):
             check_model_folder(name, known["trust_remote_code"], key="model")
         return config
     return AutoConfig.from_pretrained(name, **known)
@@ -213,16 +229,19 @@ def _check_tokens(settings, adapter: PeftConfig | None, config) -> None:
         )
 
 
-def _check_bounded(config, attention: str | None, adapter: PeftConfig) -> None:
+def _check_bounded(settings, config, attention: str | None, adapter: PeftConfig) -> None:
     """What a decode with evictions and its replay can do, of the model's configuration."""
-    check_supported(config)
+    if attention is not None:
+        one_of("attn_implementation", attention, MASKED_ATTENTION)
+    pte = adapter if isinstance(adapter, PteConfig) else None
+    check_supported(config, settings.method, pte, attention)
+    if getattr(settings, "replay", None) == "segments":
+        check_whole(settings, config)
     if tokens := getattr(adapter, "alora_invocation_tokens", None):
         raise ValueError(
             f"alora_invocation_tokens={tokens!r}: such an adapter looks for its tokens in every call of the model, "
             "and a decode feeds one token a call, so it would be off there and on in training; allowed is None, or "
             "method=lora"
         )
-    if attention is not None:
-        one_of("attn_implementation", attention, MASKED_ATTENTION)
     if hasattr(adapter, "geometry"):
         check_geometry(adapter, config)

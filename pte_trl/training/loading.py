@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_
 from pte_trl.adapter.check import check_adapter, check_adapter_folder, load_adapter
 from pte_trl.adapter.config import one_of
 from pte_trl.adapter.files import adapter_folder
-from pte_trl.adapter.fit import FAMILIES, check_supported
+from pte_trl.adapter.fit import check_supported
 from pte_trl.cache.masks import MASKED_ATTENTION
 from pte_trl.data.needs import model_needs
+from pte_trl.models.attention import usable_attention
 from pte_trl.models.hub import reachable
 from pte_trl.models.loading import check_base, load_base, load_weights
 from pte_trl.models.tokens import load_tokenizer
@@ -24,7 +25,8 @@ from pte_trl.runtime.launch import named_launch
 from pte_trl.runtime.sharding import check_engine
 from pte_trl.training.arguments import ADAPTER_KEYS, RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
-from pte_trl.training.given import check_targets
+from pte_trl.training.given import check_targets, loaded_here
+from pte_trl.training.router import check_whole
 
 # Patterns of a hub repository's files besides weights: tokenizers, chat templates, configurations and code.
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
@@ -51,16 +53,20 @@ def check_fits(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
     Raises:
         ValueError: as `check_model`.
     """
-    if args.method == "lora":
-        if script.attn_implementation == NAME and config.model_type not in FAMILIES:
-            script.attn_implementation = None  # `lora` trains any architecture, by transformers' own choice
-    else:
+    made = script.adapter_config(args.method) if script.adapter is None else None
+    if args.method != "lora":
         one_of("attn_implementation", script.attn_implementation, MASKED_ATTENTION)
-        check_supported(config)
-    if script.adapter is None:
-        adapter = script.adapter_config(args.method)
-        check_adapter(args.method, adapter, model_config=config)
-        check_targets(adapter, config, args.trust_remote_code)
+        script.attn_implementation = usable_attention(script.attn_implementation, config)
+        check_supported(config, args.method, made if args.method == "pte" else None, script.attn_implementation)
+        if getattr(args, "replay", None) == "segments":
+            check_whole(args, config)
+    elif script.attn_implementation == NAME:
+        # `lora` trains any architecture, those that no bounded method can by transformers' own choice.
+        known = loaded_here(args.method, config)
+        script.attn_implementation = usable_attention(NAME, config) if known else None
+    if made is not None:
+        check_adapter(args.method, made, model_config=config)
+        check_targets(made, config, args.trust_remote_code)
         return
     name = script.adapter
     script.adapter = str(adapter_folder(name))
@@ -126,16 +132,19 @@ def load_model(script: RecipeArguments, trust_remote_code: bool = False) -> PreT
     return model if script.adapter is None else load_adapter(model, script.adapter, is_trainable=True)
 
 
-def load_named(name: str, settings) -> PreTrainedModel:
+def load_named(name: str, settings, config) -> PreTrainedModel:
     """The model that a trainer is given by name, as TRL loads it (`model_init_kwargs`; float32 by default) and
-    as a recipe does: all of its weights are there, attention is `blockwise` by default, and its own sampling
-    settings are left out.
+    as a recipe does: all of its weights are there, attention is `blockwise` by default (`eager` where that alone is
+    right), and its own sampling settings are left out.
 
     Raises:
         ValueError: weights are missing, or of other shapes than the configuration says.
     """
-    options = {"attn_implementation": NAME, "dtype": "float32", "trust_remote_code": settings.trust_remote_code}
-    options |= settings.model_init_kwargs or {}
+    options = {"dtype": "float32", "trust_remote_code": settings.trust_remote_code} | (
+        settings.model_init_kwargs or {}
+    )
+    if "attn_implementation" not in options:
+        options["attn_implementation"] = usable_attention(NAME, config)
     if settings.world_size > 1:
         options["device_map"] = None  # every process has a model of its own
     return load_weights(name, key="model", **options)

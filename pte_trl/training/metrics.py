@@ -6,9 +6,9 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from pte_trl.adapter.fit import FAMILIES
 from pte_trl.adapter.model import pte_layers
 from pte_trl.compat.trl import metrics_of
+from pte_trl.estimate.shape import NotEstimated
 from pte_trl.runtime.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 
 logger = get_logger(__name__)
@@ -67,15 +67,18 @@ class GrpoMetrics(TrainerMetrics):
         self._record_max("mismatch/max", d.abs().max() if d.numel() else math.nan)
 
     def _record_attention(self, prompt_mask: Tensor, completion_mask: Tensor) -> None:
-        """TFLOPs of attention that the costliest sample's forward needs, of families whose shape we know."""
+        """TFLOPs of attention that the costliest sample's forward needs, of models whose layers are known."""
         config = self.accelerator.unwrap_model(self.model).config
-        if config.model_type not in FAMILIES:  # `lora` trains any
-            return
-        lengths = zip(prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist(), strict=True)
+        lengths = list(zip(prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist(), strict=True))
         policy = self.args.cache_policy
         schedules = policy.schedules(self._samples["windows"]) if self.bounded else [None] * len(prompt_mask)
         pairs = [visible_pairs(*length, schedule) for length, schedule in zip(lengths, schedules, strict=True)]
-        self._record_max(TFLOPS_METRIC, attention_tflops(config, max(pairs)))
+        costs = {(each, sum(length)) for each, length in zip(pairs, lengths, strict=True)}
+        try:
+            found = max(attention_tflops(config, *cost) for cost in costs)
+        except NotEstimated:
+            return
+        self._record_max(TFLOPS_METRIC, found)
 
     def _warn_without_signal(self) -> None:
         """Warns of a rollout batch that teaches nothing, instead of a silent zero gradient."""

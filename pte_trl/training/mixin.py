@@ -12,9 +12,9 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from pte_trl.adapter.fit import FAMILIES
 from pte_trl.adapter.model import pte_layers
 from pte_trl.compat.trl import distributed_backend
+from pte_trl.models.loading import quiet_router
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.runtime.checkpoints import AtomicCheckpoints, batch_steps, fault_of
 from pte_trl.runtime.launch import check_launch
@@ -29,7 +29,7 @@ from pte_trl.runtime.trained import check_finished
 from pte_trl.runtime.watch import RankWatch, SaveByTime, StopOnTerm
 from pte_trl.training.calibrate import calibrate_encoders, is_fresh, longest_prompt
 from pte_trl.training.described import trainer_settings
-from pte_trl.training.given import check_data, check_given, check_reward_models
+from pte_trl.training.given import check_data, check_given, check_reward_models, loaded_here
 from pte_trl.training.loading import check_optimizer, load_named, load_named_tokenizer
 from pte_trl.training.metrics import TrainerMetrics
 from pte_trl.training.unsupported import check_arguments
@@ -39,8 +39,9 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
     """Base of the trainers, in front of TRL's: what a user of TRL need not care about.
 
     Before weights load, the constructor checks the launch, the settings, the model's files, the adapter and the data.
-    A model of a family that PTE supports, given by name, is loaded with `attn_implementation="blockwise"` and without
-    its own sampling settings; dtype (float32) and the rest of `args.model_init_kwargs` are as in TRL.
+    A model that a bounded method can train, given by name, is loaded with `attn_implementation="blockwise"` (`eager`
+    where that alone is right) and without its own sampling settings; dtype (float32) and the rest of
+    `args.model_init_kwargs` are as in TRL.
 
     `train` calibrates a fresh PTE adapter, prints what is really running, stops a run whose engine is not the one that
     was launched, saves a checkpoint and exits at SIGTERM, and ends this process when another rank is lost.
@@ -65,6 +66,8 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
             super().__init__(**arguments | given_by_name)
         self.engine_cache, self.max_prompt_tokens = EngineCache(), None
         self.step_beside_engine: float | None = None
+        if self.bounded:
+            quiet_router(self.model)
         for layer in pte_layers(self.model):
             layer.watch_updates = True
         check_engine(self.args, self.engine)
@@ -189,10 +192,10 @@ def load_if_named(arguments: dict[str, Any]) -> dict[str, Any]:
     if args.method != "lora" and not any(arguments.get("optimizers") or ()):
         check_optimizer(args)
     quantised = arguments.get("quantization_config") or (args.model_init_kwargs or {}).get("quantization_config")
-    if isinstance(model, nn.Module) or quantised or config.model_type not in FAMILIES:
+    if isinstance(model, nn.Module) or quantised or not loaded_here(args.method, config):
         return {}
     tokenizer = arguments.get("processing_class") or load_named_tokenizer(model, args)
-    return {"model": load_named(model, args), "processing_class": tokenizer}
+    return {"model": load_named(model, args, config), "processing_class": tokenizer}
 
 
 @contextmanager

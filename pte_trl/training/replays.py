@@ -10,12 +10,13 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from pte_trl.adapter.fit import FAMILIES
 from pte_trl.adapter.self_test import check_segments
 from pte_trl.estimate.choice import FRAGMENTS, Replay, affordable, beside_engine
+from pte_trl.estimate.shape import NotEstimated
 from pte_trl.runtime.sharding import check_engine
 from pte_trl.runtime.startup import job_of
 from pte_trl.training.config import PteGRPOConfig, check_replay
+from pte_trl.training.router import check_whole
 
 
 def stated(args: PteGRPOConfig) -> Replay:
@@ -40,9 +41,10 @@ def settled(trainer, longest: int | None) -> Replay:
         return Replay(why=refusal)
     if longest is None:
         return Replay(why="the longest prompt is not known")
-    if trainer.model.config.model_type not in FAMILIES:
-        return Replay(why=f"no estimate for {trainer.model.config.model_type}")
-    return affordable(job_of(trainer, trainer.engine, longest), min(rooms))
+    try:
+        return affordable(job_of(trainer, trainer.engine, longest), min(rooms))
+    except NotEstimated as error:
+        return Replay(why=str(error))
 
 
 def usable(device: torch.device) -> float | None:
@@ -54,10 +56,12 @@ def usable(device: torch.device) -> float | None:
 
 def step_beside_engine(trainer, longest: int | None) -> float | None:
     """What `rollout_batch_size: auto` needs to know before it keeps the engine (`beside_engine`); None: not known."""
-    known = trainer.bounded and longest is not None and trainer.model.config.model_type in FAMILIES
-    if not known or usable(trainer.accelerator.device) is None:
+    if not trainer.bounded or longest is None or usable(trainer.accelerator.device) is None:
         return None
-    return beside_engine(job_of(trainer, trainer.engine, longest))
+    try:
+        return beside_engine(job_of(trainer, trainer.engine, longest))
+    except NotEstimated:
+        return None
 
 
 def engine_fits(trainer) -> bool:
@@ -75,6 +79,7 @@ def segments_refused(args: PteGRPOConfig, engine: str | None, model: nn.Module) 
         check_engine(asked, engine)
         check_segments(model.config)
         check_dropout(model)
+        check_whole(args, model.config)
     except ValueError as error:
         return str(error)
     return None

@@ -5,6 +5,8 @@ the completions were sampled under. W travels with every sample, since TRL shuff
 it is scored. The reference model of the KL term is the base with the full cache: TRL's own method, untouched.
 """
 
+from contextlib import nullcontext
+
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
@@ -24,6 +26,7 @@ from pte_trl.training.metrics import GrpoMetrics
 from pte_trl.training.micro_batches import prepared_by_window
 from pte_trl.training.mixin import BoundedTrainer
 from pte_trl.training.replays import check_dropout, dropouts, settled, stated, step_beside_engine
+from pte_trl.training.router import seeing
 
 logger = get_logger(__name__)
 
@@ -143,21 +146,28 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
             self._check_logps(found[0], input_ids, attention_mask)
             return found
         prompt = input_ids.shape[1] - logits_to_keep
-        logps, entropies = [], []
+        logps, entropies, losses = [], [], []
         for rows in torch.arange(len(input_ids), device=input_ids.device).split(batch_size or len(input_ids)):
             ids, mask, windows = input_ids[rows], attention_mask[rows], self._samples["windows"][rows]
-            some_logps, some_entropies = self._score(model, ids, mask, prompt, windows)
+            some_logps, some_entropies, loss = self._score(model, ids, mask, prompt, windows, compute_aux_loss)
             logps.append(some_logps)
             entropies.append(some_entropies)
+            losses.append(loss)
         logps = torch.cat(logps)
         self._check_logps(logps, input_ids, attention_mask)
         # Inside `_compute_loss` without old log-probs the weights are still those of the rollout.
         if "sampling_per_token_logps" in self._samples and "old_per_token_logps" not in self._samples:
             self._record_mismatch(logps, self._samples)
-        return logps, torch.cat(entropies) if compute_entropy else None, None
+        aux_loss = torch.stack(losses).mean() if compute_aux_loss else None
+        return logps, torch.cat(entropies) if compute_entropy else None, aux_loss
 
-    def _score(self, model, ids: Tensor, mask: Tensor, prompt: int, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, completion) log-probs and entropies, by one forward or segment by segment."""
+    def _score(
+        self, model, ids: Tensor, mask: Tensor, prompt: int, windows: Tensor, balance: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(batch, completion) log-probs and entropies, by one forward or segment by segment.
+
+        With `balance` the load-balancing loss of a mixture of experts as well, which one forward alone can give.
+        """
         unwrapped, schedules = self.accelerator.unwrap_model(model), self.args.cache_policy.schedules(windows)
         with self.accelerator.autocast():
             if self.replay.kind == "segments":
@@ -167,12 +177,17 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
                 def segments(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
                     return segment_logps(unwrapped, input_ids, attention_mask, prompt, schedules, **options)
 
-                return call_inside(model, unwrapped, segments, input_ids=ids, attention_mask=mask)
+                return (*call_inside(model, unwrapped, segments, input_ids=ids, attention_mask=mask), None)
             labels = ids.masked_fill(mask == 0, -100)
             labels[:, :prompt] = -100
             inputs = replay_inputs(unwrapped, mask, prompt, schedules)
-            outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
-        return outputs.log_probs[:, prompt - 1 :], outputs.entropy[:, prompt - 1 :]
+            seen = nullcontext()
+            if balance:
+                seen = seeing(unwrapped.get_base_model(), inputs["attention_mask"])
+                inputs |= {"attention_mask": mask, "output_router_logits": True}
+            with seen:
+                outputs = model(input_ids=ids, labels=labels, fused_lm_head=True, **inputs)
+        return outputs.log_probs[:, prompt - 1 :], outputs.entropy[:, prompt - 1 :], outputs.aux_loss
 
     def _compute_loss(self, model, inputs):
         self._samples = inputs
