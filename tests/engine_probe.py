@@ -96,7 +96,7 @@ class Probe:
 
 def joined(parts: list[Rollout]) -> Rollout:
     """Several rollouts as one."""
-    keys = ("completion_ids", "logprobs", "windows", "evictions")
+    keys = ("completion_ids", "logprobs", "schedules", "evictions")
     lists = {key: [x for part in parts for x in getattr(part, key)] for key in keys}
     return replace(parts[0], **lists, seconds=sum(part.seconds for part in parts))
 
