@@ -142,7 +142,7 @@ $(TINY_BASE): | $(READY)
 $(TINY_DATA): | $(READY)
 	$(PY) -m experiments.tiny.benchmarks --output $(@D)
 
-# Does it learn? study-recall, -choices, -sums, -names, -arithmetic, -smollm2 (experiments/study/plan.py has the sizes that can be set).
+# Does it learn? study-recall, -choices, -windows, -sums, -names, -arithmetic, -smollm2 (experiments/study/plan.py has the sizes that can be set).
 .PHONY: FORCE
 outputs/study/plan.mk: FORCE
 	@mkdir -p $(@D)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 ORDER = (
     *("default", "base", "lora", "lora_c", "pte"),
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
+    *("lora_c_drawn", "pte_mixed", "pte_drawn"),
 )
 
 
@@ -50,6 +51,14 @@ CHOICES = {
     "alpha_4": {"alpha": "4"},  # rank over the root of num_global_tokens: what S adds is then of LoRA's size
     "whiten_alpha_4": {"whiten": "true", "alpha": "4"},
 }
+# Distilled on prompts of mixed lengths, under one window or one drawn for each sample.
+MIXED = {"dataset_name": "outputs/study/recall/mixed.jsonl"}
+DRAWN = MIXED | {"window": ["6", "16"]}
+WINDOWS_ARMS = (
+    Arm("lora_c_drawn", "lora_c", "distill", flags=DRAWN),
+    Arm("pte_mixed", "pte", "distill", flags=MIXED),
+    Arm("pte_drawn", "pte", "distill", flags=DRAWN),
+)
 LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
 SMOLLM2_ARMS = (
     Arm("lora_c_distilled", "lora_c", "distill", flags=LORA_C),
