@@ -1,26 +1,29 @@
 """The attention module of an adapted decoder layer, which finds the state S that every token uses."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
+from pte_trl.adapter import states
+from pte_trl.adapter.arrival import Call, Recorder, arriving
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import WHITENERS, Encoder
-from pte_trl.adapter.layer import PteLayer, PteLinear, StateInUse, frozen
-from pte_trl.adapter.routed import evicted_products
+from pte_trl.adapter.layer import PteLayer, PteLinear, StateInUse
+from pte_trl.adapter.placement import named, unwrapped
+from pte_trl.adapter.projections import (
+    as_encoded,
+    heads_and_widths,
+    hidden_width,
+    only_for_queries,
+    queries_of,
+    query_projection,
+    query_width,
+    rows,
+)
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
 from pte_trl.replay.segment_run import SegmentLayer
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding as all supported families apply it, bit for bit (tests/test_compat.py compares them).
-
-    Args:
-        x: (batch, length, heads, head_dim).
-        cos, sin: (batch, length, head_dim).
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(2) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(2)
 
 
 class PteAttention(nn.Module, PteLayer):
@@ -45,19 +48,23 @@ class PteAttention(nn.Module, PteLayer):
         self._emptied_by = None
 
     def update_layer(self, adapter_name: str, config: PteConfig, inference_mode: bool = False) -> None:
-        query, key = frozen(self.base_layer.q_proj), frozen(self.base_layer.k_proj)
-        sizes = (query.in_features, query.out_features, key.out_features)
-        self.pte_encoder[adapter_name] = Encoder(*sizes, config, self.base_layer.head_dim)
+        attention = self.base_layer
+        sizes = (hidden_width(attention), query_width(attention), *heads_and_widths(attention))
+        self.pte_encoder[adapter_name] = Encoder(*sizes, config)
         self.config[adapter_name] = config
         self._place(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def frozen_weight(self) -> Tensor:
-        return frozen(self.base_layer.q_proj).weight
+        return query_projection(self.base_layer).weight
 
     def empty_after(self, mlp: nn.Module) -> None:
-        """Empties the state in use after every forward of `mlp`, the layer's last reader, also after a failed one."""
-        self._emptied_by = mlp.register_forward_hook(self.in_use.empty, always_call=True)
+        """Empties the state in use after every forward of `mlp`, the layer's last reader, also after a failed one.
+
+        Where no linear of an MLP is adapted, the state is emptied as soon as the attention is done.
+        """
+        if self._emptied_by is None:
+            self._emptied_by = mlp.register_forward_hook(self.in_use.empty, always_call=True)
 
     def set_adapter(self, *args, **kwargs) -> None:
         super().set_adapter(*args, **kwargs)
@@ -77,31 +84,40 @@ class PteAttention(nn.Module, PteLayer):
     def unload_and_optionally_merge_module(self, merge: bool, **kwargs) -> nn.Module:
         for name, child in list(self.base_layer.named_children()):
             if isinstance(child, PteLinear):
-                setattr(self.base_layer, name, frozen(child))
-        self._emptied_by.remove()
+                setattr(self.base_layer, name, unwrapped(child))
+        if self._emptied_by is not None:
+            self._emptied_by.remove()
         return self.base_layer
 
     def forward(self, hidden_states: Tensor, *args, replay: ReplayPlan | None = None, **kwargs):
+        if replay is not None:
+            kwargs["replay"] = replay
+        name = self._adapter()
+        if name is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
         try:
-            name = self._adapter()
-            if name is not None:
-                self._find_state(name, hidden_states, replay, **kwargs)
-            return self.base_layer(hidden_states, *args, replay=replay, **kwargs)
+            call = Call.of(self.base_layer, (hidden_states, *args), kwargs)
+            recorder = self._find_state(name, hidden_states, call, replay)
+            if recorder is not None:
+                call = Call({**call.arguments, "past_key_values": recorder})
+            out = self.base_layer(hidden_states, **call.arguments)
+            if self._emptied_by is None:
+                self.in_use.empty()
+            return out
         except BaseException:
             self.in_use.empty()
             raise
 
-    def _find_state(
-        self, name: str, hidden: Tensor, replay: ReplayPlan | None, past_key_values=None, **kwargs
-    ) -> None:
+    def _find_state(self, name: str, hidden: Tensor, call: Call, replay: ReplayPlan | None) -> Recorder | None:
+        cache = call.arguments.get("past_key_values")
         if replay is not None:
-            self._replay_states(name, hidden, kwargs["position_embeddings"], replay)
-        elif isinstance(past_key_values, BoundedCache):
-            layer = past_key_values.layer(self.base_layer.layer_idx)
-            self._decode_state(name, layer, hidden, kwargs.get("position_embeddings"))
+            return states.of_replay(self, name, hidden, call, replay)
+        if isinstance(cache, BoundedCache):
+            self._decode_state(name, cache.layer(self.base_layer.layer_idx), hidden, call)
         else:
-            _, accumulator = self._start(name)
+            _, accumulator = self.start(name, call)
             self.in_use.set(self.pte_encoder[name].state(accumulator))
+        return None
 
     def _adapter(self) -> str | None:
         if self.disable_adapters:
@@ -111,9 +127,10 @@ class PteAttention(nn.Module, PteLayer):
             raise ValueError(f"active adapters {names}: one PTE adapter can be active at a time, S belongs to it")
         return names[0] if names else None
 
-    def _adapts(self, name: str, linear: str) -> bool:
-        """Whether the adapter changes this projection of this layer."""
-        module = getattr(self.base_layer, linear)
+    def adapts(self, name: str, linear: str) -> bool:
+        """Whether the adapter changes this projection of this layer; `linear` as in `target_modules`."""
+        found = named(self.base_layer, linear)
+        module = None if found is None else getattr(self.base_layer, found)
         return isinstance(module, PteLinear) and name in module.pte_down
 
     @property
@@ -122,50 +139,63 @@ class PteAttention(nn.Module, PteLayer):
         name = self._adapter()
         if name is None or not self.config[name].encode_evicted:
             return False
-        return self._adapts(name, "k_proj") or self._adapts(name, "v_proj")
+        return self.adapts(name, "k_proj") or self.adapts(name, "v_proj")
 
-    def _start(self, name: str) -> tuple[Tensor, Tensor]:
+    def start(self, name: str, call: Call) -> tuple[Tensor, Tensor]:
         """Global queries (n_g, r) and the accumulator before any eviction, by the layer's own frozen projections."""
-        # Frozen: through an adapted projection S would depend on itself.
-        attention = self.base_layer
+        attention, dtype = self.base_layer, self.frozen_weight().dtype
 
-        def project(tokens: Tensor, linear: str, norm: str | None = None) -> Tensor:
-            module = frozen(getattr(attention, linear))
-            out = module(tokens.to(module.weight.dtype))
-            if norm is not None and hasattr(attention, norm):
-                out = getattr(attention, norm)(out.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
-            return out
+        def project(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            tokens = tokens.to(dtype)
+            # Frozen: through an adapted projection S would depend on itself.
+            with self.in_use.unadapted():
+                found = self._arriving(tokens.unsqueeze(0), call.without_position(len(tokens)))
+            keys, values = (rows(x)[0] for x in as_encoded(attention, *found))
+            return queries_of(attention, tokens), keys, values
 
-        names = (("q_proj", "q_norm"), ("k_proj", "k_norm"), ("v_proj", None))
-        return self.pte_encoder[name](lambda tokens: tuple(project(tokens, *each) for each in names))
+        return self.pte_encoder[name](project)
+
+    def arriving(self, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Keys and values of `hidden` as the cache would get them, (batch, kv heads, length, width), under the state in
+        use."""
+        # Where neither is adapted, an adapted linear may be run for them that makes queries as well.
+        with nullcontext() if self.keys_follow_state else self.in_use.unadapted():
+            return self._arriving(hidden, call)
+
+    def _arriving(self, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        return arriving(self.base_layer, hidden, call, unused=only_for_queries(self.base_layer))
+
+    def latents(self, name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, kv heads, length, width) keys and values as the cache holds them -> (batch, length, r) latents."""
+        keys, values = as_encoded(self.base_layer, keys, values)
+        return self.pte_encoder[name].latents(rows(keys), rows(values))
 
     def encode(self, name: str, keys: Tensor, values: Tensor, queries: Tensor, accumulator: Tensor) -> Tensor:
         """The accumulator after one eviction.
 
         Args:
             name: the adapter; one whose config has `encode_evicted`.
-            keys, values: (batch, kv heads, m, head_dim) of the tokens that leave, as the cache holds them.
+            keys, values: (batch, kv heads, m, width) of the tokens that leave, as the cache holds them.
             queries, accumulator: (n_g, r) from the start, and (n_g, r) or (batch, n_g, r) before the eviction.
 
         Returns:
             (batch, n_g, r).
         """
         encoder = self.pte_encoder[name]
-        keys, values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
-        update = encoder.update(queries, *encoder.latents(keys, values))
+        update = encoder.update(queries, *self.latents(name, keys, values))
         if torch.is_grad_enabled():
-            self._watch(update, accumulator)
+            self.watch(update, accumulator)
         return encoder.advance(accumulator, update)
 
-    def _decode_state(self, name: str, layer: BoundedLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+    def _decode_state(self, name: str, layer: BoundedLayer, hidden: Tensor, call: Call) -> None:
         if layer.accumulator is None:  # the prompt; what follows from the weights alone is computed once a sequence
-            layer.queries, layer.accumulator = self._start(name)
+            layer.queries, layer.accumulator = self.start(name, call)
             layer.owner = name
         elif layer.owner != name:
             raise ValueError(f"this cache holds the state of adapter {layer.owner!r}, but {name!r} is active now")
 
         if isinstance(layer, SegmentLayer) and not layer.in_prompt() and self.config[name].encode_evicted:
-            self._segment_states(name, layer, hidden, rotary)
+            states.of_segment(self, name, layer, hidden, call)
             return
 
         def encode(keys: Tensor, values: Tensor) -> None:
@@ -175,92 +205,7 @@ class PteAttention(nn.Module, PteLayer):
         layer.make_room(hidden.shape[1], encode if self.config[name].encode_evicted else None)
         self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
 
-    def _segment_states(self, name: str, layer: SegmentLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
-        """The states of a segment of a replay, whose tokens may have several."""
-        encoder, schedule, before, later = self.pte_encoder[name], layer.schedule, layer.accumulator, None
-        evict, room = schedule.evict, schedule.room(layer.fed)
-        old = schedule.evictions_before(layer.fed) == layer.evicted  # whether the first token still has the old state
-
-        def encode(keys: Tensor, values: Tensor, count: int) -> None:
-            nonlocal later
-            own = count * evict - keys.shape[2]
-            if own:
-                keys, values = self._with_own(keys, values, hidden[:, :own], [x[:, :own] for x in rotary])
-            if count == 1:
-                later = self.encode(name, keys, values, layer.queries, before).unsqueeze(1)
-            else:
-                later = self._encode_runs(name, keys, values, evict, layer)
-            layer.accumulator = later[:, -1]
-
-        layer.make_room(hidden.shape[1], encode)
-        if hidden.shape[1] <= room:
-            self.in_use.set(encoder.state(layer.accumulator))
-            return
-        # E tokens in a row have the same state; of the first state there are `room`.
-        states, runs = encoder.state(later), -(-room // evict)
-        first = encoder.state(before).expand(len(hidden), -1, -1).unsqueeze(1) if old else states[:, :1]
-        states = torch.cat([first.expand(-1, runs, -1, -1), states if old else states[:, 1:]], dim=1)
-        self.in_use.set_runs(states, evict, runs * evict - room)
-
-    def _with_own(self, keys: Tensor, values: Tensor, hidden: Tensor, rotary: list[Tensor]) -> tuple[Tensor, ...]:
-        """Keys and values as the cache holds them, then those of a segment's first tokens, before it holds them.
-
-        No projection of these is adapted (`keys_follow_state`), so no state has to be known.
-        """
-        new = (x.unflatten(-1, (-1, self.base_layer.head_dim)) for x in self._keys_values(hidden, rotary))
-        return tuple(torch.cat([old, x.transpose(1, 2)], 2) for old, x in zip((keys, values), new, strict=True))
-
-    def _encode_runs(self, name: str, keys: Tensor, values: Tensor, run: int, layer: BoundedLayer) -> Tensor:
-        """(batch, J, n_g, r) accumulators after J evictions of `run` tokens; keys: (batch, kv heads, J run, …)."""
-        encoder = self.pte_encoder[name]
-        latents = encoder.latents(*(x.transpose(1, 2).flatten(2) for x in (keys, values)))
-        updates = encoder.update(layer.queries, *(x.unflatten(1, (-1, run)) for x in latents))
-        if torch.is_grad_enabled():
-            self._watch(updates, layer.accumulator)
-        return encoder.advance_all(layer.accumulator, updates)
-
-    def _keys_values(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values as the cache would hold them, (batch, length, d_kv), under the state in use."""
-        attention = self.base_layer
-        keys = attention.k_proj(hidden).unflatten(-1, (-1, attention.head_dim))
-        if hasattr(attention, "k_norm"):
-            keys = attention.k_norm(keys)
-        return rotate(keys, *position_embeddings).flatten(2), attention.v_proj(hidden)
-
-    def _replay_states(self, name: str, hidden: Tensor, rotary: tuple[Tensor, Tensor], plan: ReplayPlan) -> None:
-        encoder, config = self.pte_encoder[name], self.config[name]
-        queries, accumulator = self._start(name)
-        self.in_use.set(encoder.state(accumulator))
-        if plan.count == 0 or not config.encode_evicted:
-            return
-        # Latents of every token, though only evicted ones are used: one large product instead of J small ones.
-        latents = encoder.latents(*self._keys_values(hidden, rotary))
-        # Where keys or values are adapted, those of later tokens depend on S, which depends on those of earlier ones.
-        if self.keys_follow_state:
-            accumulators = self._walk(encoder, hidden, rotary, plan, queries, accumulator, latents)
-        else:
-            updates = encoder.update_of(queries, evicted_products(*latents, plan))
-            self._watch(updates, accumulator)
-            accumulators = encoder.advance_all(accumulator, updates)
-        self.in_use.set(encoder.state(accumulator), encoder.state(accumulators), plan)
-
-    def _walk(self, encoder, hidden, rotary, plan: ReplayPlan, queries, accumulator, latents) -> Tensor:
-        """The same when keys and values depend on S themselves: eviction by eviction, as they were decoded."""
-        cos, sin = (x.expand(hidden.shape[0], -1, -1) for x in rotary)
-        accumulators, updates = [], []
-        for k in range(plan.count):
-            updates.append(encoder.update(queries, *(plan.pick(x, plan.evicted[:, k]) for x in latents)))
-            accumulator = encoder.advance(accumulator, updates[-1])
-            accumulators.append(accumulator)
-            self.in_use.set(encoder.state(accumulator))
-            # The tokens that were decoded under this S get their keys and values anew, before an eviction takes them.
-            users = plan.users[:, k]
-            new = self._keys_values(plan.pick(hidden, users), (plan.pick(cos, users), plan.pick(sin, users)))
-            latents = [plan.put(old, users, rows) for old, rows in zip(latents, encoder.latents(*new), strict=True)]
-        self._watch(torch.stack(updates, dim=1), accumulators[0])
-        return torch.stack(accumulators, dim=1)
-
-    def _watch(self, updates: Tensor, accumulator: Tensor) -> None:
+    def watch(self, updates: Tensor, accumulator: Tensor) -> None:
         """Keeps |S'| / |S| of this forward for the trainer's log (Frobenius norms; S after its norm)."""
         if self.watch_updates:
             with torch.no_grad():

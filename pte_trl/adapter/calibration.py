@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from pte_trl.adapter.arrival import Call, calls_of
 from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import active_layers
+from pte_trl.adapter.projections import as_encoded, rows
 from pte_trl.cache.masks import prompt_mask
 
 RIDGE = 0.01  # of the mean eigenvalue: directions that the text at hand hardly shows are not blown up
@@ -61,7 +63,7 @@ def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: 
         reach: positions that the texts are spread over: keys are taken after rotary, so their mean depends on it.
     """
     found = []
-    for layer, keys, values in keys_and_values(model, input_ids, attention_mask, reach):
+    for layer, call, keys, values in keys_and_values(model, input_ids, attention_mask, reach):
         name, whiteners, dimensions = layer._adapter(), None, None
         encoder = layer.pte_encoder[name]
         if layer.config[name].whiten:
@@ -73,8 +75,8 @@ def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: 
             # As every process gets them: unpickled, a tensor of a GPU goes to the GPU of that number.
             whiteners = tuple(x.cpu() for x in whiteners)
         take = min(evict, input_ids.shape[1])
-        last = (x[:, :, -take:].transpose(1, 2).flatten(2) for x in (keys, values))
-        queries, accumulator = layer._start(name)
+        last = (rows(x[:, :, -take:]) for x in (keys, values))
+        queries, accumulator = layer.start(name, call)
         update = encoder.update(queries, *encoder.latents(*last)) * (evict / take)
         found.append(
             Found(update.norm(dim=(-2, -1)).mean().item() / accumulator.numel() ** 0.5, whiteners, dimensions)
@@ -111,16 +113,18 @@ def filled(moments: Tensor) -> Tensor:
     return moments.diagonal(dim1=-2, dim2=-1).sum(-1).square() / moments.square().sum((-2, -1))
 
 
-def keys_and_values(model, input_ids, attention_mask, reach=0) -> Iterator[tuple[PteAttention, Tensor, Tensor]]:
-    """Every layer with the active adapter, and the base model's keys and values in it, full attention.
+def keys_and_values(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, reach: int = 0
+) -> Iterator[tuple[PteAttention, Call, Tensor, Tensor]]:
+    """Every layer with the active adapter, how it is called, and the base model's keys and values in it.
 
-    Both are (batch, kv heads, length, head_dim).
+    Under full attention; both are (batch, kv heads, length, head_dim), as the encoder takes them.
     """
     cache = DynamicCache(config=model.config)
     layers = active_layers(model)
     shift = torch.linspace(0, max(0, reach - input_ids.shape[1]), len(input_ids), device=input_ids.device).long()
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + shift.unsqueeze(1)
-    with model.disable_adapter():
+    with model.disable_adapter(), calls_of(layers) as calls:
         model(
             input_ids=input_ids,
             attention_mask=prompt_mask(model, attention_mask),
@@ -130,4 +134,4 @@ def keys_and_values(model, input_ids, attention_mask, reach=0) -> Iterator[tuple
         )
     for layer in layers:
         held = cache.layers[layer.base_layer.layer_idx]
-        yield layer, held.keys, held.values
+        yield layer, calls[layer], *as_encoded(layer.base_layer, held.keys, held.values)

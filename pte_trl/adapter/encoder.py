@@ -10,6 +10,7 @@ behind is the *accumulator*, (batch, n_g, r); `state` turns it into S, which the
 use. For the recursive rule the accumulator is S itself; for the sum it is the sum before the norm.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,27 +29,25 @@ class Encoder(nn.Module):
     Args:
         hidden_size: d_model, the width of a global token.
         query_size: d_q, all query heads together.
-        kv_size: d_kv, all key heads together.
+        keys, values: (heads, width of a head); d_kv is their product.
         config: the `PteConfig`.
-        head_size: head_dim, the width of a key head; one head if it is not given.
 
     Everything runs in float32 (or wider where the inputs are), whatever autocast says: rounding S would
     come on top of the base model's own rounding.
     """
 
-    def __init__(self, hidden_size: int, query_size: int, kv_size: int, config, head_size: int | None = None):
+    def __init__(self, hidden_size: int, query_size: int, keys: tuple[int, int], values: tuple[int, int], config):
         super().__init__()
         self.state_update = config.state_update
         self.normalisation = config.normalisation
         self.use_global_tokens = config.use_global_tokens
         self.global_tokens = nn.Parameter(torch.empty(config.num_global_tokens, hidden_size))
         self.query_map = nn.Linear(query_size, config.rank, bias=False)
-        self.key_map = nn.Linear(kv_size, config.rank, bias=False)
-        self.value_map = nn.Linear(kv_size, config.rank, bias=False)
+        self.key_map = nn.Linear(math.prod(keys), config.rank, bias=False)
+        self.value_map = nn.Linear(math.prod(values), config.rank, bias=False)
         # P of W^a = M P, (kv heads, head_dim, head_dim): saved with the adapter, never trained.
-        head_size = head_size or kv_size
-        for name in WHITENERS:
-            eye = torch.eye(head_size, dtype=torch.float32).repeat(kv_size // head_size, 1, 1)
+        for name, (heads, width) in zip(WHITENERS, (keys, values), strict=True):
+            eye = torch.eye(width, dtype=torch.float32).repeat(heads, 1, 1)
             self.register_buffer(name, eye if config.whiten else None)
         self.reset_parameters(config)
 

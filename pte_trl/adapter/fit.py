@@ -6,10 +6,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pte_trl.adapter.attention import PteAttention
-from pte_trl.adapter.config import PteConfig
+from pte_trl.adapter.config import GEOMETRY, PteConfig
 from pte_trl.adapter.encoder import WHITENERS
 from pte_trl.adapter.layer import PteLinear
-from pte_trl.adapter.settings import ATTENTION_LINEARS, MLP_LINEARS
+from pte_trl.adapter.placement import attention_modules, linear_place, unwrapped
+from pte_trl.adapter.settings import ATTENTION_LINEARS, LINEARS, MLP_LINEARS
 from pte_trl.compat.peft import check_target_module_exists
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
@@ -25,16 +26,11 @@ LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
 
 def geometry_of(config) -> dict:
     """What an adapter's tensors are shaped by."""
-    heads = config.num_attention_heads
-    return {
-        "model_type": config.model_type,
-        "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-    }
+    config = config.get_text_config(decoder=True)
+    found = {name: getattr(config, name, None) for name in GEOMETRY}  # a family may lack some
+    if found["head_dim"] is None and found["num_attention_heads"]:
+        found["head_dim"] = config.hidden_size // config.num_attention_heads
+    return found
 
 
 def check_supported(config) -> None:
@@ -85,22 +81,18 @@ def check_geometry(adapter: PteConfig, config) -> None:
 def adapted_linears(config: PteConfig, attention: str) -> dict[str, str]:
     """Name -> full name of the linears that are adapted in the layer whose attention module is called `attention`."""
     layer = attention.rpartition(".")[0]
-    parts = dict.fromkeys(ATTENTION_LINEARS, "self_attn") | dict.fromkeys(MLP_LINEARS, "mlp")
-    keys = {name: f"{layer}.{part}.{name}" for name, part in parts.items()}
+    keys = {name: f"{attention}.{name}" for name in ATTENTION_LINEARS}
+    keys |= {name: f"{layer}.mlp.{name}" for name in MLP_LINEARS}
     return {name: key for name, key in keys.items() if check_target_module_exists(config, key)}
-
-
-def is_attention(key: str) -> bool:
-    """Whether a module of that full name is the attention of a decoder layer."""
-    return key.rpartition(".")[2] == "self_attn"
 
 
 def check_modules(config: PteConfig, model: nn.Module) -> None:
     """Compares the modules an adapter names with those a model has.
 
     Raises:
-        ValueError: no causal language model, weights that are not in memory, nothing left to adapt, a name without
-            effect, a linear of another kind, or a module to save that PTE itself goes into.
+        ValueError: no causal language model, weights that are not in memory, no attention that PTE can go into,
+            nothing left to adapt, a name without effect, a linear that a layer lacks, one of another kind, or a module
+            to save that PTE itself goes into.
     """
     if not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(f"{type(model).__name__}: PTE adapts causal language models, which decode token by token")
@@ -108,17 +100,14 @@ def check_modules(config: PteConfig, model: nn.Module) -> None:
     if offloaded and getattr(model, "hf_device_map", None):
         raise ValueError(f"device_map: {offloaded[0]} is offloaded; PTE needs the weights where they are used")
     modules = dict(model.named_modules())
-    attentions = [key for key in modules if is_attention(key)]
+    attentions = attention_modules(model)
+    if not attentions:
+        raise ValueError(
+            f"{type(model).__name__}: PTE finds no attention over the whole text with a layer_idx, projections of its "
+            "own keys and values, and an output projection"
+        )
     _check_saved(config.modules_to_save or [], modules, attentions)
-    linears = [key for attention in attentions for key in adapted_linears(config, attention).values()]
-    for key in linears:
-        layer, _, name = key.rpartition(".")
-        holder = modules[layer]
-        linear = getattr(holder.base_layer if isinstance(holder, PteAttention) else holder, name)
-        linear = linear.base_layer if isinstance(linear, PteLinear) else linear
-        if type(linear) is not nn.Linear:
-            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-            raise ValueError(f"target_modules: {key} is {kind}; PTE adapts torch.nn.Linear alone")
+    linears = [each for attention in attentions for each in _checked_linears(config, attention, modules)]
     if config.exclude_modules:
         every = copy.copy(config)
         every.exclude_modules = None
@@ -130,6 +119,27 @@ def check_modules(config: PteConfig, model: nn.Module) -> None:
         )
 
 
+def _checked_linears(config: PteConfig, attention: str, modules: dict[str, nn.Module]) -> list[str]:
+    """Full names of the linears that are adapted in one layer, each of which is there and a plain linear."""
+    layer = attention.rpartition(".")[0]
+    places = {name: linear_place(modules[layer], modules[attention], name) for name in LINEARS}
+    wanted = adapted_linears(config, attention)
+    for name, key in wanted.items():
+        if places[name] is None:
+            there = [other for other, place in places.items() if place is not None]
+            raise ValueError(
+                f"target_modules: {layer} has no linear {name!r} of its own (PTE adapts no experts); allowed there are "
+                + ", ".join(there)
+            )
+        holder, attribute = places[name]
+        linear = getattr(holder, attribute)
+        linear = unwrapped(linear) if isinstance(linear, PteLinear) else linear
+        if type(linear) is not nn.Linear:
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            raise ValueError(f"target_modules: {key} is {kind}; PTE adapts torch.nn.Linear alone")
+    return list(wanted.values())
+
+
 def _check_saved(names: list[str], modules: dict[str, nn.Module], attentions: list[str]) -> None:
     tuned = tuple(key + "." for key, module in modules.items() if isinstance(module, BaseTunerLayer))
     own = [key for key in modules if not key.startswith(tuned)] if tuned else list(modules)
@@ -138,8 +148,9 @@ def _check_saved(names: list[str], modules: dict[str, nn.Module], attentions: li
         if not found:
             raise ValueError(f"modules_to_save={names}: the model has no module {name!r}")
         for key in found:
-            inside = {"self_attn", "mlp"} & set(key.split("."))
-            if inside or any(attention.startswith(key + ".") for attention in attentions):
+            around = any(attention.startswith(key + ".") for attention in attentions)
+            inside = any(key.startswith(attention) for attention in attentions)
+            if around or inside or {"mlp", "feed_forward"} & set(key.split(".")):
                 raise ValueError(
                     f"modules_to_save={names}: {name!r} is {key}, which PTE goes into; allowed are modules outside "
                     "attention and MLP"

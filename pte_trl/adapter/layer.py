@@ -1,5 +1,7 @@
 """The adapted linears, which add x A S B, and the S that a decoder layer uses in the forward under way."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +18,15 @@ from pte_trl.replay.precision import without_autocast
 class StateInUse:
     """The states a decoder layer uses in the forward under way, set by its attention, read by its linears.
 
-    It is empty before and after: attention sets it, also when gradient checkpointing runs the layer again, and what
-    runs last in the layer, its MLP, empties it (`PteAttention.empty_after`). A copy or a pickle of it is empty too.
+    It is empty before and after: attention sets it, also when gradient checkpointing runs the layer again, and it is
+    emptied after the last reader (`PteAttention.empty_after`). A copy or a pickle of it is empty too.
 
     Attributes:
         first: S, (n_g, r) or (batch, n_g, r), of every token that `plan` does not name.
         later: S_1 .. S_J, (batch, J, n_g, r), of the tokens in `plan.users`.
         run: tokens of each state where `first` is (batch, J, n_g, r): in a row, the last state perhaps with fewer.
         lead: with `run`, tokens that the first state has fewer.
+        off: whether adapted linears are the base model's for now.
     """
 
     first: Tensor | None = None
@@ -31,6 +34,7 @@ class StateInUse:
     plan: ReplayPlan | None = None
     run: int | None = None
     lead: int = 0
+    off: bool = False
 
     def set(self, first: Tensor, later: Tensor | None = None, plan: ReplayPlan | None = None) -> None:
         self.first, self.later, self.plan, self.run, self.lead = first, later, plan, None, 0
@@ -42,6 +46,15 @@ class StateInUse:
         """Also as a forward hook, whatever it is called with."""
         self.first = self.later = self.plan = self.run = None
         self.lead = 0
+
+    @contextmanager
+    def unadapted(self) -> Iterator[None]:
+        """Inside, the layer's adapted linears are the base model's; whatever the state in use, it stays."""
+        before, self.off = self.off, True
+        try:
+            yield
+        finally:
+            self.off = before
 
     def __reduce__(self):
         return StateInUse, ()
@@ -88,15 +101,20 @@ class PteLinear(nn.Module, PteLayer):
     """y = W x + s * up(S^T down(x)), the row reading; up(S down(x)) for the column reading.
 
     `down` is random and `up` zero at the start, so that the untrained adapter is exactly the base model.
+
+    Args:
+        width: how many of the linear's features are adapted, from the first on: of a linear that makes queries, keys
+            and values the queries; None for all.
     """
 
     adapter_layer_names = ("pte_down", "pte_up")
     other_param_names = ("dropout", "scale", "read")
 
-    def __init__(self, base_layer: nn.Linear, in_use: StateInUse):
+    def __init__(self, base_layer: nn.Linear, in_use: StateInUse, width: int | None = None):
         super().__init__()
         self.base_layer = base_layer
         self.in_use = in_use
+        self.width = width or base_layer.out_features
         self.pte_down = nn.ModuleDict()
         self.pte_up = nn.ModuleDict()
         self.dropout, self.scale, self.read = nn.ModuleDict(), {}, {}
@@ -110,7 +128,7 @@ class PteLinear(nn.Module, PteLayer):
         if config.read == "column":
             inner, outer = outer, inner
         self.pte_down[adapter_name] = nn.Linear(self.base_layer.in_features, inner, bias=False)
-        self.pte_up[adapter_name] = nn.Linear(outer, self.base_layer.out_features, bias=False)
+        self.pte_up[adapter_name] = nn.Linear(outer, self.width, bias=False)
         nn.init.zeros_(self.pte_up[adapter_name].weight)
         self.dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scale[adapter_name] = config.alpha / config.rank
@@ -120,7 +138,7 @@ class PteLinear(nn.Module, PteLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self.disable_adapters or self.in_use.off:
             return result
         for name in self.active_adapters:
             if name in self.pte_down:
@@ -130,10 +148,7 @@ class PteLinear(nn.Module, PteLayer):
                 outer = up(outer.to(up.weight.dtype))
                 if self.scale[name] != 1.0:  # a pass over the output that decoding can do without
                     outer = self.scale[name] * outer
+                if self.width != self.base_layer.out_features:
+                    outer = nn.functional.pad(outer, (0, self.base_layer.out_features - self.width))
                 result = result + outer.to(result.dtype)
         return result
-
-
-def frozen(linear: nn.Module) -> nn.Linear:
-    """The base model's own linear layer, adapted or not."""
-    return linear.base_layer if isinstance(linear, PteLinear) else linear

@@ -19,10 +19,11 @@ from pte_trl.adapter.fit import (
     check_modules,
     check_supported,
     geometry_of,
-    is_attention,
     without_adapter_name,
 )
 from pte_trl.adapter.layer import PteLinear, StateInUse
+from pte_trl.adapter.placement import attention_modules, linear_place
+from pte_trl.adapter.projections import fused, query_width
 from pte_trl.adapter.settings import ATTENTION_LINEARS
 from pte_trl.compat.peft import check_target_module_exists
 
@@ -55,35 +56,37 @@ class PteModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PteConfig, model: PreTrainedModel) -> None:
         """Refuses what cannot work while the model is still untouched."""
-        check_supported(getattr(model, "config", None))
+        check_supported(getattr(model, "config", None), "pte", peft_config)
         check_geometry(peft_config, model.config)
         check_modules(peft_config, model)
         peft_config.geometry = geometry_of(model.config)
+        self.attentions = set(attention_modules(model))
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: PteConfig, key: str):
+    def _check_target_module_exists(self, peft_config: PteConfig, key: str):
         # The attention of a decoder layer is the one place where PTE enters; its linears follow from there.
-        if is_attention(key):
+        if key in self.attentions:
             return bool(adapted_linears(peft_config, key))
         found = check_target_module_exists(peft_config, key)
         return False if found else found  # PEFT counts what is excluded
 
     def _create_and_replace(self, peft_config: PteConfig, adapter_name: str, target, target_name, parent, current_key):
-        if not is_attention(current_key):
+        if current_key not in self.attentions:
             return  # found in a state dict (`inject_adapter_in_model`); its layer's attention sees to it
         if not isinstance(target, PteAttention):
             target = PteAttention(target, StateInUse())
-            target.empty_after(parent.mlp)
             setattr(parent, target_name, target)
         inference = peft_config.inference_mode
         target.update_layer(adapter_name, peft_config, inference)
         for name in adapted_linears(peft_config, current_key):
-            holder = target.base_layer if name in ATTENTION_LINEARS else parent.mlp
-            linear = getattr(holder, name)
+            holder, attribute = linear_place(parent, target, name)
+            linear = getattr(holder, attribute)
             if not isinstance(linear, PteLinear):
-                linear = PteLinear(linear, target.in_use)
-                setattr(holder, name, linear)
+                queries = name == "q_proj" and fused(target.base_layer)
+                linear = PteLinear(linear, target.in_use, query_width(target.base_layer) if queries else None)
+                setattr(holder, attribute, linear)
             linear.update_layer(adapter_name, peft_config, inference)
+            if name not in ATTENTION_LINEARS:
+                target.empty_after(holder)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # PEFT's own method copies `weight`, which an attention module does not have.

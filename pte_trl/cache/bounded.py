@@ -1,186 +1,45 @@
 """The decode view: a transformers `Cache` that keeps the prompt, a window of thought tokens, and the state S.
 
-What decoding changes lives here and nowhere else: keys, values, the encoder's accumulator, the counts. Modules stay
-pure. The first forward fills the prompt, or the first few after `expect_prompt`; every later one
-feeds thought tokens, one by one or in chunks that no eviction interrupts (`BoundedCache.pieces`). Keys are kept as
-they come, after rotary, at their absolute positions.
+What decoding changes lives in its layers and nowhere else: keys, values, the encoder's accumulator, the counts, and
+the states of layers that do not attend in full. Modules stay pure. The first forward fills the prompt, or the first
+few after `expect_prompt`; every later one feeds thought tokens, one by one or in chunks that no eviction interrupts
+(`BoundedCache.pieces`).
 """
 
-from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
-from transformers import Cache, CacheLayerMixin
+from transformers import Cache, CacheLayerMixin, PreTrainedConfig
 
+from pte_trl.cache.bounded_layer import BoundedLayer
+from pte_trl.cache.layers import RecurrentLayer, SlidingLayer, held, layers_of
 from pte_trl.cache.schedule import Schedule
 
+__all__ = ["BoundedCache", "BoundedLayer"]
 
-class BoundedLayer(CacheLayerMixin):
-    """One layer: keys and values (batch, kv heads, prompt + kept thought, head_dim), prompt first.
 
-    Without gradients they are views of buffers that are written in place: take a copy of what is to be kept.
+class Unconfigured(list):
+    """Whether each layer slides, of a cache that was not told of the model's layers: refuses to be asked for sliding.
 
-    Attributes:
-        prompt, fed, evicted: prompt tokens, thought tokens and evictions so far.
-        expected: prompt tokens there will be; None if the first forward brings them all.
-        accumulator: what the encoder keeps of evicted tokens: (n_g, r) before the first eviction, then
-            (batch, n_g, r); None without a PTE adapter.
-        queries: W_Q^a q_g, (n_g, r), computed once at the prompt.
-        owner: name of the adapter whose accumulator this is.
-        history: (batch, 32), of the first layer only: a hash of the first `known` tokens of every row, by which
-            `generate` knows a sequence again (`pte_trl.cache.generate`).
+    Masks of full attention look for a layer that does not slide, those of sliding layers for one that does.
     """
 
-    is_sliding = False
-    is_compileable = False
+    def __contains__(self, sliding: object) -> bool:
+        if sliding is True:
+            refuse_unconfigured("sliding layers")
+        return super().__contains__(sliding)
 
-    def __init__(self, schedule: Schedule, expected: int | None = None):
-        super().__init__()
-        self.schedule = schedule
-        self.reset()
-        self.expected = expected
 
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.buffers = None  # what `keys` and `values` are views of, once tokens are fed without gradients
-        self.accumulator = self.queries = self.owner = self.expected = self.history = None
-        self.prompt = self.fed = self.evicted = self.known = 0
-        self.is_initialized = False
+def refuse_unconfigured(layers: str) -> None:
+    """Refuses a model with such layers, whose masks and states would be wrong in a cache of bounded layers alone.
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.is_initialized = True
-
-    def in_prompt(self) -> bool:
-        """Whether the next token belongs to the prompt."""
-        return self.prompt == 0 if self.expected is None else self.prompt < self.expected
-
-    def make_room(self, length: int, encode: Callable[[Tensor, Tensor], None] | None = None) -> None:
-        """Evicts what has to leave before `length` thought tokens are fed; does nothing when called again.
-
-        Args:
-            length: tokens fed next.
-            encode: called with the keys and values, (batch, kv heads, E, head_dim), before they are dropped.
-
-        Raises:
-            ValueError: an eviction would fall between two of the tokens.
-        """
-        self._settle()
-        if self.in_prompt():
-            return
-        if length > self.schedule.room(self.fed):
-            raise ValueError(
-                f"{length} tokens fed at once after {self.fed} thought tokens: an eviction falls between them; at "
-                f"most {self.schedule.room(self.fed)} fit (window={self.schedule.window}). To continue this sequence, "
-                "feed them with pte_trl.cache.feed; for another sequence, call cache.reset() first"
-            )
-        while self.evicted < self.schedule.evictions_before(self.fed):
-            start, stop = self.prompt, self.prompt + self.schedule.evict
-            if encode is not None:
-                encode(self.keys[:, :, start:stop], self.values[:, :, start:stop])
-            self.keys, self.values = (self._without(x, start, stop) for x in (self.keys, self.values))
-            self.evicted += 1
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        length = key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.make_room(length)
-        if self.in_prompt():
-            return self._fill(key_states, value_states)
-        if torch.is_grad_enabled():  # what is saved for backward must not be written over
-            self.buffers = None
-            self.keys = torch.cat([self.keys, key_states], dim=2)
-            self.values = torch.cat([self.values, value_states], dim=2)
-        else:
-            self._append(key_states, value_states)
-        self.fed += length
-        return self.keys, self.values
-
-    def _fill(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes prompt tokens."""
-        if self.expected is not None and self.prompt + keys.shape[2] > self.expected:
-            raise ValueError(
-                f"{keys.shape[2]} tokens fed at once after {self.prompt} of the {self.expected} prompt tokens "
-                f"to come: the prompt ends between them; feed them with pte_trl.cache.feed"
-            )
-        if self.prompt:
-            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        self.keys, self.values, self.prompt = keys, values, keys.shape[2]
-        return keys, values
-
-    def _settle(self) -> None:
-        """Makes what is held usable in the autograd mode under way.
-
-        Outside of inference mode, a tensor made in it can neither be written in place nor be saved for backward. And
-        buffers of which `keys` is no view, after `offload` or unpickling, would bring back what has left.
-        """
-        if not torch.is_inference_mode_enabled():
-            for name in ("keys", "values", "accumulator", "queries"):
-                held = getattr(self, name)
-                if held is not None and held.is_inference():
-                    setattr(self, name, held.clone())
-        if self.buffers is not None and self.buffers[0].data_ptr() != self.keys.data_ptr():
-            self.buffers = None
-
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        """Writes after what is kept, into buffers made once: a new tensor per token would copy the whole cache."""
-        held, needed = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        if self.buffers is None or self.buffers[0].shape[2] < needed:
-            size = min(self.prompt + self.schedule.window, 2 * needed)  # a window may be set far too large
-            self.buffers = tuple(x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (self.keys, self.values))
-            for buffer, x in zip(self.buffers, (self.keys, self.values), strict=True):
-                buffer[:, :, :held] = x
-        for buffer, x in zip(self.buffers, (keys, values), strict=True):
-            buffer[:, :, held:needed] = x
-        self.keys, self.values = (buffer[:, :, :needed] for buffer in self.buffers)
-
-    def _without(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Keys or values without the entries from `start` to `stop`; in the buffer, later ones move up."""
-        if self.buffers is None or torch.is_grad_enabled():
-            return torch.cat([x[:, :, :start], x[:, :, stop:]], dim=2)
-        left = x.shape[2] - (stop - start)
-        x[:, :, start:left] = x[:, :, stop:].clone()
-        return x[:, :, :left]
-
-    def kept(self) -> int:
-        """Prompt and thought tokens that the next token will find here, after the eviction due before it."""
-        return self.prompt + self.fed - self.schedule.first_visible(self.fed)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.kept() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones included: positions are absolute and keep growing."""
-        return self.prompt + self.fed
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self.keys, self.values, self.buffers = rows(self.keys), rows(self.values), None
-            if self.accumulator is not None and self.accumulator.dim() == 3:
-                self.accumulator = rows(self.accumulator)
-            if self.history is not None:
-                self.history = rows(self.history)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
-            raise NotImplementedError(
-                f"crop({tokens_to_remove}): a bounded cache cannot be cropped, evicted tokens do not come back"
-            )
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"past_key_values: this model has {layers}, of which a BoundedCache without config knows nothing; make it by "
+        "BoundedCache(window, config=model.config)"
+    )
 
 
 class BoundedCache(Cache):
@@ -194,20 +53,66 @@ class BoundedCache(Cache):
     Args:
         window: W, thought tokens kept.
         evict_ratio: share of the window that leaves when it is full.
+        config: of the model, for a model with sliding or recurrent layers (`pte_trl.cache.layers`): `generate`
+            finds it by itself, a plain forward of such a model is refused without. Where all layers attend in full it
+            changes nothing.
     """
 
-    def __init__(self, window: int, evict_ratio: float = 0.25):
+    def __init__(self, window: int, evict_ratio: float = 0.25, config: PreTrainedConfig | None = None):
         self.schedule = Schedule(window, evict_ratio)
         # Not a lambda over `self`: a cycle would keep the whole cache until the garbage collector runs.
         super().__init__(layer_class_to_replicate=partial(BoundedLayer, self.schedule))
+        if config is not None:
+            self.configure(config)
 
     @classmethod
-    def from_schedule(cls, schedule: Schedule) -> "BoundedCache":
-        return cls(schedule.window, schedule.evict_ratio)
+    def from_schedule(cls, schedule: Schedule, config: PreTrainedConfig | None = None) -> "BoundedCache":
+        return cls(schedule.window, schedule.evict_ratio, config)
+
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Gives the cache the layers of a model, which it must have already where it holds tokens.
+
+        Raises:
+            ValueError: `layers_of` knows no layer for it, or the tokens were fed to another model.
+        """
+        found = layers_of(config, self.schedule)
+        fits = len(self.layers) == len(found) and all(map(_serves, self.layers, found))
+        if not fits and any(map(held, self.layers)):
+            raise ValueError(
+                f"past_key_values: this cache holds tokens of a model with other layers than this {config.model_type} "
+                "has; call cache.reset() first or take a fresh cache"
+            )
+        expected = self.first.expected
+        self.layers, self.layer_class_to_replicate = self.layers if fits else found, None
+        if not fits:
+            self.expect_prompt(expected)
+
+    @property
+    def configured(self) -> bool:
+        """Whether the cache knows the layers of its model; without, it makes bounded ones as they are asked for."""
+        return self.layer_class_to_replicate is None
+
+    @property
+    def bounded(self) -> list[BoundedLayer]:
+        """The layers of full attention."""
+        return [layer for layer in self.layers if isinstance(layer, BoundedLayer)]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some layers do not attend in full."""
+        return any(isinstance(layer, SlidingLayer | RecurrentLayer) for layer in self.layers)
+
+    @property
+    def first(self) -> BoundedLayer:
+        """The first layer of full attention; all count alike."""
+        for layer in self.layers:
+            if isinstance(layer, BoundedLayer):
+                return layer
+        return self.layer(0)
 
     def layer(self, layer_idx: int) -> BoundedLayer:
         """The layer's part, made at the first use."""
-        while len(self.layers) <= layer_idx:
+        while not self.configured and len(self.layers) <= layer_idx:
             self.layers.append(self.layer_class_to_replicate())
         return self.layers[layer_idx]
 
@@ -217,14 +122,15 @@ class BoundedCache(Cache):
         Raises:
             ValueError: there are thought tokens already, or more prompt tokens than that.
         """
-        first = self.layer(0)
+        first = self.first
         if tokens is not None and (first.fed or not max(1, first.prompt) <= tokens):
             raise ValueError(
                 f"expect_prompt({tokens}): the cache holds {first.prompt} prompt and {first.fed} thought tokens "
                 "already; call it on an empty cache, with at least 1"
             )
-        self.layer_class_to_replicate = partial(self.layer_class_to_replicate.func, self.schedule, tokens)
-        for layer in self.layers:
+        if not self.configured:
+            self.layer_class_to_replicate = partial(self.layer_class_to_replicate.func, self.schedule, tokens)
+        for layer in self.bounded:
             layer.expected = tokens
 
     def reset(self) -> None:
@@ -241,7 +147,7 @@ class BoundedCache(Cache):
         Args:
             longest: tokens of one forward at most.
         """
-        first, found = self.layer(0), []
+        first, found = self.first, []
         fed, left = first.fed, (first.expected or first.prompt or tokens) - first.prompt
         while tokens:
             run = min(left or self.room(fed), tokens, longest or tokens)
@@ -250,14 +156,60 @@ class BoundedCache(Cache):
             found.append(run)
         return found
 
+    # ---- what a model asks ----------------------------------------------------------------------------------------
+
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        # The mask is built over what is kept, so the first query follows it directly.
-        return self.layer(layer_idx).kept()
+        # A mask is built over what is kept, so in a bounded layer the first query follows it directly.
+        layer = self.layer(layer_idx)
+        if isinstance(layer, BoundedLayer):
+            return layer.kept()
+        return self.first.kept() if self.is_linear[layer_idx] else layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        layer = self.layer(layer_idx)
+        return (self.first if self.is_linear[layer_idx] else layer).get_mask_sizes(query_length)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return super().is_sliding if self.configured else Unconfigured(super().is_sliding)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer is recurrent and nothing else."""
+        return [not isinstance(layer, CacheLayerMixin) for layer in self.layers]
+
+    def update_conv_state(self, *args, **kwargs) -> Tensor:
+        self._check_recurrent()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs) -> Tensor:
+        self._check_recurrent()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        self._check_recurrent()
+        for layer in self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]:
+            if isinstance(layer, RecurrentLayer):
+                layer.settle()  # it is what a layer asks before it reads its states
+        return super().has_previous_state(layer_idx, state_idx)
+
+    def _check_recurrent(self) -> None:
+        if not self.configured:
+            refuse_unconfigured("recurrent layers")
+
+    def mask_columns(self, length: int) -> int:
+        """Columns of the mask (batch, tokens) of a forward of `length` tokens: the prompt, and ones after it.
+
+        As many as are kept where all layers are bounded. A sliding layer counts every token that it has seen.
+        """
+        return (self.get_seq_length() if self.mixed else self.first.kept()) + length
+
+    # ---- what it holds --------------------------------------------------------------------------------------------
 
     @property
     def evictions(self) -> int:
         """Evictions so far."""
-        return self.layers[0].evicted if self.layers else 0
+        return self.first.evicted if self.layers else 0
 
     def evictions_after(self, fed: int) -> int:
         """Evictions when `fed` thought tokens have been fed."""
@@ -266,7 +218,21 @@ class BoundedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that the cache holds for its whole batch, the encoder's accumulator included."""
-        held = (
-            x for layer in self.layers for x in (*(layer.buffers or (layer.keys, layer.values)), layer.accumulator)
-        )
-        return sum(x.numel() * x.element_size() for x in held if x is not None)
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in _stored(layer))
+
+
+def _serves(layer, wanted) -> bool:
+    """Whether a layer keeps what another would: a layer of an eviction strategy serves as a bounded one."""
+    sizes = ("sliding_window", "number_of_states")
+    return isinstance(layer, type(wanted)) and all(
+        getattr(layer, name, None) == getattr(wanted, name, None) for name in sizes
+    )
+
+
+def _stored(layer) -> list[Tensor]:
+    """The tensors of a layer that take memory for every batch; `queries` follow from the weights alone."""
+    found = held(layer)
+    found.pop("queries", None)
+    if getattr(layer, "buffers", None) is not None:
+        found |= dict(zip(("keys", "values"), layer.buffers, strict=True))
+    return list(found.values())

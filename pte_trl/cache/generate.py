@@ -20,14 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pte_trl.cache.bounded import BoundedCache
-from pte_trl.compat.transformers import (
-    BEAM_SEARCH,
-    SAMPLE,
-    attention_of,
-    is_flash_attention_requested,
-    layer_types,
-    wrap_decoding_loops,
-)
+from pte_trl.cache.masks import check_padding_is_seen, config_of
+from pte_trl.compat.transformers import BEAM_SEARCH, SAMPLE, wrap_decoding_loops
 
 LOOPS = (SAMPLE, BEAM_SEARCH)  # those a bounded cache can serve
 GUESSING = ("assistant_model", "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "is_assistant")
@@ -61,17 +55,20 @@ def feed(
     Raises:
         ValueError: the mask does not fit, or is 0 after the prompt; another number of rows than in the cache.
     """
+    cache.configure(config_of(model))
     seen, count = cache.get_seq_length(), input_ids.shape[1]
     if attention_mask is None:
         attention_mask = input_ids.new_ones(len(input_ids), seen + count)
     check_fits(cache, len(input_ids), attention_mask, seen + count)
+    if cache.mixed:
+        check_padding_is_seen(config_of(model), attention_mask)
     if longest is not None and not seen and count > longest:
         cache.expect_prompt(count)
     positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     at, kept = 0, []
     for length in cache.pieces(count, longest):
         now, at = slice(at, at + length), at + length
-        held = cache.get_query_offset() + length  # of all tokens, the prompt and as many after it are seen
+        held = cache.mask_columns(length)
         out = model(
             input_ids=input_ids[:, now],
             attention_mask=attention_mask[:, :held],
@@ -96,7 +93,7 @@ def check_fits(cache: BoundedCache, rows: int, mask: Tensor | None, tokens: int)
     Raises:
         ValueError: naming what differs.
     """
-    first = cache.layer(0)
+    first = cache.first
     if first.prompt and first.keys.shape[0] != rows:
         raise ValueError(
             f"past_key_values: this cache holds {first.keys.shape[0]} rows and the input has {rows}; to continue, "
@@ -147,26 +144,6 @@ def refuse(config: GenerationConfig, loop: str) -> None:
         )
 
 
-def refuse_model(model: PreTrainedModel, mask: Tensor | None) -> None:
-    """Refuses a model whose own masks would be silently wrong over what is kept.
-
-    Raises:
-        ValueError: layers with a window of their own; padding under flash attention.
-    """
-    other = sorted(set(layer_types(model.config)) - {"full_attention"})
-    if other:
-        raise ValueError(
-            f"past_key_values: a bounded cache takes layers of full attention, this {model.config.model_type} has "
-            f"{', '.join(other)}; set sliding_window=null (use_sliding_window=false) in the model's config"
-        )
-    # It takes the last columns of the mask for what is kept; those of the prompt's padding are the first.
-    if is_flash_attention_requested(model.config) and mask is not None and not mask.all():
-        raise ValueError(
-            f"attn_implementation={attention_of(model.config)!r}: it would see the padding of a prompt after "
-            "an eviction; allowed for padded batches are 'blockwise', 'sdpa' and 'eager'"
-        )
-
-
 def bounded(name: str, loop: Callable) -> Callable:
     """A decoding loop of `generate` that takes a bounded cache as well."""
     signature = inspect.signature(loop)
@@ -181,11 +158,12 @@ def bounded(name: str, loop: Callable) -> Callable:
             return loop(*args, **kwargs)
         config = call.arguments["generation_config"]
         refuse(config, name)
-        refuse_model(call.arguments["self"], inputs.get("attention_mask"))
+        cache.configure(call.arguments["self"].config)
+        check_padding_is_seen(call.arguments["self"].config, inputs.get("attention_mask"))
         input_ids = call.arguments["input_ids"]
         mask, whole = inputs.get("attention_mask"), given_whole(input_ids, inputs)
         take_up(call.arguments["self"], cache, input_ids, config, inputs, call.arguments.get("synced_gpus", False))
-        first, before = cache.layer(0), (cache.layer(0).history, cache.layer(0).known)
+        first, before = cache.first, (cache.first.history, cache.first.known)
         first.history, first.known = None, -1  # a call that fails leaves nothing to continue from
         out = loop(*args, **kwargs)
         sequences = out.sequences if isinstance(out, ModelOutput) else out
@@ -264,7 +242,7 @@ def take_up(
 
 def repeat_rows(cache: BoundedCache, input_ids: Tensor, mask: Tensor | None) -> None:
     """Repeats every row of the cache where the input continues each several times (num_return_sequences, beams)."""
-    first = cache.layer(0)
+    first = cache.first
     rows = 0 if first.history is None else len(first.history)
     if rows and len(input_ids) > rows and len(input_ids) % rows == 0:
         repeats = len(input_ids) // rows
@@ -279,7 +257,7 @@ def continues(cache: BoundedCache, input_ids: Tensor | None, mask: Tensor | None
     Raises:
         ValueError: it is too short for that, and the tokens in the cache are not known, so it may be a continuation.
     """
-    first, seen = cache.layer(0), cache.get_seq_length()
+    first, seen = cache.first, cache.get_seq_length()
     if first.known < 0:
         return False
     if first.history is None or input_ids is None:

@@ -6,7 +6,11 @@ from contextlib import contextmanager
 
 from torch import nn
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DynamicSlidingWindowLayer,  # what a decode keeps of a layer of sliding or chunked attention
+    LinearAttentionLayer,  # and of a recurrent one
+    get_layer_types_and_kwargs,
+)
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.modeling_utils import set_zero3_state  # inside it ZeRO-3 leaves a model on the meta device alone
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # checkpoints are folders PREFIX-STEP
@@ -28,12 +32,15 @@ __all__ = [
     "SAMPLE",
     "WEIGHTS_INDEX_NAME",
     "WEIGHTS_NAME",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
     "attention_of",
     "commit_of",
     "decoder_classes",
     "fsdp_version_of",
     "is_flash_attention_requested",
     "layer_types",
+    "layer_types_and_sizes",
     "set_zero3_state",
     "template_variables",
     "tied_weights",
@@ -60,8 +67,15 @@ def commit_of(config: PreTrainedConfig) -> str | None:
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """ "full_attention", "sliding_attention", ... of every layer, as a cache of transformers is built from them."""
-    kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    return kinds
+    return layer_types_and_sizes(config)[0]
+
+
+def layer_types_and_sizes(config: PreTrainedConfig) -> tuple[list[str], dict]:
+    """The same, and the arguments of their cache layers: `sliding_window`, `number_of_states`.
+
+    Layers that use the keys and values of an earlier one have no entry.
+    """
+    return get_layer_types_and_kwargs(config.get_text_config(decoder=True))
 
 
 def decoder_classes(model: type[PreTrainedModel]) -> tuple[type, type, type, type]:

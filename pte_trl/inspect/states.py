@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from pte_trl.adapter.arrival import Call
 from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import active_layers
 from pte_trl.cache.schedule import Schedule
@@ -22,11 +23,12 @@ from pte_trl.rollouts.prompts import left_pad
 
 
 class Watch:
-    """Keeps the latents that a replay's encoder computes: everything else follows from them."""
+    """Keeps the latents and the start that a replay's encoder computes: everything else follows from them."""
 
     def __init__(self, model: PeftModel):
         self.layers = active_layers(model)
         self.latents: list[tuple[Tensor, Tensor]] = []
+        self.starts: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> "Watch":
         self.handles = [layer.register_forward_pre_hook(self._see, with_kwargs=True) for layer in self.layers]
@@ -40,20 +42,22 @@ class Watch:
         hidden = args[0] if args else kwargs["hidden_states"]
         name = layer._adapter()
         if name is not None and kwargs.get("replay") is not None:
-            self.latents.append(
-                layer.pte_encoder[name].latents(*layer._keys_values(hidden, kwargs["position_embeddings"]))
-            )
+            call = Call.of(layer.base_layer, args, kwargs)
+            self.latents.append(layer.latents(name, *layer.arriving(hidden, call)))
+            self.starts.append(layer.start(name, call))
 
 
-def contributions(layer: PteAttention, latents: tuple[Tensor, Tensor], plan: ReplayPlan) -> tuple[Tensor, Tensor]:
+def contributions(
+    layer: PteAttention, latents: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor], plan: ReplayPlan
+) -> tuple[Tensor, Tensor]:
     """S' of every token of every eviction, (J, E, n_g, r), and the accumulators S_0 .. S_J, (J + 1, n_g, r)."""
     name = layer._adapter()
     encoder = layer.pte_encoder[name]
-    queries, start = layer._start(name)
+    queries, first = start
     keys, values = (plan.pick(x, plan.evicted)[0] for x in latents)  # (J, E, r)
     by_token = encoder.update(queries, keys.unsqueeze(2), values.unsqueeze(2))
-    accumulators = encoder.advance_all(start, by_token.sum(1).unsqueeze(0))[0]
-    return by_token, torch.cat([start.unsqueeze(0), accumulators])
+    accumulators = encoder.advance_all(first, by_token.sum(1).unsqueeze(0))[0]
+    return by_token, torch.cat([first.unsqueeze(0), accumulators])
 
 
 def describe(by_token: Tensor, accumulators: Tensor, encoder) -> dict:
@@ -100,8 +104,8 @@ def inspect(model: PeftModel, prompt_ids: list[int], completion_ids: list[int], 
     with Watch(model) as watch:
         model(input_ids=ids, **inputs, logits_to_keep=1)
     found = []
-    for layer, latents in zip(layers, watch.latents, strict=True):
-        by_token, accumulators = contributions(layer, latents, plan)
+    for layer, latents, start in zip(layers, watch.latents, watch.starts, strict=True):
+        by_token, accumulators = contributions(layer, latents, start, plan)
         found.append(describe(by_token, accumulators, layer.pte_encoder[layer._adapter()]))
     measured = kl_per_token(model, prompt_ids, completion_ids, schedule, pad)
     kl, agrees, since = (measured[name] for name in ("kl", "agrees", "since"))

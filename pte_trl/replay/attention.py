@@ -15,10 +15,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pte_trl.compat.torch import FUSED_ATTENTION, fused_attention, fused_attention_backward
-from pte_trl.replay.plan import ReplayPlan
+from pte_trl.replay.plan import ReplayPlan, plan_of
 from pte_trl.replay.precision import cast_by_autocast, own_precision
 
 NAME = "blockwise"
+# Arguments with which models ask for more than a softmax of masked, scaled products.
+SCORED = {
+    "s_aux": "attention sinks",
+    "softcap": "soft-capped scores",
+    "position_bias": "a bias of its own",
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
+}
 
 
 def blockwise_attention(
@@ -33,18 +41,42 @@ def blockwise_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: (batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out."""
-    if replay is None:
+    check_plain(module, kwargs)
+    plan = None if replay is None else plan_of(attention_mask, replay)
+    if plan is None:
         if query.shape[2] == 1:
             return one_query(query, key, value, attention_mask, dropout, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if plan is replay and kwargs.get("sliding_window") is not None:
+        raise ValueError(
+            f"attention_mask: a sliding layer (sliding_window={kwargs['sliding_window']}) was given the mask of a "
+            "full one; take all arguments of the forward from replay_inputs"
+        )
     query, key, value = cast_by_autocast(query, key, value)
     if fused(query, dropout):
-        out = _Blocks.apply(query, key, value, replay, scaling)
+        out = _Blocks.apply(query, key, value, plan, scaling)
     else:
-        out = by_autograd(query, key, value, replay, dropout, scaling)
+        out = by_autograd(query, key, value, plan, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def check_plain(module: nn.Module, given: dict) -> None:
+    """Refuses attention that adds something to the scores, which the kernels here would leave out.
+
+    Args:
+        given: further arguments of the attention function.
+
+    Raises:
+        ValueError: naming the layer and what it adds.
+    """
+    for name, what in SCORED.items():
+        if given.get(name) is not None:
+            raise ValueError(
+                f"attn_implementation='blockwise': {type(module).__name__} has {what} ({name}), which this attention "
+                "would leave out; allowed for this model is attn_implementation='eager'"
+            )
 
 
 def fused(query: Tensor, dropout: float) -> bool:

@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from pte_trl.cache.schedule import Schedule
-from pte_trl.replay.attention import blockwise_attention
-from pte_trl.replay.plan import ReplayPlan
+from pte_trl.replay.attention import blockwise_attention, check_plain
+from pte_trl.replay.plan import ReplayPlan, plan_of
 from pte_trl.replay.precision import cast_by_autocast
 
 NAME = "blockwise_flex"
@@ -39,10 +39,12 @@ def flex_blockwise_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: (batch, heads, length, head_dim) in, (batch, length, heads, head_dim) out."""
-    if replay is not None and not dropout and query.is_cuda:
+    plan = None if replay is None else plan_of(attention_mask, replay)
+    if plan is not None and not dropout and query.is_cuda:
+        check_plain(module, kwargs)
         inputs = cast_by_autocast(query, key, value)
         if compiles(inputs[0].device, inputs[0].dtype, query.shape[1], key.shape[1], query.shape[3]):
-            mask = replay.kept("tiles", lambda: tiles(replay))
+            mask = plan.kept("tiles", lambda: tiles(plan))
             out = compiled()(*inputs, block_mask=mask, scale=scaling, enable_gqa=True)
             return out.transpose(1, 2).contiguous(), None
     return blockwise_attention(module, query, key, value, attention_mask, dropout, scaling, replay, **kwargs)

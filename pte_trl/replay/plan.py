@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pte_trl.cache.masks import BLOCKWISE, check_mask_taken, mask_for
+from pte_trl.cache.masks import BLOCKWISE, check_mask_taken, config_of, mask_for, masks_by_type, sliding_window_of
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.blocks import Group, bias, groups_of
 from pte_trl.transfer import uploaded
@@ -72,6 +72,7 @@ class ReplayPlan:
         real: (batch, length), False where padded.
         prompt: prompt tokens, padding included.
         window: the most thought tokens that a token attends to.
+        sliding: window of the model's own sliding layers, in tokens; None if it has none.
     """
 
     evicted: Tensor
@@ -80,15 +81,19 @@ class ReplayPlan:
     real: Tensor
     prompt: int
     window: int
+    sliding: int | None = None
 
     @classmethod
-    def build(cls, schedules: Sequence[Schedule], prompt: int, attention_mask: Tensor) -> "ReplayPlan":
+    def build(
+        cls, schedules: Sequence[Schedule], prompt: int, attention_mask: Tensor, sliding: int | None = None
+    ) -> "ReplayPlan":
         """The plan of a batch.
 
         Args:
             schedules: of every sample.
             prompt: padded length of the prompts.
             attention_mask: (batch, length), 0 where padded.
+            sliding: window of the model's own sliding layers.
         """
         length, device = attention_mask.shape[1], attention_mask.device
         count = max(s.evictions(length - prompt) for s in schedules)
@@ -109,6 +114,7 @@ class ReplayPlan:
             real=attention_mask.bool(),
             prompt=prompt,
             window=1 + max((prompt + thought - first).flatten().tolist(), default=0),
+            sliding=sliding,
         )
 
     def __reduce__(self):
@@ -119,6 +125,13 @@ class ReplayPlan:
     def length(self) -> int:
         """Prompt and completion tokens, padding included."""
         return self.real.shape[1]
+
+    @cached_property
+    def of_sliding(self) -> "ReplayPlan":
+        """What the queries of a sliding layer see: its last tokens, those of the prompt like any others."""
+        first = torch.arange(self.length, device=self.real.device) - self.sliding + 1
+        first, none = first.clamp(min=0).expand(len(self.real), -1), self.evicted[:, :0]
+        return ReplayPlan(none, none, first, self.real, prompt=0, window=min(self.sliding, self.length))
 
     @cached_property  # of all layers
     def blocks(self) -> list[Group]:
@@ -192,12 +205,33 @@ def replay_inputs(
     Raises:
         ValueError: the model's attention takes no arbitrary mask.
     """
-    attention = check_mask_taken(model)
+    attention, config = check_mask_taken(model), config_of(model)
     if isinstance(schedules, Schedule):
         schedules = [schedules] * len(attention_mask)
-    plan = ReplayPlan.build(schedules, prompt, attention_mask)
-    # The blocks have masks of their own, so padding is all that is left to mask; transformers passes on a mask of four
-    # dimensions as it is.
-    mask = plan.real[:, None, None] if attention in BLOCKWISE else mask_for(model, plan.mask())
+    plan = ReplayPlan.build(schedules, prompt, attention_mask, sliding_window_of(config))
+    sliding = None
+    if attention in BLOCKWISE:
+        # These have masks of their own, so padding is all that is left to mask; transformers passes on a mask of four
+        # dimensions as it is. The rows, 1 or none, say whether the layer is full or sliding (`plan_of`).
+        full = plan.real[:, None, None]
+        sliding = full[:, :, :0]
+    else:
+        full = mask_for(model, plan.mask())
+    mask = masks_by_type(model, attention_mask, full, sliding)
     position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False, "replay": plan}
+
+
+def plan_of(mask: Tensor | None, replay: ReplayPlan) -> ReplayPlan | None:
+    """What the queries of a layer see, by the mask of `replay_inputs` that the layer was given.
+
+    Args:
+        mask: (batch, 1, rows, length) as an attention that reads the plan is given it; None is that of a full layer.
+
+    Returns:
+        None where the mask itself says what is seen, (batch, 1, length, length).
+    """
+    rows = 1 if mask is None else mask.shape[2]
+    if rows == 0:
+        return replay.of_sliding
+    return replay if rows == 1 else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.eviction import attention_for
-from pte_trl.cache.masks import prompt_mask
+from pte_trl.cache.masks import check_padding_is_seen, config_of, prompt_mask
 from pte_trl.rollouts.prompts import distinct, left_pad
 from pte_trl.rollouts.sampling import Sampling, sample
 from pte_trl.transfer import uploaded
@@ -70,6 +70,9 @@ class Batch:
     def __init__(self, model: nn.Module, cache: BoundedCache, prompt_mask: Tensor, padded: bool | None = None):
         self.model, self.cache, self.prompt_mask, self.padded = model, cache, prompt_mask, padded
         self.position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        cache.configure(config_of(model))
+        if cache.mixed:
+            check_padding_is_seen(config_of(model), prompt_mask)
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, extra: dict) -> Tensor:
         """(batch, vocabulary) logits after the last of `tokens`."""
@@ -91,8 +94,7 @@ class Batch:
     def feed(self, token: Tensor, extra: dict) -> Tensor:
         """One thought token, (batch,), for every sequence."""
         self.position = self.position + 1
-        # The mask is over what the cache keeps: the prompt, the thoughts still there, and this token.
-        thoughts = self.cache.layers[0].kept() - self.prompt_mask.shape[1] + 1
+        thoughts = self.cache.mask_columns(1) - self.prompt_mask.shape[1]
         mask = torch.cat([self.prompt_mask, self.prompt_mask.new_ones(len(token), thoughts)], dim=1)
         return self._forward(token.unsqueeze(1), mask, extra)
 

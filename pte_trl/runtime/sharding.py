@@ -58,7 +58,7 @@ def prepare_engine(trainer) -> None:
 
 def gather_by_layer(model: nn.Module) -> None:
     """Makes every decoder layer with PTE one unit of ZeRO-3, gathered when it is entered, released when it is left."""
-    layers = [m for m in model.modules() if isinstance(getattr(m, "self_attn", None), PteAttention)]
+    layers = [m for m in model.modules() if any(isinstance(child, PteAttention) for child in m.children())]
     for layer in layers:
         gather_as_one(layer)
     if layers:

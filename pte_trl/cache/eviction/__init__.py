@@ -11,13 +11,14 @@ from torch import nn
 
 from pte_trl.cache.bounded import BoundedCache
 from pte_trl.cache.eviction.attention import NAME, attention_implementation
-from pte_trl.cache.eviction.cache import SelectiveCache
+from pte_trl.cache.eviction.cache import SelectiveCache, check_full_attention
 from pte_trl.cache.eviction.h2o import H2O
 from pte_trl.cache.eviction.headkv import HeadKV
 from pte_trl.cache.eviction.importance import load_importance, measure_importance, save_importance
 from pte_trl.cache.eviction.pyramidkv import PyramidKV
 from pte_trl.cache.eviction.sliding_window import SlidingWindow
 from pte_trl.cache.eviction.strategy import Strategy
+from pte_trl.cache.masks import config_of
 from pte_trl.cache.schedule import Schedule
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -51,12 +52,13 @@ def make_cache(
         longest: thought tokens fed at most, if known.
 
     Raises:
-        ValueError: no strategy has this name.
+        ValueError: no strategy has this name, or it cannot serve the model's layers.
     """
     check_eviction(eviction)
     if eviction == "sliding_window":
-        return BoundedCache.from_schedule(schedule)
+        return BoundedCache.from_schedule(schedule, config_of(model))
     strategy = eviction if isinstance(eviction, Strategy) else STRATEGIES[eviction]()
+    check_full_attention(config_of(model))
     strategy.prepare(model)
     return SelectiveCache(model.config, strategy, schedule, longest)
 

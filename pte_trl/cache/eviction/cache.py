@@ -15,7 +15,9 @@ from torch.nn.functional import pad
 
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.cache.eviction.strategy import Strategy
+from pte_trl.cache.masks import is_mixed
 from pte_trl.cache.schedule import Schedule
+from pte_trl.compat.transformers import layer_types
 from pte_trl.transfer import uploaded
 
 
@@ -158,6 +160,20 @@ def places_of(mask: Tensor) -> Tensor:
     return (~mask).long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
 
 
+def check_full_attention(config) -> None:
+    """Refuses a model for the eviction strategies, whose attention and masks are those of full layers.
+
+    Raises:
+        ValueError: a layer does not attend in full.
+    """
+    if is_mixed(config):
+        others = ", ".join(sorted(set(layer_types(config)) - {"full_attention"}))
+        raise ValueError(
+            f"eviction: strategies take models whose layers all attend in full, this {config.model_type} has "
+            f'{others}; allowed for it is eviction="sliding_window"'
+        )
+
+
 class SelectiveCache(BoundedCache):
     """A bounded cache whose evictions a `Strategy` decides; to be used inside `attention_for(model, cache)`.
 
@@ -168,9 +184,13 @@ class SelectiveCache(BoundedCache):
         strategy: which entries leave, and how many each head may keep. Prepared for the model already.
         schedule: its W is the mean number of thought entries per (layer, kv head).
         longest: thought tokens fed at most, if known (`Strategy.capacities`).
+
+    Raises:
+        ValueError: a layer does not attend in full.
     """
 
     def __init__(self, config, strategy: Strategy, schedule: Schedule, longest: int | None = None):
+        check_full_attention(config)
         super().__init__(schedule.window, schedule.evict_ratio)
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         self.capacities = strategy.capacities(layers, heads, schedule.window, longest)
