@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from pte_trl import BoundedCache, PteConfig
+from pte_trl.adapter.arrival import calls_of
+from pte_trl.adapter.attention import PteAttention
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.plan import replay_inputs
 
@@ -86,6 +88,13 @@ def randomise_up(model: nn.Module, adapter_name: str = "default") -> None:
             tensor.normal_(std=0.1)
         elif "whitener" in name:
             tensor.add_(torch.randn_like(tensor), alpha=0.3 * tensor.abs().max().item())
+
+
+def start_of(model: PeftModel, layer: PteAttention, name: str = "default") -> tuple[Tensor, Tensor]:
+    """Global queries and the accumulator before any eviction of one layer, which is called for that."""
+    with calls_of([layer]) as calls:
+        model(input_ids=torch.ones(1, 2, dtype=torch.long))
+    return layer.start(name, calls[layer])
 
 
 def with_lora(model: PreTrainedModel, seed: int = 1) -> PeftModel:

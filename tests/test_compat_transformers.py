@@ -1,7 +1,6 @@
 """What the private names of transformers must do (`pte_trl/compat/transformers.py`)."""
 
 import functools
-import importlib
 import json
 from inspect import signature
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from pte_trl.adapter.attention import rotate
 from pte_trl.compat import engines, transformers
 from tests.compat_names import about
 from tests.models import FAMILIES, tiny
@@ -27,15 +25,6 @@ from tests.models import FAMILIES, tiny
 
 def arguments(tmp_path, **settings) -> TrainingArguments:
     return TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rotary_is_that_of_every_family(family):
-    """No private name is left for it; the model's own function stays what it is compared with."""
-    module = importlib.import_module(FAMILIES[family][1].__module__)
-    x, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 8)
-    _, wanted = module.apply_rotary_pos_emb(x, x, angles.cos(), angles.sin(), unsqueeze_dim=2)
-    assert torch.equal(rotate(x, angles.cos(), angles.sin()), wanted)
 
 
 @about("transformers.commit_of")

@@ -11,7 +11,7 @@ from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.rollout import rollout
 from tests.grids import grid
-from tests.models import ALL_SEVEN, gap, left_padded_batch, tiny, with_lora, with_pte
+from tests.models import ALL_SEVEN, gap, left_padded_batch, start_of, tiny, with_lora, with_pte
 
 WINDOW, COMPLETION, LENGTHS = 8, 40, [7, 3, 5]
 LAYERS, HEADS = 3, 2
@@ -181,7 +181,7 @@ def recomputed_memory(model, index, evictions):
     """Memory (batch, n_g, r) of one layer: per eviction, one zero-filled row of K_e and V_e per token."""
     attention = model.base_model.model.model.layers[index].self_attn
     encoder = attention.pte_encoder["default"]
-    queries, start = attention._start("default")
+    queries, start = start_of(model, attention)
     size = attention.base_layer.head_dim
     memories = []
     for row in range(len(LENGTHS)):

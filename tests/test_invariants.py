@@ -201,10 +201,10 @@ def test_whitening_spreads_keys_that_lie_on_one_line():
         layer.base_layer.k_proj.bias.mul_(200)
     ids, mask, _ = left_padded_batch([40] * 8, 0)
     calibrate(model, ids, mask, evict=10)
-    for layer, *cached in keys_and_values(model, ids, mask):
+    for layer, call, *cached in keys_and_values(model, ids, mask):
         encoder = layer.pte_encoder["default"]
         cached = [x.transpose(1, 2).flatten(2) for x in cached]
-        update = encoder.update(layer._start("default")[0], *(x[:, -10:] for x in encoder.latents(*cached)))
+        update = encoder.update(layer.start("default", call)[0], *(x[:, -10:] for x in encoder.latents(*cached)))
         assert update.norm(dim=(1, 2)).mean().item() == pytest.approx(0.25 * 30**0.5, rel=1e-3)
         shares = [
             torch.linalg.svdvals(keys[:, 1:].flatten(0, 1).unflatten(1, (2, 8)).transpose(0, 1)).square()

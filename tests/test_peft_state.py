@@ -14,7 +14,7 @@ from pte_trl.adapter.encoder import WHITENERS
 from pte_trl.adapter.layer import StateInUse
 from pte_trl.cache.schedule import Schedule
 from pte_trl.replay.segments import segment_logps
-from tests.models import TEMPERATURE, gap, left_padded_batch, replay_logps, tiny, with_pte
+from tests.models import TEMPERATURE, gap, left_padded_batch, replay_logps, start_of, tiny, with_pte
 
 WINDOW = 4
 BATCH = left_padded_batch([4, 2], 9)
@@ -184,6 +184,6 @@ def test_a_model_cast_as_a_whole_computes_the_state_wide():
     model.to(torch.bfloat16)
     for layer in (m for m in model.modules() if isinstance(m, PteAttention)):
         with torch.no_grad():
-            queries, memory = layer._start("default")
+            queries, memory = start_of(model, layer)
         assert queries.dtype == memory.dtype == torch.float32
     assert gap(replay_logps(model, *BATCH, WINDOW).detach(), exact) < 1.0

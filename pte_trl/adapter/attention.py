@@ -156,8 +156,7 @@ class PteAttention(nn.Module, PteLayer):
         return self.pte_encoder[name](project)
 
     def arriving(self, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Keys and values of `hidden` as the cache would get them, (batch, kv heads, length, width), under the state in
-        use."""
+        """Keys and values as the cache would get them, (batch, kv heads, length, width), under the state in use."""
         # Where neither is adapted, an adapted linear may be run for them that makes queries as well.
         with nullcontext() if self.keys_follow_state else self.in_use.unadapted():
             return self._arriving(hidden, call)

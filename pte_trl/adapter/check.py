@@ -80,7 +80,7 @@ def check_adapter(
         raise ValueError(f"method='lora_c': {source} is {found.upper()}, whose virtual tokens no window counts")
     _check_settings(config, settings or {}, source)
     if found == "pte" and model_config is not None:
-        check_supported(model_config)
+        check_supported(model_config, "pte", config)
         check_geometry(config, model_config)
 
 
@@ -120,7 +120,7 @@ def check_adapter_folder(folder: str | Path, model_config=None, trust_remote_cod
     found = _shapes_in_file(folder)
     if model_config is not None:
         if config.peft_type == PTE:
-            check_supported(model_config)
+            check_supported(model_config, "pte", config)
             check_geometry(config, model_config)
         _compare(folder, found, *expected_shapes(config, model_config, trust_remote_code))
     _check_finite(folder)

@@ -4,14 +4,18 @@ import copy
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.config import GEOMETRY, PteConfig
 from pte_trl.adapter.encoder import WHITENERS
 from pte_trl.adapter.layer import PteLinear
 from pte_trl.adapter.placement import attention_modules, linear_place, unwrapped
+from pte_trl.adapter.self_test import check_by_self_test
 from pte_trl.adapter.settings import ATTENTION_LINEARS, LINEARS, MLP_LINEARS
+from pte_trl.cache.layers import check_layer_types
 from pte_trl.compat.peft import check_target_module_exists
+from pte_trl.compat.transformers import attention_of
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.
@@ -19,7 +23,7 @@ ENCODER_PARTS = ("global_tokens", "query_map", "key_map", "value_map", *WHITENER
 WRAPPER_PARTS = ("base_layer", "modules_to_save", "original_module")
 OWN_PARTS = {*CONTAINERS, *ENCODER_PARTS, *WRAPPER_PARTS, "weight", "bias"}
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of which other rooms know more than a self-test tells
 # Rotary types whose frequencies depend on the length seen so far: decode and replay would rotate differently.
 LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
 
@@ -33,26 +37,46 @@ def geometry_of(config) -> dict:
     return found
 
 
-def check_supported(config) -> None:
-    """Refuses a model's configuration that would be silently wrong under a bounded cache.
+def check_supported(
+    config, method: str = "pte", adapter: PteConfig | None = None, attention: str | None = None
+) -> None:
+    """Refuses a model's configuration that would be wrong under a bounded cache, whatever its weights.
+
+    What can be seen in the configuration is refused at once. The rest is for a self-test on a small random copy, whose
+    result is kept beside the hub's cache.
+
+    Args:
+        method: "pte", or one whose decode has a bounded cache and no state, "lora_c".
+        adapter: the PTE adapter, whose targets are tested; None for the default ones.
+        attention: attention implementation that the model will run with, if it is not in `config`.
 
     Raises:
-        ValueError: another family, sliding-window layers, quantised weights, or a length-dependent rotary.
+        ValueError: in one sentence: quantised weights, a length-dependent rotary, layers that a bounded cache cannot
+            keep or share, no decoder; or the self-test's, with the layer and the difference that it measured.
     """
-    model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r}: PTE supports {', '.join(FAMILIES)}")
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
-    if sliding or (model_type == "mistral" and getattr(config, "sliding_window", None) is not None):
-        raise ValueError(
-            f"{model_type} with sliding_window={config.sliding_window}: layers with a window of their own are not "
-            "supported; set sliding_window=null (use_sliding_window=false) in the model's config"
-        )
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"the model's config is a {type(config).__name__}; PTE takes models of transformers")
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model_type={config.model_type!r}: has an encoder; PTE takes decoders")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("quantised weights are not supported by PTE: load the model in bfloat16 or float32")
-    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rotary in LENGTH_DEPENDENT_ROTARY:
-        raise ValueError(f"rope_type={rotary!r}: rotary frequencies that depend on the length are not supported")
+    for rotary in rotary_types(text):
+        if rotary in LENGTH_DEPENDENT_ROTARY:
+            raise ValueError(f"rope_type={rotary!r}: rotary frequencies that depend on the length are not supported")
+    check_layer_types(text)
+    if shared := getattr(text, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"num_kv_shared_layers={shared}: layers that read the keys and values of another are not supported"
+        )
+    check_by_self_test(config, method, adapter, attention or attention_of(config))
+
+
+def rotary_types(config: PreTrainedConfig) -> set[str]:
+    """Of all layers: the parameters may be given for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [x for x in parameters.values() if isinstance(x, dict)] or [parameters]
+    return {x.get("rope_type", "default") for x in each}
 
 
 def check_geometry(adapter: PteConfig, config) -> None:
@@ -128,8 +152,8 @@ def _checked_linears(config: PteConfig, attention: str, modules: dict[str, nn.Mo
         if places[name] is None:
             there = [other for other, place in places.items() if place is not None]
             raise ValueError(
-                f"target_modules: {layer} has no linear {name!r} of its own (PTE adapts no experts); allowed there are "
-                + ", ".join(there)
+                f"target_modules: {layer} has no linear {name!r} of its own (PTE adapts no experts); allowed there "
+                f"are {', '.join(there)}"
             )
         holder, attribute = places[name]
         linear = getattr(holder, attribute)

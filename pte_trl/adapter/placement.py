@@ -1,4 +1,4 @@
-"""Where PTE enters a model: attention modules, found by what they can do, and their projections, by the part they play.
+"""Where PTE enters a model: attention modules, found by what they can do, and their projections, by their part.
 
 No architecture is named here. An attention module has a `layer_idx`, projections of keys and values, and an output
 projection; its layer attends to the whole text and has keys and values of its own. Whether PTE is right in it is for
