@@ -7,6 +7,7 @@ from tests.grids import grid
 from tests.models import (
     ALL_SEVEN,
     ATTENTION,
+    OPTIONS,
     WideNorm,
     chosen,
     decode_logps,
@@ -27,6 +28,7 @@ VARIANTS = {
     "seven-sum-column": {"target_modules": ALL_SEVEN, "state_update": "sum", "read": "column"},
     "qo-whitened": {"target_modules": QO, "whiten": True},
     "qo-column-row": {"target_modules": QO, "read": "column", "normalisation": "row"},
+    **{name: {"target_modules": QO, **option} for name, option in OPTIONS.items()},
 }
 
 

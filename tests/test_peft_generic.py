@@ -17,6 +17,7 @@ from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
 from tests.models import (
     ATTENTION,
+    OPTIONS,
     TEMPERATURE,
     chosen,
     decode_logps,
@@ -41,6 +42,7 @@ CONFIGS = {
     "qkvo": {"target_modules": ATTENTION},
     "mlp": {"target_modules": ["gate_proj", "down_proj"]},
     "all-linear, whiten, sum": {"target_modules": "all-linear", "whiten": True, "state_update": "sum"},
+    **OPTIONS,
     "dropout": {"dropout": 0.3},
     "some layers": {"layers_to_transform": [1], "target_modules": "all-linear"},
     "some linears": {"exclude_modules": r".*layers\.0\.self_attn\.(q|k|v)_proj", "target_modules": ATTENTION},

@@ -131,7 +131,8 @@ def persistent(job: Job) -> dict[str, float]:
 
     weights: e per parameter; under ZeRO-3 and FSDP2 over N.
     adapter: 4 X, in float32; DeepSpeed takes the model's dtype, and keeps the float32 original with the optimizer.
-        The matrices of `whiten: true`, 8 kv_heads head_dim^2 bytes a layer, are left out: 34 MB of llama-8b.
+        The matrices of `whiten: true`, 8 kv_heads head_dim^2 bytes a layer, are left out: 34 MB of llama-8b. So are
+        the vectors of `centre: true`.
     gradients: as the adapter; DDP has them a second time, in its buckets. Over N from ZeRO-2 on.
     optimizer: Adam's 8 X, and with DeepSpeed the original, 4 X; over N under every sharding.
     """
@@ -283,7 +284,10 @@ def cached_tokens(job: Job) -> int:
 
 
 def rollout_cache(job: Job) -> float:
-    """n times 2 L d_kv e for every cached token, and 4 L r^2 for S."""
+    """n times 2 L d_kv e for every cached token, and 4 L r^2 for S.
+
+    The delta rule keeps as much again, which is left out: less than two cached tokens of llama-8b.
+    """
     state = 4 * job.sizes[0] * job.state_rank**2 if job.method == "pte" else 0
     return job.rollout_batch * (cache_bytes(job.config, cached_tokens(job), job.dtype) + state)
 
