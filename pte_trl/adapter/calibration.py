@@ -6,8 +6,8 @@ with hardly more than one dimension, and a training at 1e-3 made it a hundred ti
 are therefore learned as W^a = M P: P, fixed and of every kv head, takes the base model's keys (and another one its
 values) to unit second moments; only M is trained. Eq. 4 is unchanged. What it gains: docs/results.md, "Choices".
 
-With `centre`, the mean key and the mean
-value of every kv head are taken out of evicted tokens first, and the moments are those about the mean.
+With `centre`, the mean key and the mean value of every kv head are taken out of evicted tokens first, and the moments
+are those about the mean.
 """
 
 from collections.abc import Iterator
