@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 from pte_trl import PteConfig
 from pte_trl.adapter.calibration import calibrate
 from pte_trl.adapter.model import active_layers
-from pte_trl.adapter.updates import CHUNK, UPDATES, Delta, GatedSum
+from pte_trl.adapter.updates import CHUNK, SOLVED, UPDATES, Delta, GatedSum
 from pte_trl.cache.schedule import Schedule
 from pte_trl.inspect.states import inspect
 from tests.models import OPTIONS, gap, left_padded_batch, replay_logps, tiny, with_pte
@@ -51,9 +51,9 @@ def test_all_evictions_at_once_are_one_after_another(kind):
 def test_the_delta_rule_does_not_depend_on_how_many_tokens_leave_at_once():
     torch.manual_seed(0)
     rule, queries, start = rule_of(Delta, 1.0), random(TOKENS, RANK), random(TOKENS, RANK)
-    keys, values = random(24, RANK), random(24, RANK)
+    keys, values = random(2 * SOLVED + 22, RANK), random(2 * SOLVED + 22, RANK)
     found = []
-    for size in (1, 4, 24):
+    for size in (1, 10, len(keys)):
         accumulator = rule.first(start)
         for k, v in zip(keys.split(size), values.split(size), strict=True):
             accumulator = rule.advance(accumulator, rule.update(queries, k, v))
@@ -121,7 +121,6 @@ def test_an_adapter_saved_before_these_options_still_loads(tmp_path):
     held = json.loads(path.read_text())
     assert held.pop("centre") is False and held.pop("write_gate") is False
     path.write_text(json.dumps(held))
-    assert PeftConfig.from_pretrained(tmp_path) == model.peft_config["default"]
     loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
     assert loaded.state_dict().keys() == names and torch.equal(replay_logps(loaded, *BATCH, 4), expected)
 

@@ -50,7 +50,13 @@ CONFIGS = {
 }
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
 GRID = [(name, FAMILIES[n % 4]) for n, name in enumerate(CONFIGS)]
-every = pytest.mark.parametrize(("name", "family"), GRID)
+# Of the encoder's options, the other tests run by default with these two, in which all of them are.
+LATER = OPTIONS.keys() - {"gated sum", "all options"}
+each_fresh = pytest.mark.parametrize(("name", "family"), GRID)
+every = pytest.mark.parametrize(
+    ("name", "family"),
+    [pytest.param(*cell, marks=[pytest.mark.thorough] if cell[0] in LATER else []) for cell in GRID],
+)
 CLOSE = 1e-4  # float32: where tensors lie in memory decides how they are added up
 FLOAT16 = (torch.float16, torch.bfloat16)
 
@@ -85,7 +91,7 @@ def all_equal(found: dict, expected: dict) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@every
+@each_fresh
 def test_fresh_it_is_the_base_and_trained_it_is_not(name, family):
     model = get_peft_model(base(family), PteConfig(**SMALL, **CONFIGS[name])).eval()
     plain = logps(base(family))

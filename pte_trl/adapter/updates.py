@@ -25,6 +25,7 @@ from torch.nn.functional import logsigmoid, rms_norm
 from pte_trl.adapter.recursion import NORM_EPS, recursion, root_mean_square
 
 CHUNK = 64  # evictions of one weighted sum: its weights grow with the square of that
+SOLVED = 64  # evicted tokens of one triangular system, for the same reason
 GATE = 4.0  # a = sigmoid(4) = 0.98 at the start: nearly the sum
 RATE = 0.0  # b = sigmoid(0) = 1/2 at the start
 
@@ -134,7 +135,8 @@ class Delta(Sum):
         U = (1 + B)^-1 b (V - K M),    M <- M + K^T U
 
     which is M <- M + C - P M with C = K^T (1 + B)^-1 b V and P = K^T (1 + B)^-1 b K. Neither depends on M, so the
-    triangular systems of all evictions are solved together. An update is [Q C, Q P; C, P].
+    triangular systems of all evictions are solved together. An update is [Q C, Q P; C, P]. Many tokens are taken in
+    parts, whose C and P follow each other as those of evictions do.
     """
 
     additive = False
@@ -149,12 +151,13 @@ class Delta(Sum):
         return torch.cat([state, state.new_zeros(self.rank, self.rank)])
 
     def update(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        keys, rate = unit(keys), wide(self.rate).sigmoid()
-        written = rate * torch.cat([values, keys], dim=-1)
-        # The solver reads what is below the diagonal and takes the diagonal as 1.
-        overlap = rate * (keys @ keys.transpose(-2, -1))
-        written = torch.linalg.solve_triangular(overlap, written, upper=False, unitriangular=True)
-        found = keys.transpose(-2, -1) @ written
+        keys, rate, found = unit(keys), wide(self.rate).sigmoid(), None
+        for k, v in zip(keys.split(SOLVED, dim=-2), values.split(SOLVED, dim=-2), strict=True):
+            # The solver reads what is below the diagonal and takes the diagonal as 1.
+            overlap, right = rate * (k @ k.transpose(-2, -1)), rate * torch.cat([v, k], dim=-1)
+            written = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
+            part = k.transpose(-2, -1) @ written  # [C, P] of these tokens
+            found = part if found is None else found + part - part[..., self.rank :] @ found
         return torch.cat([queries @ found, found], dim=-2)
 
     def written(self, update: Tensor) -> Tensor:
