@@ -28,6 +28,7 @@ MOST = {
     r"linear_num_value_heads": 4,
     r"linear_num_key_heads|num_global_key_value_heads": KEY_HEADS,
     r"vocab_size.*": VOCABULARY,
+    r"(mamba_)?chunk_size": 8,  # tokens that a recurrent layer takes together
     r"sliding_window|attention_chunk_size": OWN_WINDOW,
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -119,7 +120,7 @@ def randomise(model: nn.Module) -> None:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parameter in model.parameters():
         if id(parameter) in embeddings:
-            parameter.normal_()
+            parameter.normal_(std=0.25)
         elif parameter.dim() >= 2:
             parameter.normal_(std=0.85 * min(parameter.shape[-2:]) ** -0.5)
         else:  # norms, biases, decays: what the family starts with, and something of its own for every feature

@@ -21,8 +21,11 @@ from huggingface_hub import constants
 from transformers import PreTrainedConfig
 
 ROOMS = ("adapter", "cache", "compat", "replay")  # whose code a self-test runs
-# What a configuration says of a checkpoint, and not of an architecture.
-NAMES = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map")
+# What a configuration says of a checkpoint or a length, and not of how a forward goes.
+NAMES = (
+    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"),
+    *("initializer_range", "max_position_embeddings", "max_window_layers", "use_cache", "attention_dropout"),
+)
 
 _found: dict[str, dict[str, Any]] = {}
 
