@@ -7,8 +7,9 @@ import torch
 from peft import PeftModel
 
 from pte_trl import PteConfig
-from pte_trl.adapter.calibration import calibrate
+from pte_trl.adapter.calibration import calibrate, keys_and_values
 from pte_trl.adapter.model import active_layers
+from pte_trl.adapter.projections import rows
 from pte_trl.adapter.updates import CHUNK, SOLVED, UPDATES, Delta, GatedSum
 from pte_trl.cache.schedule import Schedule
 from pte_trl.inspect.states import inspect
@@ -90,7 +91,11 @@ def test_calibration_sets_the_first_eviction(option):
         layer.base_layer.k_proj.bias.mul_(20)
     ids, mask, _ = left_padded_batch([40] * 4, 0)
     calibrate(model, ids, mask, evict=8)
-    assert calibrate(model, ids, mask, evict=8) == pytest.approx([0.25] * 3, rel=1e-3)
+    for layer, call, *cached in keys_and_values(model, ids, mask):
+        encoder = layer.pte_encoder["default"]
+        latents = encoder.latents(*(rows(x[:, :, -8:]) for x in cached))
+        written = encoder.written(encoder.update(layer.start("default", call)[0], *latents))
+        assert written.norm(dim=(1, 2)).mean().item() == pytest.approx(0.25 * 30**0.5, rel=1e-6)
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ MODELS = {
     "pte, nothing encoded": lambda m: with_pte(m, encode_evicted=False),
     "pte, whitened": lambda m: with_pte(m, whiten=True),
     "pte, column, row norm": lambda m: with_pte(m, read="column", normalisation="row"),
-    "pte, gated sum": lambda m: with_pte(m, **OPTIONS["gated sum"]),
     "pte, all options": lambda m: with_pte(m, **OPTIONS["all options"]),
 }
 THOROUGH = pytest.mark.thorough
