@@ -13,6 +13,15 @@ from pte_trl import PteConfig
 
 SHAPES = {folder.name: folder for folder in sorted((Path(pte_trl.__file__).parent / "estimate/shapes").iterdir())}
 TARGETS, RANK = ["q_proj", "o_proj"], 32
+# What the encoder of a "pte ..." adapter has over the default.
+ENCODERS = {
+    "sum": {"state_update": "sum"},
+    "gated_sum": {"state_update": "gated_sum"},
+    "delta": {"state_update": "delta"},
+    "write_gate": {"write_gate": True},
+    "centre": {"centre": True},
+    "whiten": {"whiten": True},
+}
 
 
 def random_model(
@@ -46,14 +55,18 @@ def shared_copy(model: PreTrainedModel, attention: str = "blockwise") -> PreTrai
 def with_adapter(
     model: PreTrainedModel, adapter: str, targets: list[str] | None = None, rank: int = RANK
 ) -> PeftModel:
-    """The model with a "pte", "pte sum" or "lora" adapter that does something: its up-projection is not zero."""
+    """The model with an adapter that does something: its up-projection is not zero.
+
+    Args:
+        adapter: "lora", "pte", or "pte " and a name of ENCODERS.
+    """
     targets = targets or TARGETS
     if adapter == "lora":
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
     else:
-        rule = "sum" if adapter == "pte sum" else "recursive"
+        encoder = ENCODERS.get(adapter.removeprefix("pte "), {})
         sizes = {"rank": rank, "num_global_tokens": rank, "alpha": rank}
-        config = PteConfig(**sizes, target_modules=targets, state_update=rule)
+        config = PteConfig(**sizes, target_modules=targets, **encoder)
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "pte_up" in name or "lora_B" in name:

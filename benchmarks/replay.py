@@ -2,12 +2,14 @@
 
     python -m benchmarks.replay --clock cpu
     python -m benchmarks.replay --shape qwen2.5-3b --lengths 3072 16384 --prompt 512 --window 512 --device cuda
+    python -m benchmarks.replay --clock cpu --arms pte "pte sum" "pte gated_sum" "pte delta" "pte write_gate"
     python -m benchmarks.replay --shape qwen2.5-3b --arms lora_c pte --attention blocks flex --device cuda
 
 Every arm has gradient checkpointing, TRL's fused LM head, and the same rank. `lora` runs an ordinary causal forward
 on q and o; it is what the others are divided by. Arms take turns and every turn gives one ratio, so that a machine
 that slows down for a while slows down both sides of it; the median of the ratios is reported. The last column adapts
-the same modules in both: it leaves the cost of the replay alone, without that of adapting more layers.
+the same modules in both: it leaves the cost of the replay alone, without that of adapting more layers. The
+encoder's options are arms that run if named.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import ratio, take_turns
-from benchmarks.models import random_model, shared_copy, with_adapter
+from benchmarks.models import ENCODERS, random_model, shared_copy, with_adapter
 from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.trl import add_fused_lm_head
 from pte_trl.replay.plan import replay_inputs
@@ -35,6 +37,8 @@ ARMS = {
     "pte sum": ("pte sum", FEW, True, "lora"),
     "pte qkvo": ("pte", ATTENTION, True, "lora qkvo"),
 }
+USUAL = list(ARMS)
+ARMS |= {f"pte {name}": (f"pte {name}", FEW, True, "lora") for name in ENCODERS}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -45,7 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=USUAL)
     parser.add_argument(
         "--attention",
         nargs="+",

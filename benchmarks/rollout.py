@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import finish, options, parse
 from benchmarks.measure import copy_bandwidth, is_cuda, ratio, take_turns
-from benchmarks.models import SHAPES, random_model, shared_copy, with_adapter
+from benchmarks.models import ENCODERS, SHAPES, random_model, shared_copy, with_adapter
 from pte_trl.cache.policy import FULL_CACHE, CachePolicy
 from pte_trl.cache.schedule import Schedule
 from pte_trl.rollouts.batching import EngineCache, cache_bytes
@@ -43,7 +43,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=2048)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=USUAL)
     parser.add_argument("--roofline", action="store_true", help="its column on a CPU too")
     parser.add_argument("--vllm-memory", type=float, default=0.5, help="share of the GPU's memory that vLLM takes")
     return parse(parser, argv)
@@ -138,6 +138,8 @@ ARMS = {
     "continuous": continuous,
     "vllm": vllm,
 }
+USUAL = list(ARMS)
+ARMS |= {f"pte {name}": ours(f"pte {name}") for name in ENCODERS}  # run if named
 
 
 def ready(args: argparse.Namespace, base: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Run]:

@@ -34,6 +34,16 @@ ALL_SEVEN = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 TEMPERATURE = 0.6
 
 
+# The encoder's options: tests of exactness, gradients and PEFT walk these.
+OPTIONS = {
+    "gated sum": {"state_update": "gated_sum"},
+    "delta": {"state_update": "delta"},
+    "write gate": {"write_gate": True},
+    "centre": {"centre": True, "whiten": True},
+    "all options": {"state_update": "delta", "centre": True, "write_gate": True, "read": "column"},
+}
+
+
 class WideNorm(nn.Module):
     """RMSNorm in the model's own precision; transformers' computes in float32 whatever it is given."""
 
@@ -74,7 +84,7 @@ def tiny(family: str = "qwen2", dtype: torch.dtype = torch.float64, wide_norms: 
 
 
 def with_pte(model: PreTrainedModel, seed: int = 1, adapter_name: str = "default", **config) -> PeftModel:
-    """The model with a PTE adapter that does something: `pte_up` and the whiteners are random."""
+    """The model with a PTE adapter that does something: `pte_up` and what is fitted or gates are random."""
     torch.manual_seed(seed)
     config = PteConfig(**{"rank": 5, "num_global_tokens": 6, "alpha": 5.0, **config})
     model = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=False).eval()
@@ -89,6 +99,8 @@ def randomise_up(model: nn.Module, adapter_name: str = "default") -> None:
             tensor.normal_(std=0.1)
         elif "whitener" in name:
             tensor.add_(torch.randn_like(tensor), alpha=0.3 * tensor.abs().max().item())
+        elif f"pte_encoder.{adapter_name}" in name and any(part in name for part in ("centre", "write_gate", "rule.")):
+            tensor.add_(torch.randn_like(tensor))
 
 
 def start_of(model: PeftModel, layer: PteAttention, name: str = "default") -> tuple[Tensor, Tensor]:

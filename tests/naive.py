@@ -11,7 +11,15 @@ import torch
 
 class Naive:
     def __init__(
-        self, model, read="row", state_update="recursive", normalisation="rms", encode_evicted=True, whiten=False
+        self,
+        model,
+        read="row",
+        state_update="recursive",
+        normalisation="rms",
+        encode_evicted=True,
+        whiten=False,
+        centre=False,
+        write_gate=False,
     ):
         self.weights = {
             name.removeprefix("base_model.model.").replace("base_layer.", "").replace(".default", ""): tensor
@@ -19,7 +27,7 @@ class Naive:
         }
         self.config = model.config
         self.read, self.state_update, self.normalisation = read, state_update, normalisation
-        self.encode_evicted, self.whiten = encode_evicted, whiten
+        self.encode_evicted, self.whiten, self.centre, self.write_gate = encode_evicted, whiten, centre, write_gate
         self.use_global_tokens = True
 
     def linear(self, name, x, state=None):
@@ -58,17 +66,27 @@ class Naive:
                 out[head + j], out[head + j + half] = a * cos - b * sin, b * cos + a * sin
         return out
 
-    def encode(self, layer, keys, values):
-        """S' = (W_Q^a q_g) (W_K^a K)^T (W_V^a V)."""
-        enc = f"model.layers.{layer}.self_attn.pte_encoder"
-        w = self.weights
-        attention = f"model.layers.{layer}.self_attn"
-        q_g = torch.stack([self.linear(f"{attention}.q_proj", h) for h in w[f"{enc}.global_tokens"]])
-        queries = q_g @ w[f"{enc}.query_map.weight"].T
+    def queries(self, layer):
+        """W_Q^a q_g."""
+        attention, w = f"model.layers.{layer}.self_attn", self.weights
+        q_g = [self.linear(f"{attention}.q_proj", h) for h in w[f"{attention}.pte_encoder.global_tokens"]]
+        return torch.stack(q_g) @ w[f"{attention}.pte_encoder.query_map.weight"].T
+
+    def latents(self, layer, key, value, evicted=True):
+        """W_K^a k and W_V^a v of one token."""
+        enc, w = f"model.layers.{layer}.self_attn.pte_encoder", self.weights
+        if self.centre and evicted:
+            key, value = key - w[f"{enc}.key_centre"].flatten(), value - w[f"{enc}.value_centre"].flatten()
         if self.whiten:
-            keys = keys @ torch.block_diag(*w[f"{enc}.key_whitener"])
-            values = values @ torch.block_diag(*w[f"{enc}.value_whitener"])
-        return queries @ (keys @ w[f"{enc}.key_map.weight"].T).T @ (values @ w[f"{enc}.value_map.weight"].T)
+            key = key @ torch.block_diag(*w[f"{enc}.key_whitener"])
+            value = value @ torch.block_diag(*w[f"{enc}.value_whitener"])
+        factor = 1.0
+        if self.write_gate and evicted:
+            gate, total = f"{enc}.write_gate", w[f"{enc}.write_gate.offset"]
+            for part, x in (("key", key), ("value", value)):
+                total = total + w[f"{gate}.{part}_weight"] @ x / torch.sqrt((x * x).sum() + 1e-6)
+            factor = 2 / (1 + torch.exp(-total))
+        return w[f"{enc}.key_map.weight"] @ key, w[f"{enc}.value_map.weight"] @ (factor * value)
 
     def first_accumulator(self, layer):
         tokens = self.weights.get(f"model.layers.{layer}.self_attn.pte_encoder.global_tokens")
@@ -77,7 +95,8 @@ class Naive:
         attention = f"model.layers.{layer}.self_attn"
         k_g = torch.stack([self.linear(f"{attention}.k_proj", h) for h in tokens])
         v_g = torch.stack([self.linear(f"{attention}.v_proj", h) for h in tokens])
-        state = self.norm(self.encode(layer, k_g, v_g))
+        state = sum(torch.outer(*self.latents(layer, k, v, evicted=False)) for k, v in zip(k_g, v_g, strict=True))
+        state = self.norm(self.queries(layer) @ state)
         return state if self.use_global_tokens else torch.zeros_like(state)
 
     def evict(self, layer, count):
@@ -85,9 +104,33 @@ class Naive:
         thoughts = self.thoughts[layer]
         gone, self.thoughts[layer] = thoughts[:count], thoughts[count:]
         if self.accumulator[layer] is not None and self.encode_evicted:
-            update = self.encode(layer, torch.stack([k for k, _ in gone]), torch.stack([v for _, v in gone]))
-            total = self.accumulator[layer] + update
-            self.accumulator[layer] = total if self.state_update == "sum" else self.norm(total)
+            self.remember(layer, [self.latents(layer, *entry) for entry in gone])
+
+    def remember(self, layer, latents):
+        """One eviction: S' = (W_Q^a q_g) (W_K^a K)^T (W_V^a V), or the delta rule token by token."""
+        rule, queries = f"model.layers.{layer}.self_attn.pte_encoder.rule", self.queries(layer)
+        total = self.accumulator[layer]
+        if self.state_update == "delta":
+            rate, memory = self.weights[f"{rule}.rate"].sigmoid(), self.memory[layer]
+            for key, value in latents:
+                memory = torch.zeros_like(torch.outer(key, value)) if memory is None else memory
+                key = key / torch.sqrt((key * key).sum() + 1e-6 * len(key))
+                memory = memory + rate * torch.outer(key, value - memory.T @ key)
+            self.memory[layer] = memory
+            return
+        if self.state_update == "gated_sum":
+            total = self.weights[f"{rule}.gate"].sigmoid().unsqueeze(1) * total
+        total = total + queries @ sum(torch.outer(key, value) for key, value in latents)
+        self.accumulator[layer] = self.norm(total) if self.state_update == "recursive" else total
+
+    def state(self, layer):
+        """S of now."""
+        state = self.accumulator[layer]
+        if state is None or self.state_update == "recursive":
+            return state
+        if self.state_update == "delta" and self.memory[layer] is not None:
+            state = state + self.queries(layer) @ self.memory[layer]
+        return self.norm(state)
 
     def attend(self, layer, x, position, state, is_prompt):
         name, config = f"model.layers.{layer}.self_attn", self.config
@@ -109,9 +152,7 @@ class Naive:
     def feed(self, token, position, is_prompt):
         x = self.weights["model.embed_tokens.weight"][token]
         for layer in range(self.config.num_hidden_layers):
-            name, state = f"model.layers.{layer}", self.accumulator[layer]
-            if state is not None and self.state_update == "sum":
-                state = self.norm(state)
+            name, state = f"model.layers.{layer}", self.state(layer)
             x = x + self.attend(layer, self.rms_norm(f"{name}.input_layernorm", x), position, state, is_prompt)
             inner = self.rms_norm(f"{name}.post_attention_layernorm", x)
             gate = torch.nn.functional.silu(self.linear(f"{name}.mlp.gate_proj", inner, state=state))
@@ -125,6 +166,7 @@ class Naive:
         layers = range(self.config.num_hidden_layers)
         self.prompts, self.thoughts = [[] for _ in layers], [[] for _ in layers]
         self.accumulator = [self.first_accumulator(layer) for layer in layers]
+        self.memory = [None for _ in layers]  # M of the delta rule, zero until something is written
         for position, token in enumerate(prompt):
             logits = self.feed(token, position, is_prompt=True)
         out = [logits]

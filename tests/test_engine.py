@@ -14,7 +14,7 @@ from pte_trl.rollouts.engine import Engine, Room
 from pte_trl.rollouts.ring import aligned
 from pte_trl.rollouts.rollout import rollout
 from tests.grids import grid
-from tests.models import ALL_SEVEN, tiny, with_lora, with_pte
+from tests.models import ALL_SEVEN, OPTIONS, tiny, with_lora, with_pte
 
 PROMPTS = [[5, 6, 7, 8, 9]] * 4 + [[10, 11]] * 3 + [[12, 13, 14]] * 2 + [[5, 6, 7, 8, 9]] * 2
 MODELS = {
@@ -25,6 +25,7 @@ MODELS = {
     "pte, nothing encoded": lambda m: with_pte(m, encode_evicted=False),
     "pte, whitened": lambda m: with_pte(m, whiten=True),
     "pte, column, row norm": lambda m: with_pte(m, read="column", normalisation="row"),
+    "pte, all options": lambda m: with_pte(m, **OPTIONS["all options"]),
 }
 THOROUGH = pytest.mark.thorough
 ENDS = list(range(40, 46))

@@ -14,6 +14,7 @@ from tests.grids import grid
 from tests.models import (
     ALL_SEVEN,
     ATTENTION,
+    OPTIONS,
     TEMPERATURE,
     decode_logps,
     gap,
@@ -31,7 +32,8 @@ TARGETS = {"qo": ["q_proj", "o_proj"], "qkvo": ATTENTION, "seven": ALL_SEVEN}
 CHOICES = [
     {"state_update": update, "read": read, "normalisation": norm}
     for update, read, norm in itertools.product(("recursive", "sum"), ("row", "column"), ("rms", "row"))
-] + [{"whiten": True}]
+]
+CHOICES += [{"whiten": True}, *OPTIONS.values()]
 ABLATIONS = [{"use_global_tokens": False}, {"encode_evicted": False}]
 
 

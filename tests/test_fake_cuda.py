@@ -297,7 +297,11 @@ def test_offloaded_tensors_come_back_without_a_wait():
         assert torch.equal(fetched(offloaded(x, torch.device("cpu")), torch.device("cpu")), x)
 
 
-@grid(view=VIEWS, model=["pte, sum, all seven", "pte, whitened", "lora_c"], attention=["blockwise", "sdpa"])
+@grid(
+    view=VIEWS,
+    model=["pte, sum, all seven", "pte, all options", "lora_c", "pte, whitened"],
+    attention=["blockwise", "sdpa"],
+)
 def test_replay_and_its_gradients(view, model, attention):
     base = small()
     base.set_attn_implementation(attention)
@@ -319,14 +323,14 @@ def test_replay_and_its_gradients(view, model, attention):
         assert all(gap(gradients[name], wanted[name]) < 1e-9 for name in wanted) and len(wanted) > 3
 
 
-@pytest.mark.parametrize("whiten", [True, False])
-def test_calibration(whiten):
+@pytest.mark.parametrize("fitted", [True, False])
+def test_calibration(fitted):
     """What is handed to the other processes lies on the CPU: unpickled there, it would go to the first GPU."""
-    cpu = with_pte(small(torch.float32), whiten=whiten)
+    cpu = with_pte(small(torch.float32), whiten=fitted, centre=fitted)
     with FakeCuda() as gpu:
         there = moved(cpu, gpu)
         found = measure(there, IDS.to("cuda:0"), MASK.to("cuda:0"), 2)
-        assert not any(whitener.is_cuda for each in found for whitener in each.whiteners or ())
+        assert not any(x.is_cuda for each in found for x in (*(each.whiteners or ()), *(each.centres or ())))
         fit(there, found)
         expected = measure(cpu, IDS, MASK, 2)
         fit(cpu, expected)

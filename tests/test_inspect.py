@@ -35,7 +35,7 @@ def decoded_memories(model) -> list[list[torch.Tensor]]:
     return [list(column) for column in zip(*seen, strict=True)]
 
 
-@pytest.mark.parametrize("update", ["recursive", "sum"])
+@pytest.mark.parametrize("update", ["recursive", "sum", "gated_sum"])
 def test_the_states_are_those_of_a_decode(update):
     model = with_pte(tiny(), state_update=update)
     found = inspect(model, PROMPT, COMPLETION, Schedule(WINDOW), pad=0)

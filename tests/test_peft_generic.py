@@ -17,6 +17,7 @@ from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
 from tests.models import (
     ATTENTION,
+    OPTIONS,
     TEMPERATURE,
     chosen,
     decode_logps,
@@ -41,6 +42,7 @@ CONFIGS = {
     "qkvo": {"target_modules": ATTENTION},
     "mlp": {"target_modules": ["gate_proj", "down_proj"]},
     "all-linear, whiten, sum": {"target_modules": "all-linear", "whiten": True, "state_update": "sum"},
+    **OPTIONS,
     "dropout": {"dropout": 0.3},
     "some layers": {"layers_to_transform": [1], "target_modules": "all-linear"},
     "some linears": {"exclude_modules": r".*layers\.0\.self_attn\.(q|k|v)_proj", "target_modules": ATTENTION},
@@ -48,7 +50,13 @@ CONFIGS = {
 }
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
 GRID = [(name, FAMILIES[n % 4]) for n, name in enumerate(CONFIGS)]
-every = pytest.mark.parametrize(("name", "family"), GRID)
+# Of the encoder's options, the other tests run by default with these two, in which all of them are.
+LATER = OPTIONS.keys() - {"gated sum", "all options"}
+each_fresh = pytest.mark.parametrize(("name", "family"), GRID)
+every = pytest.mark.parametrize(
+    ("name", "family"),
+    [pytest.param(*cell, marks=[pytest.mark.thorough] if cell[0] in LATER else []) for cell in GRID],
+)
 CLOSE = 1e-4  # float32: where tensors lie in memory decides how they are added up
 FLOAT16 = (torch.float16, torch.bfloat16)
 
@@ -83,7 +91,7 @@ def all_equal(found: dict, expected: dict) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@every
+@each_fresh
 def test_fresh_it_is_the_base_and_trained_it_is_not(name, family):
     model = get_peft_model(base(family), PteConfig(**SMALL, **CONFIGS[name])).eval()
     plain = logps(base(family))

@@ -32,6 +32,8 @@ CHANGES = {
     "encode_evicted": False,
     "init_ratio": 0.5,
     "whiten": True,
+    "centre": True,
+    "write_gate": True,
 }
 # Settings about where an adapter comes from and how it is used; each has a test of its own below.
 BOOKKEEPING = {
@@ -209,6 +211,8 @@ BAD = {
     "use_global_tokens": [1, "true", None],
     "encode_evicted": [0, "no", None],
     "whiten": ["yes", None],
+    "centre": [1, None],
+    "write_gate": ["no", None],
     "inference_mode": ["yes", 1],
     "target_modules": [[], None, "q_proj", ".*q_proj", ["q_proj", 3], ["q_proj", ""], ["q_proj", "query"], 7, {}],
     "exclude_modules": [[], "", 3, [None]],

@@ -17,11 +17,11 @@ from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.rollouts.rollout import rollout
-from tests.models import FAMILIES, VOCAB, randomise_up, tiny
+from tests.models import FAMILIES, OPTIONS, VOCAB, randomise_up, tiny
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 AUTOCAST = (None, torch.bfloat16)
-METHODS = ("pte", "lora_c")
+METHODS = ("pte", "lora_c", "all options")
 WINDOW, NEW, EOS = 4, 9, VOCAB + 1  # nothing ends a completion: all are NEW tokens long, with four evictions
 PROMPTS = [[5, 9, 17, 33, 4], [7, 8, 3], [21, 2, 40, 41, 42, 43]]
 # Largest difference of a log-prob, and of a gradient relative to its norm; what the grid showed is in the comments.
@@ -41,8 +41,9 @@ def made(family: str, method: str, weights: torch.dtype):
     """A model with an adapter as PEFT makes it by default: in float32 beside weights in low precision."""
     model = tiny(family, dtype=weights, attn_implementation="blockwise", num_hidden_layers=2)
     torch.manual_seed(1)
-    if method == "pte":
-        model = get_peft_model(model, PteConfig(rank=5, num_global_tokens=6, alpha=5.0)).eval()
+    if method != "lora_c":
+        options = OPTIONS.get(method, {})
+        model = get_peft_model(model, PteConfig(rank=5, num_global_tokens=6, alpha=5.0, **options)).eval()
         randomise_up(model)
         return model
     config = LoraConfig(r=5, lora_alpha=5, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pte_trl.replay.precision import cast_by_autocast
+
 Pick = Callable[[Tensor], Tensor]  # (..., length, width) of some tokens -> of others
 
 
@@ -141,4 +143,5 @@ def _zeros_from(linears: list[nn.Module]) -> Iterator[None]:
 
 
 def _zeros(width: int, x: Tensor) -> Tensor:
-    return x.new_zeros(()).expand(*x.shape[:-1], width)
+    (zero,) = cast_by_autocast(x.new_zeros(()))  # as a linear does
+    return zero.expand(*x.shape[:-1], width)

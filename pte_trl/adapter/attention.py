@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pte_trl.adapter import states
 from pte_trl.adapter.arrival import Call, Recorder, arriving
 from pte_trl.adapter.config import PteConfig
-from pte_trl.adapter.encoder import WHITENERS, Encoder
+from pte_trl.adapter.encoder import FITTED, Encoder
 from pte_trl.adapter.layer import PteLayer, PteLinear, StateInUse
 from pte_trl.adapter.placement import named, unwrapped
 from pte_trl.adapter.projections import (
@@ -68,17 +68,17 @@ class PteAttention(nn.Module, PteLayer):
 
     def set_adapter(self, *args, **kwargs) -> None:
         super().set_adapter(*args, **kwargs)
-        self._freeze_whiteners()
+        self._freeze_fitted()
 
     def set_requires_grad(self, *args, **kwargs) -> None:
         super().set_requires_grad(*args, **kwargs)
-        self._freeze_whiteners()
+        self._freeze_fitted()
 
-    def _freeze_whiteners(self) -> None:
-        """PEFT makes every parameter of an adapter trainable, and whiteners may be parameters (see `Encoder`)."""
+    def _freeze_fitted(self) -> None:
+        """PEFT makes every parameter of an adapter trainable, and what is fitted may be parameters (see `Encoder`)."""
         for encoder in self.pte_encoder.values():
             for name, parameter in encoder.named_parameters():
-                if name in WHITENERS and parameter.is_leaf:
+                if name in FITTED and parameter.is_leaf:
                     parameter.requires_grad_(False)
 
     def unload_and_optionally_merge_module(self, merge: bool, **kwargs) -> nn.Module:
@@ -175,15 +175,16 @@ class PteAttention(nn.Module, PteLayer):
         Args:
             name: the adapter; one whose config has `encode_evicted`.
             keys, values: (batch, kv heads, m, width) of the tokens that leave, as the cache holds them.
-            queries, accumulator: (n_g, r) from the start, and (n_g, r) or (batch, n_g, r) before the eviction.
+            queries, accumulator: (n_g, r) from the start, and (n, r) or (batch, n, r) before the eviction; n is n_g,
+                but for the delta rule.
 
         Returns:
-            (batch, n_g, r).
+            (batch, n, r).
         """
         encoder = self.pte_encoder[name]
         update = encoder.update(queries, *self.latents(name, keys, values))
         if torch.is_grad_enabled():
-            self.watch(update, accumulator)
+            self.watch(name, update)
         return encoder.advance(accumulator, update)
 
     def _decode_state(self, name: str, layer: BoundedLayer, hidden: Tensor, call: Call) -> None:
@@ -204,10 +205,10 @@ class PteAttention(nn.Module, PteLayer):
         layer.make_room(hidden.shape[1], encode if self.config[name].encode_evicted else None)
         self.in_use.set(self.pte_encoder[name].state(layer.accumulator))
 
-    def watch(self, updates: Tensor, accumulator: Tensor) -> None:
+    def watch(self, name: str, updates: Tensor) -> None:
         """Keeps |S'| / |S| of this forward for the trainer's log (Frobenius norms; S after its norm)."""
         if self.watch_updates:
             with torch.no_grad():
+                written = self.pte_encoder[name].written(updates)
                 # By the norm of eq. 4 every entry of S has a mean square of 1.
-                state_norm = accumulator.shape[-2:].numel() ** 0.5
-                self.update_ratio = updates.norm(dim=(-2, -1)).mean() / state_norm
+                self.update_ratio = written.norm(dim=(-2, -1)).mean() / written.shape[-2:].numel() ** 0.5

@@ -5,6 +5,9 @@ would be far from `init_ratio`. And they lie almost on one line (SmolLM2's, docs
 with hardly more than one dimension, and a training at 1e-3 made it a hundred times as large. With `whiten`, the maps
 are therefore learned as W^a = M P: P, fixed and of every kv head, takes the base model's keys (and another one its
 values) to unit second moments; only M is trained. Eq. 4 is unchanged. What it gains: docs/results.md, "Choices".
+
+With `centre`, the mean key and the mean value of every kv head are taken out of evicted tokens first, and the moments
+are those about the mean.
 """
 
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from pte_trl.adapter.arrival import Call, calls_of
 from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.model import active_layers
 from pte_trl.adapter.projections import as_encoded, rows
+from pte_trl.adapter.updates import wide
 from pte_trl.cache.masks import prompt_mask
 
 RIDGE = 0.01  # of the mean eigenvalue: directions that the text at hand hardly shows are not blown up
@@ -29,11 +33,13 @@ class Found:
 
     Attributes:
         ratio: |S'| / |S| of one eviction, after whitening where the adapter whitens.
+        centres: (kv heads, head_dim) mean key and value, on the CPU; None where it does not centre.
         whiteners: (kv heads, head_dim, head_dim) of keys and of values, on the CPU; None where it does not whiten.
         dimensions: how many of its dimensions a head's keys fill (`filled`), mean over heads; None without whitening.
     """
 
     ratio: float
+    centres: tuple[Tensor, Tensor] | None = None
     whiteners: tuple[Tensor, Tensor] | None = None
     dimensions: float | None = None
 
@@ -64,32 +70,41 @@ def measure(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict: 
     """
     found = []
     for layer, call, keys, values in keys_and_values(model, input_ids, attention_mask, reach):
-        name, whiteners, dimensions = layer._adapter(), None, None
-        encoder = layer.pte_encoder[name]
-        if layer.config[name].whiten:
-            # Without the first token of a text: its keys and values are outliers, and a prompt's are never evicted.
-            real = attention_mask.bool() & (attention_mask.cumsum(1) > 1)
-            moments = [second_moments(x.transpose(1, 2)[real]) for x in (keys, values)]
-            whiteners, dimensions = tuple(map(inverse_root, moments)), filled(moments[0]).mean().item()
+        encoder, config = layer.pte_encoder[layer._adapter()], layer.config[layer._adapter()]
+        centres = whiteners = dimensions = None
+        # Without the first token of a text: its keys and values are outliers, and a prompt's are never evicted.
+        real = attention_mask.bool() & (attention_mask.cumsum(1) > 1)
+        tokens = [wide(x.transpose(1, 2)[real]) for x in (keys, values)]
+        if config.centre:
+            centres = [x.mean(0) for x in tokens]
+            tokens = [x - centre for x, centre in zip(tokens, centres, strict=True)]
+            encoder.set_centres_(*centres)
+        if config.whiten:
+            moments = [second_moments(x) for x in tokens]
+            whiteners, dimensions = [inverse_root(x) for x in moments], filled(moments[0]).mean().item()
             encoder.set_whiteners_(*whiteners)
-            # As every process gets them: unpickled, a tensor of a GPU goes to the GPU of that number.
-            whiteners = tuple(x.cpu() for x in whiteners)
         take = min(evict, input_ids.shape[1])
         last = (rows(x[:, :, -take:]) for x in (keys, values))
-        queries, accumulator = layer.start(name, call)
-        update = encoder.update(queries, *encoder.latents(*last)) * (evict / take)
-        found.append(
-            Found(update.norm(dim=(-2, -1)).mean().item() / accumulator.numel() ** 0.5, whiteners, dimensions)
-        )
+        queries, _ = layer.start(layer._adapter(), call)
+        update = encoder.written(encoder.update(queries, *encoder.latents(*last))) * (evict / take)
+        ratio = update.norm(dim=(-2, -1)).mean().item() / update.shape[-2:].numel() ** 0.5
+        found.append(Found(ratio, _on_cpu(centres), _on_cpu(whiteners), dimensions))
     return found
+
+
+def _on_cpu(tensors: list[Tensor] | None) -> tuple[Tensor, ...] | None:
+    """As every process gets them: unpickled, a tensor of a GPU goes to the GPU of that number."""
+    return None if tensors is None else tuple(x.cpu() for x in tensors)
 
 
 @torch.no_grad()
 def fit(model: nn.Module, found: list[Found]) -> None:
-    """Sets the whiteners and scales S' of each PTE layer so that |S'| / |S| becomes the adapter's `init_ratio`."""
+    """Sets what is fitted and scales S' of each PTE layer so that |S'| / |S| becomes the adapter's `init_ratio`."""
     for layer, each in zip(active_layers(model), found, strict=True):
         name = layer._adapter()
         encoder = layer.pte_encoder[name]
+        if each.centres is not None:
+            encoder.set_centres_(*each.centres)
         if each.whiteners is not None:
             encoder.set_whiteners_(*each.whiteners)
         encoder.scale_update_(layer.config[name].init_ratio / max(each.ratio, 1e-12))
@@ -97,7 +112,7 @@ def fit(model: nn.Module, found: list[Found]) -> None:
 
 def second_moments(x: Tensor) -> Tensor:
     """(tokens, heads, head_dim) -> (heads, head_dim, head_dim) mean of x x^T, at least in float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     return torch.einsum("nhi,nhj->hij", x, x) / len(x)
 
 

@@ -34,13 +34,16 @@ class PteConfig(PeftConfig):
         layers_to_transform: the decoder layers that are adapted, a number or a list, from 0 on; None for all.
         modules_to_save: modules outside attention and MLP that are trained whole and saved with the adapter.
         dropout: on the input of the adapter. Above 0, log-probs in training are no longer those of the rollout.
-        state_update: "recursive" (S <- Norm(S + S')) or "sum" (S = Norm(S_0 + sum of S'), the paper's figure 2).
+        state_update: "recursive" (S <- Norm(S + S')), "sum" (S = Norm(S_0 + sum of S'), the paper's figure 2),
+            "gated_sum" (the sum with a learned forget gate) or "delta" (a delta rule): `pte_trl.adapter.updates`.
         read: "row" (x A S B: keys are matched, values come out) or "column" (A S B x).
         normalisation: "rms" divides S by the root mean square of all its entries, "row" row by row.
         use_global_tokens: False is the paper's ablation global-0: S_0 = 0.
         encode_evicted: False is the ablation global-only: evictions leave S as it is.
         init_ratio: |S'| of one eviction over |S| at initialisation.
         whiten: learn the maps W^a on keys and values of unit second moments (pte_trl/adapter/calibration.py).
+        centre: take the mean key and value of every kv head out of evicted tokens (the same).
+        write_gate: multiply the value of an evicted token by a learned gate (pte_trl/adapter/encoder.py).
         geometry: shape of the model the adapter was made for; filled in, and compared on loading.
 
     Raises:
@@ -63,6 +66,8 @@ class PteConfig(PeftConfig):
     encode_evicted: bool = True
     init_ratio: float = 0.25
     whiten: bool = False
+    centre: bool = False
+    write_gate: bool = False
     geometry: dict | None = None
 
     def __new__(cls, *args, **kwargs):
@@ -79,10 +84,10 @@ class PteConfig(PeftConfig):
         for key in ("alpha", "init_ratio"):
             number(key, getattr(self, key), "above 0", lambda x: x > 0)
         number("dropout", self.dropout, "of at least 0 and below 1", lambda x: 0 <= x < 1)
-        one_of("state_update", self.state_update, ("recursive", "sum"))
+        one_of("state_update", self.state_update, ("recursive", "sum", "gated_sum", "delta"))
         one_of("read", self.read, ("row", "column"))
         one_of("normalisation", self.normalisation, ("rms", "row"))
-        for key in ("inference_mode", "use_global_tokens", "encode_evicted", "whiten"):
+        for key in ("inference_mode", "use_global_tokens", "encode_evicted", "whiten", "centre", "write_gate"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}={getattr(self, key)!r}: must be true or false")
         self._check_modules()

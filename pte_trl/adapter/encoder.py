@@ -2,12 +2,20 @@
 
     S_0 = Norm((W_Q^a q_g) (W_K^a k_g)^T (W_V^a v_g))        before any eviction
     S'  =      (W_Q^a q_g) (W_K^a K_e)^T (W_V^a V_e)         at an eviction
-    S  <- Norm(S + S')             "recursive", the text's rule
-    S   = Norm(S_0 + sum of S')    "sum", the reading of the paper's figure 2
 
-There is no softmax: it is linear attention from the global queries to the evicted tokens. What an eviction leaves
-behind is the *accumulator*, (batch, n_g, r); `state` turns it into S, which the adapted layers
-use. For the recursive rule the accumulator is S itself; for the sum it is the sum before the norm.
+There is no softmax: it is linear attention from the global queries to the evicted tokens. What becomes of S' is the
+choice of `state_update` (`pte_trl.adapter.updates`). What an eviction leaves behind is the *accumulator*, a matrix of
+every sample; `state` turns it into S, which the adapted layers use.
+
+Options change what is encoded of an evicted token, never S_0:
+
+    centre        k <- k - mean k, v <- v - mean v           means of every kv head, from calibration, never trained
+    whiten        k <- k P_K, v <- v P_V                     of global tokens too; W^a is learned on top
+    write_gate    v <- 2 sigmoid(w_K k / |k| + w_V v / |v| + b) v
+
+The write gate reads keys and values as they are after the other two, not their latents: these are small at the start
+(`init_ratio`) and forget what the maps leave out. It reads them at unit length. A model's keys may be of length 1 or
+300, and a step of the optimizer then changes the gate alike. w and b start at zero, which is a factor of 1.
 """
 
 import math
@@ -16,10 +24,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pte_trl.adapter.recursion import recursion, root_mean_square
+from pte_trl.adapter.recursion import NORM_EPS, root_mean_square
+from pte_trl.adapter.updates import UPDATES, wide
 from pte_trl.replay.precision import without_autocast
 
 WHITENERS = ("key_whitener", "value_whitener")
+CENTRES = ("key_centre", "value_centre")
+FITTED = WHITENERS + CENTRES  # by calibration; in float32, saved with the adapter, never trained
 REFERENCE_EVICT = 32  # evicted tokens that the data-free initialisation assumes
 
 
@@ -38,7 +49,6 @@ class Encoder(nn.Module):
 
     def __init__(self, hidden_size: int, query_size: int, keys: tuple[int, int], values: tuple[int, int], config):
         super().__init__()
-        self.state_update = config.state_update
         self.normalisation = config.normalisation
         self.use_global_tokens = config.use_global_tokens
         self.global_tokens = nn.Parameter(torch.empty(config.num_global_tokens, hidden_size))
@@ -49,6 +59,10 @@ class Encoder(nn.Module):
         for name, (heads, width) in zip(WHITENERS, (keys, values), strict=True):
             eye = torch.eye(width, dtype=torch.float32).repeat(heads, 1, 1)
             self.register_buffer(name, eye if config.whiten else None)
+        for name, shape in zip(CENTRES, (keys, values), strict=True):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32) if config.centre else None)
+        self.write_gate = WriteGate(math.prod(keys), math.prod(values)) if config.write_gate else None
+        self.rule = UPDATES[config.state_update](config)
         self.reset_parameters(config)
 
     @torch.no_grad()
@@ -57,26 +71,32 @@ class Encoder(nn.Module):
 
         An entry of S' of m evicted tokens sums r * m products of three unit normals: its deviation is
         sqrt(r * m) times that of a key entry times that of a value entry. With 1/sqrt(fan_in) weights alone
-        |S'| would be far above |S|, and the recursion would remember only the last eviction. `calibrate`
-        does the same on real keys.
+        |S'| would be far above |S|, and the recursion would remember only the last eviction. Key latents of
+        unit length make it sqrt(m), times the rate of the delta rule. `calibrate` does the same on real keys.
         """
         nn.init.normal_(self.global_tokens)
         for linear in (self.query_map, self.key_map, self.value_map):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        self.scale_update_(config.init_ratio / (config.rank * REFERENCE_EVICT) ** 0.5)
+        size = (REFERENCE_EVICT * (0.25 if self.rule.unit_keys else config.rank)) ** 0.5
+        self.scale_update_(config.init_ratio / size)
 
     @torch.no_grad()
     def scale_update_(self, factor: float) -> None:
         """Multiplies S' (and S_0 before its norm) by `factor`, shared evenly by the key and the value map.
 
-        Of whitened maps P takes it: M keeps a scale at which the optimizer's steps are small relative to it.
+        Where keys are taken at unit length, the value map has all of it. Of whitened maps P takes it: M keeps a scale
+        at which the optimizer's steps are small relative to it.
         """
         maps = (self.key_map.weight, self.value_map.weight)
-        for weight in maps if self.key_whitener is None else (self.key_whitener, self.value_whitener):
+        maps = maps if self.key_whitener is None else (self.key_whitener, self.value_whitener)
+        if self.rule.unit_keys:
+            maps[1].mul_(factor)
+            return
+        for weight in maps:
             weight.mul_(factor**0.5)
 
     def _apply(self, fn, recurse: bool = True):
-        """`.to`, `.half` and the like call this: whiteners follow to a device and to float64, not to half.
+        """`.to`, `.half` and the like call this: what is fitted follows to a device and to float64, not to half.
 
         PEFT takes care of an adapter's parameters only, and a whitener rounded once stays rounded.
         """
@@ -88,11 +108,11 @@ class Encoder(nn.Module):
                 setattr(self, name, before.to(after.device))
         return self
 
-    def whiteners_as_parameters(self) -> None:
+    def fitted_as_parameters(self) -> None:
         """Frozen parameters instead of buffers, for an engine that cannot load buffers."""
-        for name, whitener in list(self.named_buffers(recurse=False)):  # none without whitening
+        for name, tensor in list(self.named_buffers(recurse=False)):  # a buffer that is None is not among them
             delattr(self, name)
-            self.register_parameter(name, nn.Parameter(whitener, requires_grad=False))
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @torch.no_grad()
     def set_whiteners_(self, keys: Tensor, values: Tensor) -> None:
@@ -100,29 +120,39 @@ class Encoder(nn.Module):
         self.key_whitener.copy_(keys)
         self.value_whitener.copy_(values)
 
-    @staticmethod
-    def _wide(x: Tensor) -> Tensor:
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+    @torch.no_grad()
+    def set_centres_(self, keys: Tensor, values: Tensor) -> None:
+        """Mean keys and values of every head, (kv heads, head_dim) both."""
+        self.key_centre.copy_(keys)
+        self.value_centre.copy_(values)
 
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
         # The map's weights may be bfloat16 (a whole model cast for ZeRO-3): their product is then computed in float32.
         weight = linear.weight
-        return (
-            linear(self._wide(x).to(weight.dtype))
-            if weight.dtype.itemsize >= 4
-            else self._wide(linear(x.to(weight.dtype)))
-        )
+        return linear(wide(x).to(weight.dtype)) if weight.dtype.itemsize >= 4 else wide(linear(x.to(weight.dtype)))
 
     def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, d_kv) keys and values as they lie in the cache -> their (…, r) latents, W_K^a K and W_V^a V."""
+        """(…, d_kv) keys and values of evicted tokens, as they lie in the cache -> their (…, r) latents.
+
+        W_K^a K and W_V^a V, the options of this encoder included.
+        """
         with without_autocast(keys.device):
+            keys, values = self._centred(keys, self.key_centre), self._centred(values, self.value_centre)
             keys, values = self._whiten(keys, self.key_whitener), self._whiten(values, self.value_whitener)
-            return self._project(self.key_map, keys), self._project(self.value_map, values)
+            found = self._project(self.key_map, keys), self._project(self.value_map, values)
+            return found if self.write_gate is None else (found[0], self.write_gate(keys, values) * found[1])
+
+    def _centred(self, x: Tensor, centre: Tensor | None) -> Tensor:
+        """Entries of zeros stay zeros. They stand for none, where heads or samples evict different tokens."""
+        if centre is None:
+            return x
+        heads = wide(x).unflatten(-1, centre.shape)
+        return (heads - centre.to(heads.dtype) * (heads != 0).any(-1, keepdim=True)).flatten(-2)
 
     def _whiten(self, x: Tensor, whitener: Tensor | None) -> Tensor:
         if whitener is None:
             return x
-        heads = self._wide(x).unflatten(-1, whitener.shape[:2])
+        heads = wide(x).unflatten(-1, whitener.shape[:2])
         return torch.einsum("...hi,hij->...hj", heads, whitener.to(heads.dtype)).flatten(-2)
 
     def queries(self, global_queries: Tensor) -> Tensor:
@@ -131,17 +161,17 @@ class Encoder(nn.Module):
             return self._project(self.query_map, global_queries)
 
     def update(self, queries: Tensor, key_latents: Tensor, value_latents: Tensor) -> Tensor:
-        """S' of tokens that leave together.
+        """What the accumulator needs to know of tokens that leave together: S', if the rule is additive.
 
         Args:
             queries: (n_g, r).
             key_latents, value_latents: (…, m, r) of m evicted tokens.
 
         Returns:
-            (…, n_g, r).
+            (…, n_g, r); as the rule has it.
         """
         with without_autocast(queries.device):
-            return self.update_of(queries, key_latents.transpose(-2, -1) @ value_latents)
+            return self.rule.update(queries, key_latents, value_latents)
 
     @staticmethod
     def update_of(queries: Tensor, products: Tensor) -> Tensor:
@@ -160,31 +190,61 @@ class Encoder(nn.Module):
         """
         global_queries, keys, values = project(self.global_tokens)
         queries = self.queries(global_queries)
-        update = self.update(queries, *self.latents(keys, values))
-        if not self.use_global_tokens:
-            # Zero, but with a gradient for every weight where no eviction follows: engines that shard expect one.
-            return queries, 0 * update
-        return queries, root_mean_square(update, self.normalisation)
+        with without_autocast(queries.device):
+            keys, values = self._whiten(keys, self.key_whitener), self._whiten(values, self.value_whitener)
+            keys, values = self._project(self.key_map, keys), self._project(self.value_map, values)
+            update = self.update_of(queries, keys.transpose(-2, -1) @ values)
+        # Times zero, for a gradient of every weight where no eviction follows: engines that shard expect one.
+        gates = [gate for gate in (self.rule, self.write_gate) if gate is not None]
+        for weight in (weight for gate in gates for weight in gate.parameters()):
+            update = update + 0 * weight.sum()
+        state = root_mean_square(update, self.normalisation) if self.use_global_tokens else 0 * update
+        return queries, self.rule.first(state)
+
+    def written(self, update: Tensor) -> Tensor:
+        """S' of an `update`, (…, n_g, r)."""
+        return self.rule.written(update)
 
     def advance(self, accumulator: Tensor, update: Tensor) -> Tensor:
-        """The accumulator after an eviction that contributes S' = `update`, both (…, n_g, r)."""
-        accumulator = accumulator + update
-        return accumulator if self.state_update == "sum" else root_mean_square(accumulator, self.normalisation)
+        """The accumulator after an eviction that contributes `update`."""
+        with without_autocast(update.device):
+            return self.rule.advance(accumulator, update)
 
     def advance_all(self, accumulator: Tensor, updates: Tensor) -> Tensor:
-        """The accumulators after every eviction, from all S' at once: `advance` one after another.
+        """The accumulators after every eviction, from all updates at once: `advance` one after another.
 
         Args:
-            accumulator: (n_g, r) or (batch, n_g, r), before the first.
-            updates: (batch, J, n_g, r).
+            accumulator: (n, r) or (batch, n, r), before the first; n = n_g, but for the delta rule.
+            updates: (batch, J, …).
 
         Returns:
-            (batch, J, n_g, r).
+            (batch, J, n, r).
         """
-        if self.state_update == "sum":
-            return accumulator.unsqueeze(-3) + updates.cumsum(1)
-        return recursion(accumulator, updates, self.normalisation)
+        with without_autocast(updates.device):
+            return self.rule.advance_all(accumulator, updates)
 
     def state(self, accumulator: Tensor) -> Tensor:
-        """S of an accumulator, (…, n_g, r) -> the same shape."""
-        return root_mean_square(accumulator, self.normalisation) if self.state_update == "sum" else accumulator
+        """S of an accumulator, (…, n_g, r)."""
+        return self.rule.state(accumulator)
+
+
+class WriteGate(nn.Module):
+    """How much of an evicted token is written: 2 sigmoid(w_K k / |k| + w_V v / |v| + b).
+
+    Args:
+        keys, values: widths of all heads together.
+    """
+
+    def __init__(self, keys: int, values: int):
+        super().__init__()
+        self.key_weight = nn.Parameter(torch.zeros(keys))
+        self.value_weight = nn.Parameter(torch.zeros(values))
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, keys: Tensor, values: Tensor) -> Tensor:
+        """(…, d_kv) keys and values -> (…, 1)."""
+        total = wide(self.offset)
+        for x, weight in ((wide(keys), self.key_weight), (wide(values), self.value_weight)):
+            length = (x.square().sum(-1) + NORM_EPS).rsqrt()
+            total = total + (x @ weight.to(x.dtype)) * length
+        return 2 * total.sigmoid().unsqueeze(-1)

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.config import GEOMETRY, PteConfig
-from pte_trl.adapter.encoder import WHITENERS
+from pte_trl.adapter.encoder import FITTED
 from pte_trl.adapter.layer import PteLinear
 from pte_trl.adapter.placement import attention_modules, linear_place, unwrapped
 from pte_trl.adapter.self_test import check_by_self_test
@@ -19,7 +19,7 @@ from pte_trl.compat.transformers import attention_of
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.
-ENCODER_PARTS = ("global_tokens", "query_map", "key_map", "value_map", *WHITENERS)
+ENCODER_PARTS = ("global_tokens", "query_map", "key_map", "value_map", "write_gate", "rule", *FITTED)
 WRAPPER_PARTS = ("base_layer", "modules_to_save", "original_module")
 OWN_PARTS = {*CONTAINERS, *ENCODER_PARTS, *WRAPPER_PARTS, "weight", "bias"}
 

@@ -35,8 +35,11 @@ def of_replay(layer, name: str, hidden: Tensor, call: Call, plan: ReplayPlan) ->
         if layer.keys_follow_state:
             accumulators = _walk(layer, name, hidden, call, plan, queries, first, latents)
         else:
-            updates = encoder.update_of(queries, evicted_products(*latents, plan))
-            layer.watch(updates, first)
+            if encoder.rule.additive:
+                updates = encoder.update_of(queries, evicted_products(*latents, plan))
+            else:
+                updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
+            layer.watch(name, updates)
             accumulators = encoder.advance_all(first, updates)
         layer.in_use.set(encoder.state(first), encoder.state(accumulators), plan)
 
@@ -59,7 +62,7 @@ def _walk(layer, name, hidden, call: Call, plan: ReplayPlan, queries, accumulato
         theirs = call.at(lambda x, users=users: plan.pick(x.expand(len(users), -1, -1), users))
         new = layer.latents(name, *layer.arriving(plan.pick(hidden, users), theirs))
         latents = [plan.put(old, users, rows) for old, rows in zip(latents, new, strict=True)]
-    layer.watch(torch.stack(updates, dim=1), accumulators[0])
+    layer.watch(name, torch.stack(updates, dim=1))
     return torch.stack(accumulators, dim=1)
 
 
@@ -101,10 +104,10 @@ def _with_own(layer, keys: Tensor, values: Tensor, hidden: Tensor, call: Call) -
 
 
 def _encode_runs(layer, name: str, keys: Tensor, values: Tensor, run: int, cached: BoundedLayer) -> Tensor:
-    """(batch, J, n_g, r) accumulators after J evictions of `run` tokens; keys: (batch, kv heads, J run, …)."""
+    """(batch, J, …, r) accumulators after J evictions of `run` tokens; keys: (batch, kv heads, J run, …)."""
     encoder = layer.pte_encoder[name]
     latents = (x.unflatten(1, (-1, run)) for x in layer.latents(name, keys, values))
     updates = encoder.update(cached.queries, *latents)
     if torch.is_grad_enabled():
-        layer.watch(updates, cached.accumulator)
+        layer.watch(name, updates)
     return encoder.advance_all(cached.accumulator, updates)

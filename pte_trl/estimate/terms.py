@@ -130,7 +130,8 @@ def persistent(job: Job) -> dict[str, float]:
 
     weights: e per parameter; under ZeRO-3 and FSDP2 over N.
     adapter: 4 X, in float32; DeepSpeed takes the model's dtype, and keeps the float32 original with the optimizer.
-        The matrices of `whiten: true`, 8 kv_heads head_dim^2 bytes a layer, are left out: 34 MB of llama-8b.
+        The matrices of `whiten: true`, 8 kv_heads head_dim^2 bytes a layer, are left out: 34 MB of llama-8b. So are
+        the vectors of `centre: true`.
     gradients: as the adapter; DDP has them a second time, in its buckets. Over N from ZeRO-2 on.
     optimizer: Adam's 8 X, and with DeepSpeed the original, 4 X; over N under every sharding.
     """
@@ -332,7 +333,8 @@ def cached_tokens(job: Job) -> int:
 def rollout_cache(job: Job) -> float:
     """n times d_kv e for every cached token of every layer, and 4 r^2 for S of every layer that has one.
 
-    A sliding layer keeps its own window at most. Recurrent states are the same at every length.
+    A sliding layer keeps its own window at most. Recurrent states are the same at every length. The delta rule keeps
+    as much as S again, which is left out: less than two cached tokens of llama-8b.
     """
     tokens, full, width, size = cached_tokens(job), job.prompt + job.completion, job.dtype.itemsize, 0.0
     for layer in job.layers:

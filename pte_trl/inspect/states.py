@@ -82,7 +82,7 @@ def inspect(model: PeftModel, prompt_ids: list[int], completion_ids: list[int], 
     """Everything that is written, but for the words.
 
     Raises:
-        ValueError: no PTE adapter, one that adapts k or v, or a completion without an eviction.
+        ValueError: no PTE adapter, one that adapts k or v or has the delta rule, or a completion without an eviction.
     """
     layers = active_layers(model)
     if not layers:
@@ -92,6 +92,11 @@ def inspect(model: PeftModel, prompt_ids: list[int], completion_ids: list[int], 
         raise ValueError(
             f"target_modules={config.target_modules}, encode_evicted={config.encode_evicted}: keys and values must be "
             "the base model's, and evicted tokens encoded"
+        )
+    if config.state_update == "delta":
+        raise ValueError(
+            "state_update='delta': what a token writes depends on what is remembered already, so it has no share of "
+            "S'; allowed are recursive, sum and gated_sum"
         )
     fed = completion_ids[:-1]  # the last token is sampled, and evicts nothing
     ids, mask = left_pad([[*prompt_ids, *fed]], pad, model.device)

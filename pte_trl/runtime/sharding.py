@@ -51,7 +51,7 @@ def prepare_engine(trainer) -> None:
         # accelerate hands every entry of the state dict to the ranks as a sharded tensor, which a buffer is not.
         for layer in pte_layers(trainer.model):
             for encoder in layer.pte_encoder.values():
-                encoder.whiteners_as_parameters()
+                encoder.fitted_as_parameters()
         # FSDP2 would round what the model returns to bfloat16, and log-probs by up to 0.016 with it.
         keep_output_dtype(trainer.accelerator)
 

@@ -168,7 +168,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("dataset_limit", "limit", "max_prompt_tokens", "rank", "num_global_tokens"), COUNT),
     **dict.fromkeys(("alpha", "init_ratio", "save_minutes"), POSITIVE),
     "adapter_dropout": BELOW_ONE,
-    "state_update": choice("recursive", "sum"),
+    "state_update": choice("recursive", "sum", "gated_sum", "delta"),
     "read": choice("row", "column"),
     "normalisation": choice("rms", "row"),
     "format_reward_weight": NOT_NEGATIVE,

@@ -21,6 +21,8 @@ PTE_KEYS = (
     "encode_evicted",
     "init_ratio",
     "whiten",
+    "centre",
+    "write_gate",
 )
 ADAPTER_KEYS = (*PTE_KEYS, "adapter_dropout")
 
@@ -58,13 +60,15 @@ class RecipeArguments:
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "o_proj"], metadata={"help": "Linears."})
     adapter_dropout: float = field(default=0.0, metadata={"help": "On the adapter's input."})
     num_global_tokens: int = field(default=32, metadata={"help": "n_g, learnable tokens per layer (PTE)."})
-    state_update: str = field(default="recursive", metadata={"help": "recursive or sum (PTE)."})
+    state_update: str = field(default="recursive", metadata={"help": "recursive, sum, gated_sum or delta (PTE)."})
     read: str = field(default="row", metadata={"help": "row or column (PTE)."})
     normalisation: str = field(default="rms", metadata={"help": "rms or row (PTE)."})
     use_global_tokens: bool = field(default=True, metadata={"help": "False: the ablation global-0 (PTE)."})
     encode_evicted: bool = field(default=True, metadata={"help": "False: the ablation global-only (PTE)."})
     init_ratio: float = field(default=0.25, metadata={"help": "|S'| / |S| at the start, on real prompts (PTE)."})
     whiten: bool = field(default=False, metadata={"help": "Learn W^a on whitened keys and values (PTE)."})
+    centre: bool = field(default=False, metadata={"help": "Encode keys and values less their means (PTE)."})
+    write_gate: bool = field(default=False, metadata={"help": "Learn how much each evicted token writes (PTE)."})
 
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of a reward for a boxed answer."})
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})

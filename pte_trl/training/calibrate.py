@@ -35,15 +35,16 @@ def is_fresh(trainer) -> bool:
 def calibrate_encoders(trainer, texts: int = 8) -> None:
     """Fits the encoders of a fresh PTE adapter to the base model's keys and values, and prints what it found.
 
-    The first prompts of the training set serve; a whitening has more to find out, and gets twice as many with what the
-    base writes to them, since it is thoughts that are evicted. The main process measures, every process fits: the
-    others may hold no weights yet.
+    The first prompts of the training set serve; whitening and centring have more to find out, and get twice as many
+    with what the base writes to them, since it is thoughts that are evicted. The main process measures, every process
+    fits: the others may hold no weights yet.
     """
     layers, args, model = pte_layers(trainer.model), trainer.args, trainer.model
     if not layers:
         return
-    whiten = layers[0].config[layers[0]._adapter()].whiten
-    rows = list(islice(trainer.train_dataset, 2 * texts if whiten else texts))
+    config = layers[0].config[layers[0]._adapter()]
+    whiten, more = config.whiten, config.whiten or config.centre
+    rows = list(islice(trainer.train_dataset, 2 * texts if more else texts))
     found = [None]
     with distributed_backend(trainer).gather_params(list(model.parameters())):
         if trainer.accelerator.is_main_process:
@@ -51,10 +52,10 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
             policy = args.cache_policy.at(0.5, 0.5)  # of ranges the medians
             evict = round(fmean(policy.schedule(len(prompt)).evict for prompt in ids))
             with placed(model, trainer.accelerator.device):
-                if whiten:
+                if more:
                     ids = with_thoughts(trainer, ids)
                 inputs = left_pad(ids, trainer.processing_class.pad_token_id, model.device)
-                found = [measure(model, *inputs, evict, reach=trainer.max_completion_length if whiten else 0)]
+                found = [measure(model, *inputs, evict, reach=trainer.max_completion_length if more else 0)]
     (found,) = broadcast_object_list(found)
     fit(model, found)
     ratios = [each.ratio for each in found]
