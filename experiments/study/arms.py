@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 ORDER = (
     *("default", "base", "lora", "lora_c", "pte"),
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
+    *("recursive", "sum", "write_gate", "gated_sum", "delta", "qkvo"),
 )
 
 
@@ -50,6 +51,16 @@ CHOICES = {
     "alpha_4": {"alpha": "4"},  # rank over the root of num_global_tokens: what S adds is then of LoRA's size
     "whiten_alpha_4": {"whiten": "true", "alpha": "4"},
 }
+# What the state can hold: one adapter for all windows, which are drawn per sample (make study-load).
+ALL_WINDOWS = {"window": (6, 16)}
+LOAD_ARMS = (
+    Arm("recursive", "pte", "distill", flags=ALL_WINDOWS),
+    Arm("sum", "pte", "distill", flags=ALL_WINDOWS | {"state_update": "sum"}),
+    Arm("write_gate", "pte", "distill", flags=ALL_WINDOWS | {"state_update": "sum", "write_gate": "true"}),
+    Arm("gated_sum", "pte", "distill", flags=ALL_WINDOWS | {"state_update": "gated_sum"}),
+    Arm("delta", "pte", "distill", flags=ALL_WINDOWS | {"state_update": "delta"}),
+    Arm("qkvo", "pte", "distill", flags=ALL_WINDOWS | CHOICES["qkvo"]),
+)
 LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
 SMOLLM2_ARMS = (
     Arm("lora_c_distilled", "lora_c", "distill", flags=LORA_C),
@@ -64,3 +75,4 @@ NAMES_ARMS = (*SMOLLM2_ARMS, *AFTERWARDS, Arm("pte_unwhitened", "pte", "distill"
 # LoRA_c's loss is stable at the higher rate; PTE's leaps there.
 FAST = LORA_C | {"learning_rate": "2e-3"}
 ARITHMETIC_ARMS = (Arm("lora_c_distilled", "lora_c", "distill", flags=FAST), SMOLLM2_ARMS[1], *AFTERWARDS)
+REGISTERS_ARMS = ARMS[3:]  # distilled, and then rewarded
