@@ -101,8 +101,8 @@ def mismatch(model, **changes) -> float:
     """`mismatch/max`: the largest difference between log-probs of a rollout and of its replay. Rows are refilled, have
     windows of their own, and evict."""
     policy, kept = CachePolicy("auto"), EngineCache()
-    options = {"windows": WINDOWS, "batch_size": 4, "eos_token_ids": [40, 41], "engine_cache": kept}
-    found = sampled(model, policy=policy, **options | changes)
+    options = {"batch_size": 4, "eos_token_ids": [40, 41], "engine_cache": kept} | changes
+    found = sampled(model, policy=policy, schedules=policy.schedules(WINDOWS), **options)
     assert (kept.engine.compiled is None) == (changes["compile"] == "never") and max(found.evictions) > 3
     longest = max(map(len, PROMPTS))
     padded = [[-1] * (longest - len(p)) + p + c for p, c in zip(PROMPTS, found.completion_ids, strict=True)]

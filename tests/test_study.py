@@ -93,12 +93,21 @@ def test_the_tokenizer_survives_its_folder(tmp_path):
 
 
 def test_rows_end_in_every_question(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", 8, 4, 9, seed=0)
+    write_rows(tmp_path / "rows.jsonl", 8, 4, [9], seed=0)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [len(row["thought"].split()) for row in rows] == [14, 16, 18, 20] * 2
     for row in rows:
         words = row["thought"].split()
         assert words[-1] + row["answer"] in words[:4]
+
+
+def test_countdowns_of_all_windows_take_turns(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 12, 2, [9, 11, 14], seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["problem"] for row in rows] == ["~9", "~9", "~11", "~11", "~14", "~14"] * 2
+    for row in rows:
+        words = row["thought"].split()
+        assert words[2] == row["problem"] and words[-1] + row["answer"] in words[:2]
 
 
 def test_every_run_of_the_plan_works(tmp_path):
@@ -219,7 +228,10 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     seeds, arms = len(plan.SEEDS), len(plan.ARMS)
-    assert sum("experiments.study.evaluate" in line for line in lines) == seeds * (arms + len(plan.CHOICES)) + 1
+    assert (
+        sum("experiments.study.evaluate" in line for line in lines)
+        == seeds * (arms + len(plan.CHOICES) + len(plan.WINDOWS_ARMS)) + 1
+    )
     assert (
         sum("pte_trl.inspect.kl" in line for line in lines)
         == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS) + len(plan.ARITHMETIC_ARMS)) + 3

@@ -9,7 +9,7 @@ from peft import PeftModel
 from trl import GRPOTrainer
 
 from experiments.tiny.model import build, build_tokenizer
-from pte_trl.cache.schedule import Schedule
+from pte_trl.cache.schedule import Schedule, packed
 from pte_trl.estimate.choice import Replay
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.rollouts.ring import aligned
@@ -180,7 +180,7 @@ def test_the_reference_is_the_base_with_the_full_cache(tmp_path):
     trainer = trainer_for(tmp_path, beta=0.1)
     trainer.train()
     ids, mask = torch.randint(5, 60, (4, 30)), torch.ones(4, 30, dtype=torch.long)
-    trainer._samples = {"windows": torch.full((4,), 8)}
+    trainer._samples = {"schedules": packed([Schedule(8)] * 4)}
     score = trainer._get_per_token_logps_and_entropies
     with torch.no_grad(), trainer.model.disable_adapter():
         reference, _, _ = score(trainer.model, ids, mask, 24)
@@ -195,11 +195,12 @@ def test_every_sample_is_scored_under_its_own_window(tmp_path):
     trainer = trainer_for(tmp_path)
     trainer.train()
     model = trainer.model.eval()
-    ids, mask, windows = torch.randint(5, 60, (3, 40)), torch.ones(3, 40, dtype=torch.long), torch.tensor([5, 8, 13])
-    trainer._samples = {"windows": windows}
+    ids, mask = torch.randint(5, 60, (3, 40)), torch.ones(3, 40, dtype=torch.long)
+    schedules = [Schedule(5), Schedule(8, 0.5), Schedule(8, 0.1)]
+    trainer._samples = {"schedules": packed(schedules)}
     scored = trainer._get_per_token_logps_and_entropies(model, ids, mask, 34, batch_size=2)[0].detach()
     for row in range(3):
-        inputs = replay_inputs(model, mask[row : row + 1], 6, Schedule(windows[row].item()))
+        inputs = replay_inputs(model, mask[row : row + 1], 6, schedules[row])
         logits = model(input_ids=ids[row : row + 1], **inputs).logits[:, 5:-1]
         alone = logits.log_softmax(-1).gather(2, ids[row : row + 1, 6:].unsqueeze(2)).squeeze(2)
         assert scored[row] == pytest.approx(alone[0].detach(), abs=1e-5)

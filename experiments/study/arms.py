@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 ORDER = (
     *("default", "base", "lora", "lora_c", "pte"),
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
+    *("lora_c_drawn", "pte_mixed", "pte_drawn"),
     *("recursive", "sum", "write_gate", "gated_sum", "delta", "qkvo"),
 )
 
@@ -51,15 +52,23 @@ CHOICES = {
     "alpha_4": {"alpha": "4"},  # rank over the root of num_global_tokens: what S adds is then of LoRA's size
     "whiten_alpha_4": {"whiten": "true", "alpha": "4"},
 }
+# Distilled on prompts of mixed lengths, under one window or one drawn for each sample.
+MIXED = {"dataset_name": "outputs/study/recall/mixed.jsonl"}
+WINDOW_DRAWN = {"window": ["6", "16"]}
+DRAWN = MIXED | WINDOW_DRAWN
+WINDOWS_ARMS = (
+    Arm("lora_c_drawn", "lora_c", "distill", flags=DRAWN),
+    Arm("pte_mixed", "pte", "distill", flags=MIXED),
+    Arm("pte_drawn", "pte", "distill", flags=DRAWN),
+)
 # What the state can hold: one adapter for all windows, which are drawn per sample (make study-load).
-ALL_WINDOWS = {"window": (6, 16)}
 LOAD_ARMS = (
-    Arm("recursive", "pte", "distill", flags=ALL_WINDOWS),
-    Arm("sum", "pte", "distill", flags=ALL_WINDOWS | {"state_update": "sum"}),
-    Arm("write_gate", "pte", "distill", flags=ALL_WINDOWS | {"state_update": "sum", "write_gate": "true"}),
-    Arm("gated_sum", "pte", "distill", flags=ALL_WINDOWS | {"state_update": "gated_sum"}),
-    Arm("delta", "pte", "distill", flags=ALL_WINDOWS | {"state_update": "delta"}),
-    Arm("qkvo", "pte", "distill", flags=ALL_WINDOWS | CHOICES["qkvo"]),
+    Arm("recursive", "pte", "distill", flags=WINDOW_DRAWN),
+    Arm("sum", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"}),
+    Arm("write_gate", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum", "write_gate": "true"}),
+    Arm("gated_sum", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "gated_sum"}),
+    Arm("delta", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "delta"}),
+    Arm("qkvo", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["qkvo"]),
 )
 LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
 SMOLLM2_ARMS = (

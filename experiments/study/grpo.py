@@ -10,6 +10,7 @@ taken from one replay, which is what a decode gives (tests/test_exactness.py).
 
 import torch
 
+from pte_trl.cache.schedule import packed
 from pte_trl.compat.trl import pad
 from pte_trl.data.problems import load_problems
 from pte_trl.replay.plan import replay_inputs
@@ -18,6 +19,7 @@ from pte_trl.rollouts.rollout import eval_mode
 from pte_trl.runtime.entry import framed, run, settings_checked
 from pte_trl.training.arguments import parse_recipe
 from pte_trl.training.run import train
+from pte_trl.training.schedules import schedules_for
 from pte_trl.training.trainer import PteGRPOTrainer
 
 
@@ -46,9 +48,9 @@ class GivenThoughtTrainer(PteGRPOTrainer):
         mask = torch.cat([prompt_mask, pad([torch.ones_like(t) for t in thoughts], 0, "right")], dim=1)
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
         if self.bounded:
-            schedules = [self.args.cache_policy.schedule(len(prompt)) for prompt in prompt_ids]
+            schedules = schedules_for(self, prompt_ids, num_generations)
             inputs = replay_inputs(model, mask, prompts.shape[1], schedules)
-            self._samples = {"windows": torch.tensor([schedule.window for schedule in schedules], device=device)}
+            self._samples = {"schedules": packed(schedules).to(device)}
         with eval_mode(model):
             logits = model(input_ids=ids, **inputs).logits[:, prompts.shape[1] - 1 : -1]
         logps = (logits / self.temperature).log_softmax(-1)

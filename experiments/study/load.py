@@ -20,6 +20,7 @@ from experiments.study.runs import DISTILL, SEEDS, Study
 MOST = 10  # names that the task has words for
 DIGITS = os.environ.get("DIGITS", "4 6 8 10").split()
 STEPS = os.environ.get("STEPS", "400")
+BASE_STEPS = os.environ.get("LOAD_BASE_STEPS")
 OUTPUT = os.environ.get("RESULTS", "docs/results")
 WINDOWS = ("8", "12", "16")  # measured at; training draws from 6 to 16
 LONGEST = 96  # tokens of a thought of ten digits, and some more
@@ -56,7 +57,8 @@ def add(study: Study, digits: str) -> None:
     """The runs of one number of digits."""
     folder = f"{study.folder}/digits-{digits}"
     base, rows = f"{folder}/base", f"{folder}/mixed.jsonl"
-    make = python("experiments.study.recall", names=digits, windows=WINDOWS, steps=base_steps(digits), output=folder)
+    make = python("experiments.study.recall", names=digits, windows=WINDOWS, steps=base_steps(digits), rows=2048)
+    make += options(output=folder)
     study.runs.append(Run(f"{base}/config.json", commands=(make,), present=("$(READY)",)))
     needs = (f"{base}/config.json",)
     measure = python("experiments.study.evaluate", base=base, names=digits, windows=WINDOWS, output="$@")
@@ -70,6 +72,6 @@ def add(study: Study, digits: str) -> None:
             study.measure(name, (f"{run}/manifest.json",), result, folder=f"{folder}/steps-{STEPS}")
 
 
-def base_steps(digits: str) -> int:
+def base_steps(digits: str) -> str:
     """Steps in which the base learns the task with the full cache; more digits take longer."""
-    return 300 if int(digits) <= 4 else 600
+    return BASE_STEPS or ("300" if int(digits) <= 4 else "600")

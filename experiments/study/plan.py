@@ -11,7 +11,7 @@ study's runs.
 import os
 
 from experiments.rules import Run, makefile, options, python
-from experiments.study.arms import ARITHMETIC_ARMS, ARMS, CHOICES, NAMES_ARMS, SMOLLM2_ARMS, Arm
+from experiments.study.arms import ARITHMETIC_ARMS, ARMS, CHOICES, NAMES_ARMS, SMOLLM2_ARMS, WINDOWS_ARMS, Arm
 from experiments.study.load import load
 from experiments.study.registers import registers, registers_smollm2
 from experiments.study.runs import DISTILL, GIVEN_THOUGHT, GRPO, KL, SEEDS, Study, accuracies
@@ -30,6 +30,7 @@ SMOLLM2_STEPS = os.environ.get("SMOLLM2_STEPS", "100")
 SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "256")  # to distil on
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
 SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256").split()
+RECALL_WINDOWS = ("6", "8", "10", "12", "14", "16")  # of the adapters for several windows
 NAMES_WINDOWS = ("32", "64", "96", "128")  # trained at 64; a text has some 110 tokens, so 128 forgets nothing
 SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
 ARITHMETIC_WINDOWS = ("64", "full")  # trained at 64; a solution has some 100 tokens
@@ -67,6 +68,19 @@ def choices() -> Study:
         for name, change in CHOICES.items():
             arm = Arm(name, None, "distill", flags=change)  # the method is the recipe's
             run = study.train(arm, seed, command, (f"{base}/config.json",))
+            study.measure(f"{name}-{seed}", (f"{run}/manifest.json",), measure + options(adapter=run))
+    return study
+
+
+def windows() -> Study:
+    """One adapter for several windows, by distillation of the recall task; needs base and adapters of `recall`."""
+    study, base = Study("windows", chance="0.1"), f"{RECALL}/base"
+    command = python(DISTILL, config="recipes/study/recall_distill.yaml", max_steps=DISTILL_STEPS)
+    measure = python("experiments.study.evaluate", base=base, names=NAMES, windows=RECALL_WINDOWS, output="$@")
+    for seed in SEEDS:
+        runs = {arm.name: study.train(arm, seed, command, (f"{base}/config.json",)) for arm in WINDOWS_ARMS}
+        runs["pte_distilled"] = f"{RECALL}/pte_distilled-{seed}"  # one window, prompts of one length
+        for name, run in runs.items():
             study.measure(f"{name}-{seed}", (f"{run}/manifest.json",), measure + options(adapter=run))
     return study
 
@@ -169,7 +183,7 @@ def measure_arithmetic(study: Study, name: str, run: str | None) -> None:
 
 def studies() -> list[Study]:
     return [
-        *(recall(), choices(), load(), sums(), registers()),
+        *(recall(), choices(), load(), windows(), sums(), registers()),
         *(names(), arithmetic(), smollm2(), registers_smollm2()),
     ]
 

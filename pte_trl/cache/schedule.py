@@ -5,6 +5,7 @@ model computes its keys and values; if the window is full at that moment, the ol
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -31,7 +32,13 @@ class Schedule:
     def __post_init__(self):
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise ValueError(f"window={self.window!r}: must be an integer of at least 1 (thought tokens kept)")
-        check_evict_ratio(self.evict_ratio)
+        if not is_evict_ratio(self.evict_ratio):
+            raise ValueError(f"evict_ratio={self.evict_ratio!r}: must be a number above 0 and at most 1")
+
+    @classmethod
+    def of(cls, window: int, evict: int) -> "Schedule":
+        """By E, 1 <= E <= W, instead of rho."""
+        return cls(window, evict / window)
 
     @cached_property  # asked for several times per layer and token
     def evict(self) -> int:
@@ -78,11 +85,16 @@ class Schedule:
         return runs
 
 
-def check_evict_ratio(ratio: float) -> None:
-    """Refuses what is no share of a window.
+def packed(schedules: Sequence[Schedule]) -> torch.Tensor:
+    """Schedules as integers that travel with a batch's samples: (samples, 2), W and E."""
+    return torch.tensor([(s.window, s.evict) for s in schedules], dtype=torch.long).view(-1, 2)
 
-    Raises:
-        ValueError: naming it and what is allowed.
-    """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-        raise ValueError(f"evict_ratio={ratio!r}: must be a number above 0 and at most 1")
+
+def unpacked(pairs: torch.Tensor) -> list[Schedule]:
+    """The schedules again. Those of equal W and E are equal, whatever rho they were made with."""
+    return [Schedule.of(window, evict) for window, evict in pairs.tolist()]
+
+
+def is_evict_ratio(value) -> bool:
+    """Whether a value is a share of a window that can leave."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

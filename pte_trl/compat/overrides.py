@@ -74,7 +74,7 @@ OVERRIDES: dict[str, dict[str, Override]] = {
         "_compute_loss": Override(
             GRPO,
             ("model", "inputs"),
-            "keeps the batch, whose windows the replay inside needs; returns the loss",
+            "keeps the batch, whose schedules the replay inside needs; returns the loss",
             ("test_trainer.py::test_both_replays_take_the_same_step",),
         ),
         "_get_grad_norm": Override(
@@ -94,7 +94,7 @@ OVERRIDES: dict[str, dict[str, Override]] = {
         "_generate_and_score_completions": Override(
             DISTILLATION,
             ("inputs",),
-            "adds windows and distilled places to the batch before it is shuffled and split; returns a dict",
+            "adds schedules and distilled places to the batch before it is shuffled and split; returns a dict",
             ("test_distill.py::test_only_tokens_after_an_eviction",),
         ),
         "_prepare_inputs": Override(

@@ -9,7 +9,7 @@ from pte_trl.cache.eviction import STRATEGIES
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.data.files import stem
 from pte_trl.rewards.grader import check_answer_after
-from pte_trl.settings.limits import COUNT, check_values
+from pte_trl.settings.limits import COUNT, POSITIVE_SHARE, Limit, check_values
 from pte_trl.settings.parsing import read_recipe
 
 # A key here -> the key of a training recipe that gives it where no flag does.
@@ -27,6 +27,11 @@ DEFAULTS = {
     "system_prompt_role": "system",
     "temperature": 0.6,
     "top_p": 0.95,
+}
+# An evaluation draws nothing.
+ONE_VALUE = {
+    "window": Limit(COUNT.type, "one integer of at least 1, since ranges are for training"),
+    "evict_ratio": Limit(POSITIVE_SHARE.type, "one number above 0 and at most 1, since ranges are for training"),
 }
 # What decides the text of a sample, and what of it is graded. A folder has one set of them, and so has every record.
 RECORDED = (
@@ -99,7 +104,9 @@ class ModelSource:
                 setattr(self, key, value)
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: not given, neither here nor by a recipe")
-        check_values(self, window=COUNT)
+        if isinstance(self, CacheArguments):
+            self.without_lists()
+        check_values(self, **ONE_VALUE)
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
 

@@ -249,7 +249,7 @@ class Evaluation:
             self.model,
             prompts,
             self.policy,
-            windows=[s.window for s in batch] if self.policy.bounded else None,
+            schedules=self.policy.schedules([s.window for s in batch]) if self.policy.bounded else None,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,

@@ -72,7 +72,7 @@ def segment_logps(
         schedules = [schedules] * len(input_ids)
     runs, small = [], None if lockstep is None else 0
     # In a fixed order, so that sums of gradients are rounded alike whenever a run is repeated.
-    for schedule in sorted(set(schedules), key=lambda schedule: schedule.window):
+    for schedule in sorted(set(schedules), key=lambda schedule: (schedule.window, schedule.evict)):
         rows = uploaded([row for row, each in enumerate(schedules) if each == schedule], input_ids.device)
         sample = (input_ids[rows], attention_mask[rows], prompt)
         runs.append(SegmentRun(model, *sample, schedule, segment_length, offload, temperature, rows, small))

@@ -33,7 +33,7 @@ class Rollout:
     Attributes:
         completion_ids: token ids of each completion, its end-of-sequence token included.
         logprobs: log-prob of each of them under the sampling distribution (at the rollout's temperature).
-        windows: W that each completion was decoded under; as long as it may be where the cache is full.
+        schedules: that each completion was decoded under; W is as long as it may be where the cache is full.
         evictions: evictions each completion has gone through.
         cache_bytes: bytes of keys, values and state S per sample that is decoded.
         seconds: wall time.
@@ -41,10 +41,15 @@ class Rollout:
 
     completion_ids: list[list[int]]
     logprobs: list[list[float]]
-    windows: list[int]
+    schedules: list[Schedule]
     evictions: list[int]
     cache_bytes: float
     seconds: float
+
+    @property
+    def windows(self) -> list[int]:
+        """W of each completion."""
+        return [schedule.window for schedule in self.schedules]
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,7 +81,7 @@ def rollout(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     seeds: list[int] | None = None,
-    windows: Sequence[int] | None = None,
+    schedules: Sequence[Schedule] | None = None,
     batch_size: int | str | None = None,
     engine_cache: EngineCache | None = None,
     compile: str = "never",
@@ -88,7 +93,7 @@ def rollout(
         model: bare, LoRA or PTE causal language model.
         prompt_ids: token ids of each prompt; lengths may differ. Equal ones share a prefill.
         policy: what is kept and what leaves; `CachePolicy()` keeps everything. With `window="auto"` or a budget, W
-            follows from each prompt alone, and a batch may have several.
+            follows from each prompt alone, and a batch may have several. Ranges need `schedules`.
         max_new_tokens: completion tokens at most.
         eos_token_ids: any of these ends a completion.
         pad_token_id: fed where a sequence has ended or not begun.
@@ -97,7 +102,7 @@ def rollout(
             scores the whole vocabulary.
         generator: for sampling; the global one if None.
         seeds: one per prompt. A completion then depends on its own seed and, but for rounding, not on its batch.
-        windows: W of each completion, where it was decided before; the policy then says the rest.
+        schedules: of each completion, where they were decided before.
         batch_size: completions decoded at once, the others follow as these end; "auto" for what the memory allows,
             None for all. Where the memory does not suffice it is halved. The reference implementation takes all.
         engine_cache: keeps the engine for the next call.
@@ -106,28 +111,31 @@ def rollout(
         reference: use the reference implementation, without shared prefills; for tests.
 
     Raises:
-        ValueError: a prompt for which the budget leaves no thought; another word for `compile`.
+        ValueError: a prompt for which the budget leaves no thought; a range without `schedules`; another word for
+            `compile`.
     """
     check_value("compile", compile, LIMITS["compile_rollouts"])
     began = time.perf_counter()
     draws = uniforms(len(prompt_ids), max_new_tokens, model.device, seeds=seeds, generator=generator)
     sampling = Sampling(max_new_tokens, tuple(eos_token_ids), pad_token_id, temperature, top_p)
-    schedules = schedules_of(policy, prompt_ids, windows, max_new_tokens)
+    schedules = schedules_of(policy, prompt_ids, schedules, max_new_tokens)
     with eval_mode(model):
         if reference or policy.eviction != "sliding_window":
             decoded = run_reference(model, prompt_ids, schedules, policy.eviction, sampling, draws, not reference)
             found, evictions, cache_bytes = decoded
         else:
             engine_cache = engine_cache or EngineCache()
+            # Where W is drawn, always room for the largest: other rooms would be other engines, rollout by rollout.
+            widest = schedules_of(policy.at(1, 1), prompt_ids, None, max_new_tokens) if policy.drawn else []
             found, cache_bytes = run_engine(
-                model, prompt_ids, schedules, sampling, draws, batch_size, engine_cache, compile
+                model, prompt_ids, schedules, sampling, draws, batch_size, engine_cache, compile, widest
             )
             evictions = [s.evictions(n - 1) for s, n in zip(schedules, found[2].tolist(), strict=True)]
     ids, logps, lengths = (x.tolist() for x in found)
     return Rollout(
         completion_ids=[row[:n] for row, n in zip(ids, lengths, strict=True)],
         logprobs=[row[:n] for row, n in zip(logps, lengths, strict=True)],
-        windows=[schedule.window for schedule in schedules],
+        schedules=schedules,
         evictions=evictions,
         cache_bytes=cache_bytes,
         seconds=time.perf_counter() - began,
@@ -135,11 +143,11 @@ def rollout(
 
 
 def schedules_of(
-    policy: CachePolicy, prompt_ids: list[list[int]], windows: Sequence[int] | None, max_new_tokens: int
+    policy: CachePolicy, prompt_ids: list[list[int]], schedules: Sequence[Schedule] | None, max_new_tokens: int
 ) -> list[Schedule]:
     """The evictions of every completion; arguments as in `rollout`."""
-    if windows is not None:
-        return policy.schedules(windows)
+    if schedules is not None:
+        return list(schedules)
     # A window as long as the completion never fills: that is the full cache.
     return [policy.schedule(len(ids)) or Schedule(max_new_tokens) for ids in prompt_ids]
 
@@ -183,14 +191,20 @@ def run_engine(
     batch_size: int | str | None,
     engine_cache: EngineCache,
     compile: str,
+    widest: Sequence[Schedule] = (),
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
     """What `Engine.run` returns, and bytes of cache per row; arguments as in `rollout`.
+
+    Args:
+        widest: schedules that later batches of these prompts may have: there is room for them, too.
 
     Raises:
         torch.OutOfMemoryError: one row alone does not fit.
     """
     prompts, prompt_index = distinct(prompt_ids)
-    room = Room.needed(map(len, prompt_ids), schedules, sampling.max_new_tokens)
+    lengths = [len(ids) for ids in prompt_ids]
+    rooms = [Room.needed(lengths, each, sampling.max_new_tokens) for each in (schedules, widest) if each]
+    room = Room(max(room.places for room in rooms), max(room.evict for room in rooms))
     auto = batch_size == "auto"
     if auto:
         places = rounded(room, model.device).places

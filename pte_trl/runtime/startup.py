@@ -96,8 +96,8 @@ def longest_prompt_that_fits(policy: CachePolicy, max_prompt_tokens: int) -> int
 
 
 def longest_schedule(policy: CachePolicy, max_prompt_tokens: int) -> Schedule | None:
-    """The evictions at the longest prompt there can be; None for the full cache."""
-    return policy.schedule(longest_prompt_that_fits(policy, max_prompt_tokens))
+    """The evictions at the longest prompt there can be, of ranges with the largest W; None for the full cache."""
+    return policy.at(1, 0).schedule(longest_prompt_that_fits(policy, max_prompt_tokens))
 
 
 def cache_lines(policy: CachePolicy, length: int, max_prompt_tokens: int) -> tuple[str, str]:
@@ -105,6 +105,8 @@ def cache_lines(policy: CachePolicy, length: int, max_prompt_tokens: int) -> tup
     schedule = longest_schedule(policy, max_prompt_tokens)
     if schedule is None:
         return "full", "none"
+    if policy.drawn:
+        return drawn_lines(policy, length, max_prompt_tokens)
     window, evictions = schedule.window, schedule.evictions(length - 1)
     if policy.budget is not None:
         prompt = longest_prompt_that_fits(policy, max_prompt_tokens)
@@ -114,6 +116,17 @@ def cache_lines(policy: CachePolicy, length: int, max_prompt_tokens: int) -> tup
         kept = f"window auto, W = a sample's own prompt, at most {window}"
         return kept, f"{evictions} at {length} tokens and W = {window}, more where W is smaller"
     return f"window {window}", f"{evictions} at {length} tokens"
+
+
+def drawn_lines(policy: CachePolicy, length: int, max_prompt_tokens: int) -> tuple[str, str]:
+    """`cache_lines` of a policy whose W or evict_ratio is a range."""
+    ends = [policy.at(0, 0), policy.at(1, 1)]
+    low, high = (cache_lines(end, length, max_prompt_tokens)[0] for end in ends)
+    words = low if low == high else f"window drawn from {ends[0].window} to {ends[1].window} (log-uniform)"
+    if isinstance(policy.evict_ratio, tuple):
+        words += ", evict_ratio drawn from {:g} to {:g}".format(*policy.evict_ratio)
+    most, fewest = (longest_schedule(end, max_prompt_tokens).evictions(length - 1) for end in ends)
+    return words, f"{fewest} to {most} at {length} tokens"
 
 
 def rollout_line(args) -> str:

@@ -61,10 +61,24 @@ PAIRS = Limit(Annotated[str, AfterValidator(_pairs)], "NAME=VALUE pairs with com
 OBJECT = Limit(Annotated[Any, BeforeValidator(_object)], "a mapping, or the text of a JSON object")
 
 
+def _range(values):
+    """Two values, the smaller first."""
+    if len(values) != 2 or values[0] > values[1]:
+        raise ValueError("no range")
+    return values
+
+
+def or_range(limit: Limit) -> Limit:
+    """What a limit allows, or two such values between which a training draws, the smaller first."""
+    pair = Annotated[list[limit.type] | tuple[limit.type, ...], AfterValidator(_range)]
+    return Limit(limit.type | pair, f"{limit.words}, or two, the smaller first, to draw from")
+
+
 def choice(*values: str) -> Limit:
     return Limit(Literal[values], "one of " + ", ".join(values))
 
 
+WINDOWS = or_range(COUNT)
 METHODS = ("pte", "lora", "lora_c")
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 DTYPES = ("bfloat16", "float32", "float16", "auto")
@@ -142,9 +156,9 @@ LIMITS: dict[str, Limit] = {
     # ours
     "method": choice(*METHODS),
     "global_batch": COUNT,
-    "window": Limit(Literal["auto", "full"] | COUNT.type, "auto, full (method=lora), or an integer of at least 1"),
+    "window": Limit(Literal["auto", "full"] | WINDOWS.type, f"auto, full (method=lora), or {WINDOWS.words}"),
     "budget": Limit(Annotated[int, Field(ge=2)], "an integer of at least 2 (a prompt token and a thought token)"),
-    "evict_ratio": POSITIVE_SHARE,
+    "evict_ratio": or_range(POSITIVE_SHARE),
     "rollout_batch_size": Limit(Literal["auto"] | COUNT.type, "auto, or an integer of at least 1"),
     "compile_rollouts": choice("auto", "always", "never"),
     "replay": choice("auto", "one_pass", "segments"),

@@ -48,7 +48,8 @@ def calibrate_encoders(trainer, texts: int = 8) -> None:
     with distributed_backend(trainer).gather_params(list(model.parameters())):
         if trainer.accelerator.is_main_process:
             ids = tokenize_prompts(trainer, [row["prompt"] for row in rows])
-            evict = round(fmean(args.cache_policy.schedule(len(prompt)).evict for prompt in ids))
+            policy = args.cache_policy.at(0.5, 0.5)  # of ranges the medians
+            evict = round(fmean(policy.schedule(len(prompt)).evict for prompt in ids))
             with placed(model, trainer.accelerator.device):
                 if whiten:
                     ids = with_thoughts(trainer, ids)

@@ -29,8 +29,16 @@ class BoundedTrainingConfig(CacheArguments):
     limits: ClassVar[dict[str, Limit]] = {}
 
     method: str = field(default="pte", metadata={"help": "pte, lora_c (bounded cache) or lora (full cache)."})
-    window: None | str | int = field(  # noqa: RUF036 (HfArgumentParser takes the second: a flag is text)
-        default=None, metadata={"help": "W, thought tokens kept; auto: as many as the prompt has; full: lora."}
+    window: None | str | int | list[int] = field(  # noqa: RUF036 (HfArgumentParser takes the second: a flag is text)
+        default=None,
+        metadata={
+            "help": "W, thought tokens kept; two: drawn between them; auto: as many as the prompt has; full: lora.",
+            "nargs": "+",
+        },
+    )
+    evict_ratio: float | str | list[float] = field(  # never text, without which HfArgumentParser takes no union
+        default=0.25,
+        metadata={"help": "Share of a full window that leaves at once; two: drawn between them.", "nargs": "+"},
     )
     global_batch: int | None = field(
         default=None,
@@ -62,6 +70,7 @@ class BoundedTrainingConfig(CacheArguments):
             self.report_to = "trackio" if is_trackio_available() else "none"
         if self.run_name is None and self.output_dir:
             self.run_name = Path(self.output_dir).name  # so that a resumed run continues its own curves
+        self.without_lists()
         for key in ("window", "rollout_batch_size"):
             setattr(self, key, as_count(getattr(self, key)))
         check_values(self, **self.limits)
@@ -97,7 +106,9 @@ class PteGRPOConfig(BoundedTrainingConfig, GRPOConfig):
 
 
 def as_count(value):
-    """The number in a text, as flags bring it; anything else as it is."""
+    """The number in a text, as flags bring it, or those in a list of texts; anything else as it is."""
+    if isinstance(value, list):
+        return [as_count(each) for each in value]
     return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
 
 
@@ -129,7 +140,7 @@ def check_method(args: BoundedTrainingConfig) -> None:
     if (args.window is None) == (args.budget is None):
         raise ValueError(
             f"window={args.window!r}, budget={args.budget!r}: method={args.method} needs exactly one of them; "
-            "window is a number of thought tokens or auto, budget counts prompt and thought"
+            "window is a number of thought tokens, two to draw from, or auto; budget counts prompt and thought"
         )
     if not args.temperature > 0:
         raise ValueError(f"temperature={args.temperature!r}: must be above 0, a greedy rollout has no log-probs")

@@ -1,6 +1,7 @@
 """What the trainers log in addition to TRL's own metrics."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from accelerate.logging import get_logger
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from pte_trl.adapter.fit import FAMILIES
 from pte_trl.adapter.model import pte_layers
+from pte_trl.cache.schedule import Schedule, unpacked
 from pte_trl.compat.trl import metrics_of
 from pte_trl.runtime.efficiency import TFLOPS_METRIC, attention_tflops, visible_pairs
 
@@ -26,22 +28,30 @@ class TrainerMetrics:
         if not value.isnan().all():
             metrics_of(self)[name].append(value.nanmean().item())
 
-    def _record_max(self, name: str, value: float | Tensor) -> None:
+    def _record_max(self, name: str, value: float | Tensor, pick: Callable = max) -> None:
         """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number.
 
-        NaN is no number here, either.
+        NaN is no number here, either. `pick` is `min` for the smallest.
         """
         found = self.accelerator.gather(torch.as_tensor(float(value), device=self.accelerator.device)).flatten()
         metrics, numbers = metrics_of(self), found[~found.isnan()].tolist()
         if numbers:
-            metrics[name] = [max(numbers + metrics[name])]
+            metrics[name] = [pick(numbers + metrics[name])]
 
     def _record_rollout(self, result) -> None:
         """Window and evictions per completion, speed and memory of a rollout under a bounded cache."""
-        self._record("rollout/window", sum(result.windows) / len(result.windows))
+        self._record_windows(result.schedules)
         self._record("rollout/evictions", sum(result.evictions) / len(result.evictions))
         self._record("rollout/tokens_per_second", result.tokens_per_second)
         self._record("rollout/cache_bytes_per_sample", result.cache_bytes)
+
+    def _record_windows(self, schedules: list[Schedule]) -> None:
+        """W, its mean, and where samples have several the smallest and the largest."""
+        windows = [schedule.window for schedule in schedules]
+        self._record("rollout/window", sum(windows) / len(windows))
+        if not isinstance(self.args.window, int):
+            self._record_max("rollout/window_min", min(windows), pick=min)
+            self._record_max("rollout/window_max", max(windows))
 
     def _record_updates(self, model) -> None:
         """|S'| / |S| of the last forward, mean over layers; on every process, also one that has seen no eviction."""
@@ -72,8 +82,7 @@ class GrpoMetrics(TrainerMetrics):
         if config.model_type not in FAMILIES:  # `lora` trains any
             return
         lengths = zip(prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist(), strict=True)
-        policy = self.args.cache_policy
-        schedules = policy.schedules(self._samples["windows"]) if self.bounded else [None] * len(prompt_mask)
+        schedules = unpacked(self._samples["schedules"]) if self.bounded else [None] * len(prompt_mask)
         pairs = [visible_pairs(*length, schedule) for length, schedule in zip(lengths, schedules, strict=True)]
         self._record_max(TFLOPS_METRIC, attention_tflops(config, max(pairs)))
 

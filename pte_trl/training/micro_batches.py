@@ -1,10 +1,10 @@
 """Which samples of a rollout are scored together: those of one W, as far as the sizes allow.
 
-TRL shuffles a rollout and cuts it into micro-batches. Where W follows from the prompt, each of them would have several
-W: the replay pads every sample to the most evictions and to the largest E of its micro-batch, and segments run once
-for each W. So samples are put in the order of their W first. A micro-batch then holds completions of one prompt, or of
-prompts of like length, as the paper's window ("the longest question of the micro-batch") has it. The sum of the
-gradients of an optimizer step is the same.
+TRL shuffles a rollout and cuts it into micro-batches. Where W follows from the prompt or is drawn, each of them would
+have several W: the replay pads every sample to the most evictions and to the largest E of its micro-batch, and
+segments run once for each schedule. So samples are put in the order of their W first. A micro-batch then holds
+completions of one prompt, or of prompts of like length, as the paper's window ("the longest question of the
+micro-batch") has it, or of like draws. The sum of the gradients of an optimizer step is the same.
 """
 
 from collections.abc import Callable
@@ -25,18 +25,19 @@ def prepared_by_window(trainer, prepare: Callable[[dict], dict], generation_batc
 
 
 def by_window(micro_batches: list[dict]) -> list[dict]:
-    """The same samples in as many micro-batches, sorted by W; the micro-batches are in random order.
+    """The same samples in as many micro-batches, sorted by W, then by E; the micro-batches are in random order.
 
-    With one W for all they are left as they are.
+    With one schedule for all they are left as they are.
 
     Args:
         micro_batches: tensors, (batch, ...) or without a dimension, and lists by name; None where there is nothing.
     """
-    windows = torch.cat([batch["windows"] for batch in micro_batches])
-    if bool((windows == windows[0]).all()):
+    windows, evicts = torch.cat([batch["schedules"] for batch in micro_batches]).unbind(1)
+    keys = windows * (windows.max() + 1) + evicts  # E <= W
+    if bool((keys == keys[0]).all()):
         return micro_batches
     whole = {key: joined([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
-    order = windows.argsort(stable=True).view(len(micro_batches), -1)
+    order = keys.argsort(stable=True).view(len(micro_batches), -1)
     return [
         {key: rows_of(values, order[place]) for key, values in whole.items()}
         for place in torch.randperm(len(micro_batches)).tolist()

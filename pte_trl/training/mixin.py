@@ -32,6 +32,7 @@ from pte_trl.training.described import trainer_settings
 from pte_trl.training.given import check_data, check_given, check_reward_models
 from pte_trl.training.loading import check_optimizer, load_named, load_named_tokenizer
 from pte_trl.training.metrics import TrainerMetrics
+from pte_trl.training.schedules import RolloutCount
 from pte_trl.training.unsupported import check_arguments
 
 
@@ -50,6 +51,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         settings: what every checkpoint and the manifest record: what decides the course of the run.
         max_prompt_tokens: longest prompt there can be; None to look it up in the training set.
         engine_cache: the rollout engine, kept between rollouts.
+        rollout_count: of the optimizer step under way.
         step_beside_engine: bytes of a training step, where they decide whether the engine stays; None: not known.
     """
 
@@ -63,7 +65,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         quiet = without_warning(super().__init__.__module__, "`model_init_kwargs`") if given_by_name else nullcontext()
         with quiet:
             super().__init__(**arguments | given_by_name)
-        self.engine_cache, self.max_prompt_tokens = EngineCache(), None
+        self.engine_cache, self.max_prompt_tokens, self.rollout_count = EngineCache(), None, RolloutCount()
         self.step_beside_engine: float | None = None
         for layer in pte_layers(self.model):
             layer.watch_updates = True
@@ -164,7 +166,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         if self.max_prompt_tokens is not None or not (self.bounded and isinstance(self.train_dataset, Dataset)):
             return self.max_prompt_tokens
         longest = on_main(lambda: longest_prompt(self))
-        self.args.cache_policy.schedule(longest)  # refuses a budget that it would fill
+        self.args.cache_policy.at(1, 1).schedule(longest)  # refuses a budget that it would fill
         return longest
 
 

@@ -1,8 +1,8 @@
 """GRPO under a bounded cache (eq. 3): TRL's trainer, with its generating and its scoring method replaced.
 
 The rollout decodes with a window; scoring replays the same windows, so that the loss sees exactly the log-probs that
-the completions were sampled under. W travels with every sample, since TRL shuffles and splits a rollout batch before
-it is scored. The reference model of the KL term is the base with the full cache: TRL's own method, untouched.
+the completions were sampled under. W and E travel with every sample, since TRL shuffles and splits a rollout batch
+before it is scored. The reference model of the KL term is the base with the full cache: TRL's own method, untouched.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from pte_trl.adapter.model import adapters_disabled
+from pte_trl.cache.schedule import Schedule, packed, unpacked
 from pte_trl.replay.plan import replay_inputs
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rewards.grader import has_boxed
@@ -23,6 +24,7 @@ from pte_trl.training.metrics import GrpoMetrics
 from pte_trl.training.micro_batches import prepared_by_window
 from pte_trl.training.mixin import BoundedTrainer
 from pte_trl.training.replays import check_dropout, dropouts, settled, stated, step_beside_engine
+from pte_trl.training.schedules import schedules_for
 
 logger = get_logger(__name__)
 
@@ -53,7 +55,7 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored, W above all
+        self._samples: dict[str, Tensor] = {}  # what is known of the samples about to be scored
         self._micro_batches = []
         # The format rate counts boxes after it only, as the rewards do.
         texts = (getattr(getattr(f, "grader", f), "answer_after", None) for f in self.reward_funcs)
@@ -88,9 +90,11 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
                 return super()._generate_single_turn(
                     prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
                 )
-        result = trainer_rollout(self, prompt_ids, self.args.cache_policy)
+        # One W for all completions of a prompt, since their rewards are compared.
+        schedules = schedules_for(self, prompt_ids, num_generations)
+        result = trainer_rollout(self, prompt_ids, self.args.cache_policy, schedules)
         self._check_rollout(result.logprobs, prompt_ids)
-        self._samples = {"windows": torch.tensor(result.windows, device=self.accelerator.device)}
+        self._samples = {"schedules": packed(result.schedules).to(self.accelerator.device)}
         self._record_rollout(result)
         return result.completion_ids, result.logprobs
 
@@ -143,8 +147,8 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
         prompt = input_ids.shape[1] - logits_to_keep
         logps, entropies = [], []
         for rows in torch.arange(len(input_ids), device=input_ids.device).split(batch_size or len(input_ids)):
-            ids, mask, windows = input_ids[rows], attention_mask[rows], self._samples["windows"][rows]
-            some_logps, some_entropies = self._score(model, ids, mask, prompt, windows)
+            ids, mask, pairs = input_ids[rows], attention_mask[rows], self._samples["schedules"][rows]
+            some_logps, some_entropies = self._score(model, ids, mask, prompt, unpacked(pairs))
             logps.append(some_logps)
             entropies.append(some_entropies)
         logps = torch.cat(logps)
@@ -154,9 +158,11 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
             self._record_mismatch(logps, self._samples)
         return logps, torch.cat(entropies) if compute_entropy else None, None
 
-    def _score(self, model, ids: Tensor, mask: Tensor, prompt: int, windows: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, model, ids: Tensor, mask: Tensor, prompt: int, schedules: list[Schedule]
+    ) -> tuple[Tensor, Tensor]:
         """(batch, completion) log-probs and entropies, by one forward or segment by segment."""
-        unwrapped, schedules = self.accelerator.unwrap_model(model), self.args.cache_policy.schedules(windows)
+        unwrapped = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             if self.replay.kind == "segments":
                 options = {"segment_length": self.args.segment_length, "offload": self.replay.offload}

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl import DistillationTrainer
 
 from pte_trl.cache.policy import FULL_CACHE
+from pte_trl.cache.schedule import Schedule, packed, unpacked
 from pte_trl.compat.trl import metrics_of
 from pte_trl.training.distill.config import PteDistillConfig
 from pte_trl.training.distill.divergence import divergence
@@ -21,6 +22,7 @@ from pte_trl.training.distill.policies import evictions_seen, hidden_states
 from pte_trl.training.generation import trainer_rollout
 from pte_trl.training.micro_batches import prepared_by_window
 from pte_trl.training.mixin import BoundedTrainer
+from pte_trl.training.schedules import schedules_for
 
 
 class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
@@ -48,18 +50,20 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._given: list[list[int]] | None = None  # completions that the dataset brings
-        self._windows: list[int] = []
+        self._schedules: list[Schedule] = []
         self._sums: dict[str, Tensor] = {}
 
     # ---- completions ---------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs) -> list[list[int]]:
-        self._windows = [self.args.cache_policy.schedule(len(ids)).window for ids in prompt_ids]
+        self._schedules = schedules_for(self, prompt_ids)
+        self._record_windows(self._schedules)
         if self._given is not None:
             return [ids[: self.max_completion_length] for ids in self._given]
-        on_policy = self.args.on_policy
-        policy = self.args.cache_policy if on_policy else FULL_CACHE
-        result = trainer_rollout(self, prompt_ids, policy, base=not on_policy)
+        if self.args.on_policy:
+            result = trainer_rollout(self, prompt_ids, self.args.cache_policy, self._schedules)
+        else:
+            result = trainer_rollout(self, prompt_ids, FULL_CACHE, base=True)
         self._record("rollout/tokens_per_second", result.tokens_per_second)
         return result.completion_ids
 
@@ -68,13 +72,13 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
         output = super()._generate_and_score_completions(inputs)
         mask = output["completion_mask"]
         # As GRPO does: the rows are shuffled and split before the loss, so what the replay needs travels with them.
-        output["windows"] = torch.tensor(self._windows, device=mask.device)
-        schedules = self.args.cache_policy.schedules(output["windows"])
-        output["evictions"] = evictions_seen(mask.shape[1], schedules).to(mask.device)
+        output["schedules"] = packed(self._schedules).to(mask.device)
+        output["evictions"] = evictions_seen(mask.shape[1], self._schedules).to(mask.device)
         output["distilled"] = mask.bool()
         if self.args.distilled_tokens == "after_eviction":
             output["distilled"] &= output["evictions"] > 0
-            output["num_items_in_batch"] = self.accelerator.gather(output["distilled"].sum()).sum()
+            # Of large windows perhaps no completion of the batch has filled one: a loss of 0, not 0 / 0.
+            output["num_items_in_batch"] = self.accelerator.gather(output["distilled"].sum()).sum().clamp(min=1)
         return output
 
     def _prepare_inputs(self, generation_batch):
@@ -87,8 +91,7 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         prompt, real = inputs["prompt_ids"].shape[1], inputs["completion_mask"].bool()
-        schedules = self.args.cache_policy.schedules(inputs["windows"])
-        states = hidden_states(unwrapped_student, ids, mask, prompt, schedules)
+        states = hidden_states(unwrapped_student, ids, mask, prompt, unpacked(inputs["schedules"]))
         student, teacher = (x[real] for x in states)
         found = divergence(
             student, teacher, unwrapped_student.get_output_embeddings(), self.args.beta, self.temperature
