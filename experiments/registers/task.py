@@ -146,4 +146,4 @@ WORDS = [
     for number in numbers
 ]
 TINY = Machine()
-SMOLLM2 = Machine(length=3, depth=1, after=6, write=in_words)
+SMOLLM2 = Machine(length=3, after=8, write=in_words)

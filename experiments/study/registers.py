@@ -18,8 +18,8 @@ GRPO_STEPS = os.environ.get("REGISTERS_GRPO_STEPS", "60")
 SMOLLM2_STEPS = os.environ.get("REGISTERS_SMOLLM2_STEPS", "100")
 SMOLLM2_GRPO_STEPS = os.environ.get("REGISTERS_SMOLLM2_GRPO_STEPS", "20")
 WINDOW, WINDOWS = "8", ("8", "12", "16", "full")  # trained at, measured at
-SMOLLM2_WINDOW, SMOLLM2_WINDOWS = "64", ("64", "full")
-LONGEST, SMOLLM2_LONGEST = 80, 288  # tokens of a solution, and some more
+SMOLLM2_WINDOW, SMOLLM2_WINDOWS = "48", ("48", "full")
+LONGEST, SMOLLM2_LONGEST = 80, 320  # tokens of a solution, and some more
 BASE = "outputs/smollm2-135m"  # made by the study of stories
 
 
