@@ -126,8 +126,8 @@ def test_what_is_asked_has_left_the_window_in_words(seed):
 
 def test_every_answer_is_as_likely():
     for machine in (TINY, SMOLLM2):
-        counts = Counter(row["answer"] for row in rows("test", 3000, 1, machine))
-        assert set(counts) == set("0123456789") and max(abs(count - 300) for count in counts.values()) < 75
+        counts = Counter(row["answer"] for row in rows("test", 1000, 1, machine))
+        assert set(counts) == set("0123456789") and max(abs(count - 100) for count in counts.values()) < 40
 
 
 def test_the_sets_share_no_problem():

@@ -1,12 +1,12 @@
 r"""A register machine modulo 10: registers are worked out in the thought, three early ones are added up at its end.
 
-    problem    a3b+4c*3d+1e7f*9 ... z+2. Find G+B+K.
-    solution   a3A3b+4B7c*3C1d+1D2e7E7f*9F3 ... ;G2+B7=9+K5=4;\boxed{4}
+    problem    a3b+2c*3d+1e7f*7 ... z+2. Find G+D+K.
+    solution   a3A3b+2B5c*3C5d+1D6e7E7f*7F9 ... ;G2+D6=8+K5=3;\boxed{3}
 
 in words, for a pretrained model,
 
-    problem    Only last digits count. a = 3, b = a + 4, c = b * 3, d = 5, ... What is f + b + i?
-    solution   a = 3. b = 3 + 4 = 7. c = 7 * 3 = 21, so 1. ... f + b + i = 2 + 7 = 9, 9 + 5 = 14, so 4. The answer ...
+    problem    Only last digits count. a = 3, b = a + 2, c = b * 3, d = 7, ... What is f + c + i?
+    solution   a = 3. b = 3 + 2 = 5. c = 5 * 3 = 15, so 5. ... f + c + i = 2 + 5 = 7, 7 + 9 = 16, so 6. The answer ...
 
 Registers come in chains: a number, then operations on the register before. The three that are asked for lie in three
 early chains, and the registers that follow them outlast the window. So when they are asked for,
@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from experiments.tiny.task import row_of
 
 ASKED = 3
-# One to one modulo 10: an even factor or 5 would make some values impossible.
-OPERATIONS = {"+": tuple(range(1, 10)), "*": (3, 7, 9)}
+# One to one modulo 10: an even factor or 5 would make some values impossible. Few, so that they are learnt in minutes.
+OPERATIONS = {"+": (1, 2, 3), "*": (3, 7)}
 
 
 @dataclass(frozen=True)
