@@ -129,6 +129,7 @@ def test_a_run_from_its_name_to_the_table(tmp_path):
     make("study-load-digits-10-steps-2-sum-0")
     out = make("study-load")
     assert "distill_pte" not in out and (tmp_path / "outputs/trial/load_2.md").read_text() in out
+    assert "| seconds a step | 10 digits |" in out
     assert (tmp_path / "outputs/trial/load_2.png").exists()
     assert "distill_pte" not in make("study-load") and "| sum | 10 | 1 |" in out
     assert "outputs/study/load/digits-10/steps-2/sum-0" in make("plan-study-load")
