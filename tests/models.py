@@ -142,15 +142,17 @@ def decode_logps(
     return log_probs(torch.cat(logits, dim=1))
 
 
-def schedules_of(window: int | Tensor, ratio: float = 0.25) -> Schedule | list[Schedule]:
-    """Of one W for all samples, or of a tensor with the W of each."""
+def schedules_of(window: int | Tensor | list[Schedule], ratio: float = 0.25) -> Schedule | list[Schedule]:
+    """Of one W for all samples, or of a tensor with the W of each; schedules as they are."""
+    if isinstance(window, list):
+        return window
     if isinstance(window, Tensor):
         return [Schedule(w, ratio) for w in window.tolist()]
     return Schedule(window, ratio)
 
 
 def replay_logps(model: nn.Module, ids: Tensor, mask: Tensor, prompt: int, window, ratio: float = 0.25) -> Tensor:
-    """The same from one forward; `window` is one for all, or a tensor with the W of every sample."""
+    """The same from one forward; `window` as in `schedules_of`."""
     logits = model(input_ids=ids, **replay_inputs(model, mask, prompt, schedules_of(window, ratio))).logits
     return log_probs(logits[:, prompt - 1 : -1])
 

@@ -161,7 +161,7 @@ GRPO_RUNS = SHARED_RUNS | {
     | {"num_generations_eval": 2, "log_multimodal": False, "metric_for_best_model": "eval_reward"},
 }
 DISTILL_RUNS = {name: {key: value for key, value in run.items()} for name, run in SHARED_RUNS.items()} | {
-    "on policy": {"on_policy": True, "distilled_tokens": "after_eviction", "beta": 0.5}
+    "on policy": {"on_policy": True, "distilled_tokens": "after_eviction", "beta": 0.5, "window": [3, 9]}
 }
 
 # Settings of the bounded methods themselves; `lora` refuses them.
@@ -170,7 +170,8 @@ BOUNDED_RUNS = {
         "replay": "segments",
         "segment_length": 2,
         "offload_cache": True,
-        "evict_ratio": 0.5,
+        "window": [3, 9],
+        "evict_ratio": [0.2, 0.9],
         "rollout_batch_size": 2,
         "compile_rollouts": "never",
         "entropy_coef": 0.5,

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 
+from pte_trl.cache.schedule import Schedule
 from tests.grids import grid
 from tests.models import (
     ALL_SEVEN,
@@ -84,14 +85,14 @@ def test_windows_and_ratios(targets, cut):
 @grid(targets=TARGETS, choice=[CHOICES[0], CHOICES[-1]])
 @torch.no_grad()
 def test_every_sample_has_its_own_window(targets, choice):
-    """Scoring batches are shuffled: samples of different rollouts, hence of different W, meet in one replay."""
+    """Scoring batches are shuffled: samples of different rollouts, hence of different W and E, meet in one replay."""
     model = with_pte(tiny(), target_modules=TARGETS[targets], **choice)
     ids, mask, prompt = left_padded_batch([7, 4, 6, 7], COMPLETION)
-    windows = torch.tensor([8, 3, 13, COMPLETION])
-    replayed = replay_logps(model, ids, mask, prompt, windows)
-    for row, window in enumerate(windows.tolist()):
-        one = slice(row, row + 1)
-        assert gap(replayed[one], decode_logps(model, ids[one], mask[one], prompt, window)) <= 1e-9
+    schedules = [Schedule(8, 0.25), Schedule(3, 1.0), Schedule(8, 0.75), Schedule(COMPLETION)]
+    replayed = replay_logps(model, ids, mask, prompt, schedules)
+    for row, schedule in enumerate(schedules):
+        one, cut = slice(row, row + 1), (schedule.window, schedule.evict_ratio)
+        assert gap(replayed[one], decode_logps(model, ids[one], mask[one], prompt, *cut)) <= 1e-9
 
 
 @pytest.mark.parametrize("targets", TARGETS)

@@ -150,10 +150,11 @@ def test_however_it_is_cut_and_wherever_it_is_kept(model, options):
     assert_same(gradients, expected_gradients, 1e-8)
 
 
-def test_every_sample_has_its_own_window():
-    model, windows = with_pte(tiny("llama")), torch.tensor([4, 9])
-    expected, expected_gradients = both(model, lambda: replayed(model, windows))
-    found, gradients = both(model, lambda: segments(model, windows))
+@pytest.mark.parametrize("schedules", [[Schedule(4), Schedule(9)], [Schedule(8, 0.25), Schedule(8, 0.6)]], ids=str)
+def test_every_sample_has_its_own_window_and_ratio(schedules):
+    model = with_pte(tiny("llama"))
+    expected, expected_gradients = both(model, lambda: replayed(model, schedules))
+    found, gradients = both(model, lambda: segments(model, schedules))
     assert gap(found, expected) <= 1e-9
     assert_same(gradients, expected_gradients, 1e-8)
 

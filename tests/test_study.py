@@ -228,10 +228,8 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     seeds, arms = len(plan.SEEDS), len(plan.ARMS)
-    assert (
-        sum("experiments.study.evaluate" in line for line in lines)
-        == seeds * (arms + len(plan.CHOICES) + len(plan.WINDOWS_ARMS)) + 1
-    )
+    adapters = seeds * (arms + len(plan.CHOICES) + len(plan.WINDOWS_ARMS) + 1)
+    assert sum("experiments.study.evaluate" in line for line in lines) == adapters + 1
     assert (
         sum("pte_trl.inspect.kl" in line for line in lines)
         == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS) + len(plan.ARITHMETIC_ARMS)) + 3
