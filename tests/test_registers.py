@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.registers.shown import sets
+from experiments.registers import shown
 from experiments.registers.task import ASKED, SMOLLM2, TINY, WORDS, Machine, Program, compact, in_words
 from experiments.study.registers import LONGEST, SMOLLM2_WINDOW, WINDOWS
-from experiments.tiny.model import build_tokenizer
+from experiments.tiny.model import build, build_tokenizer
 from experiments.tiny.task import rows
 from pte_trl.cache.schedule import Schedule
 from tests.forked import python
@@ -133,15 +134,15 @@ def test_every_answer_is_as_likely():
 def test_the_sets_share_no_problem():
     train, test = ({row["problem"] for row in rows(split, 300, 0, TINY)} for split in ("train", "test"))
     assert len(train) == len(test) == 300 and not train & test
-    found = sets(heldout=50, train=60, shown=70, seed=0)
+    found = shown.sets(heldout=50, train=60, shown=70, seed=0)
     problems = [row["problem"] for part in found.values() for row in part]
     assert [len(part) for part in found.values()] == [50, 60, 70] and len(set(problems)) == 180
 
 
 def test_a_solution_is_rewarded_and_another_answer_is_not(grader):
-    shown = [row for machine in (TINY, SMOLLM2) for row in rows("train", 20, 3, machine)]
-    right = grader.grade([row["answer"] for row in shown], [row["solution"] for row in shown])
-    wrong = grader.grade([str((int(row["answer"]) + 1) % 10) for row in shown], [row["solution"] for row in shown])
+    some = [row for machine in (TINY, SMOLLM2) for row in rows("train", 20, 3, machine)]
+    right = grader.grade([row["answer"] for row in some], [row["solution"] for row in some])
+    wrong = grader.grade([str((int(row["answer"]) + 1) % 10) for row in some], [row["solution"] for row in some])
     assert {verdict.reason for verdict in right} == {"correct"} and {v.reason for v in wrong} == {"wrong"}
 
 
@@ -149,6 +150,19 @@ def test_a_solution_is_rewarded_and_another_answer_is_not(grader):
 def test_sizes_that_make_no_problem_are_refused(change):
     with pytest.raises(ValueError, match="at least 3 chains, 1 <= depth < length"):
         replace(TINY, **change)
+
+
+def test_a_model_is_shown_solutions(tmp_path, monkeypatch):
+    model, tokenizer = build(0, WORDS)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    argv = ["shown", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--train", "4", "--heldout", "2"])
+    shown.main()
+    assert (tmp_path / "out/base/config.json").exists()
+    assert [len((tmp_path / f"out/{name}.jsonl").read_text().splitlines()) for name in ("train", "heldout")] == [4, 2]
+    with pytest.raises(SystemExit, match="base is there already"):
+        shown.main()
 
 
 def test_the_base_is_trained_and_kept(tmp_path):
