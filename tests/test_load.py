@@ -111,14 +111,14 @@ def test_a_plan_says_what_is_left_and_how_long_it_takes(tmp_path, monkeypatch):
 
 
 def test_a_run_from_its_name_to_the_table(tmp_path):
-    """Two steps of one arm, ten digits; a second make has nothing to do."""
+    """One step of one arm, ten digits; a second make has nothing to do."""
     for name in ("Makefile", "experiments", "pte_trl", "recipes", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "ready").touch()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
     variables = [f"PY={python()}", f"PYTHON={sys.executable}", f"READY={tmp_path}/ready", "DIGITS=10", "SEEDS=0"]
-    variables += ["ARMS=sum", "STEPS=2", "LOAD_BASE_STEPS=2", "RESULTS=outputs/trial"]
+    variables += ["ARMS=sum", "STEPS=1", "LOAD_BASE_STEPS=1", "RESULTS=outputs/trial"]
 
     def make(target: str) -> str:
         command = ["make", target, *variables]
@@ -126,10 +126,10 @@ def test_a_run_from_its_name_to_the_table(tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout
 
-    make("study-load-digits-10-steps-2-sum-0")
+    make("study-load-digits-10-steps-1-sum-0")
     out = make("study-load")
-    assert "distill_pte" not in out and (tmp_path / "outputs/trial/load_2.md").read_text() in out
+    assert "distill_pte" not in out and (tmp_path / "outputs/trial/load_1.md").read_text() in out
     assert "| seconds a step | 10 digits |" in out
-    assert (tmp_path / "outputs/trial/load_2.png").exists()
+    assert (tmp_path / "outputs/trial/load_1.png").exists()
     assert "distill_pte" not in make("study-load") and "| sum | 10 | 1 |" in out
-    assert "outputs/study/load/digits-10/steps-2/sum-0" in make("plan-study-load")
+    assert "outputs/study/load/digits-10/steps-1/sum-0" in make("plan-study-load")

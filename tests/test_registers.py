@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.registers import shown
-from experiments.registers.task import ASKED, SMOLLM2, TINY, WORDS, Machine, Program, compact, in_words
-from experiments.study.registers import LONGEST, SMOLLM2_WINDOW, WINDOWS
+from experiments.registers.task import ASKED, LONGEST, SMOLLM2, TINY, WORDS, Machine, Program, compact, in_words
+from experiments.study.registers import SMOLLM2_WINDOW, WINDOWS
 from experiments.tiny.model import build, build_tokenizer
 from experiments.tiny.task import rows
 from pte_trl.cache.schedule import Schedule

@@ -10,7 +10,7 @@ import json
 import time
 from pathlib import Path
 
-from experiments.registers.task import TINY, WORDS
+from experiments.registers.task import LONGEST, TINY, WORDS
 from experiments.tiny.model import build
 from experiments.tiny.pretrain import TEST_SEED, accuracy, save, train
 from experiments.tiny.task import rows
@@ -39,7 +39,7 @@ def main() -> None:
         (args.output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     model, tokenizer = build(args.seed, WORDS)
     losses = train(model, tokenizer, TINY, args)
-    score = accuracy(model, tokenizer, heldout)
+    score = accuracy(model, tokenizer, heldout, longest=LONGEST)
     save(model, tokenizer, args.output / "base")
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.perf_counter() - began:.0f} s")
     print(f"greedy accuracy on {len(heldout)} held-out problems, full attention: {score:.3f}")

@@ -9,6 +9,7 @@ Distillation, then GRPO, with PTE and LoRA_c; the base, and all of them with the
 
 import os
 
+from experiments.registers.task import LONGEST
 from experiments.rules import Argv, Run, options, python
 from experiments.study.arms import ARITHMETIC_ARMS, REGISTERS_ARMS
 from experiments.study.runs import DISTILL, GRPO, KL, SEEDS, Study, accuracies
@@ -19,7 +20,7 @@ SMOLLM2_STEPS = os.environ.get("REGISTERS_SMOLLM2_STEPS", "100")
 SMOLLM2_GRPO_STEPS = os.environ.get("REGISTERS_SMOLLM2_GRPO_STEPS", "20")
 WINDOW, WINDOWS = "8", ("8", "12", "16", "full")  # trained at, measured at
 SMOLLM2_WINDOW, SMOLLM2_WINDOWS = "48", ("48", "full")
-LONGEST, SMOLLM2_LONGEST = 80, 320  # tokens of a solution, and some more
+SMOLLM2_LONGEST = 320  # tokens of a solution, and some more
 BASE = "outputs/smollm2-135m"  # made by the study of stories
 
 

@@ -91,10 +91,10 @@ def train(model, tokenizer, task: Task, args: argparse.Namespace) -> list[float]
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, problems: list[dict[str, str]], batch_size: int = 100) -> float:
+def accuracy(model, tokenizer, problems: list[dict[str, str]], batch_size: int = 100, longest: int = 160) -> float:
     r"""Share of problems whose greedy answer ends in exactly the right \boxed{}."""
     greedy = GenerationConfig(
-        max_new_tokens=160, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.eval()
     right = 0
