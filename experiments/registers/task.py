@@ -146,4 +146,4 @@ WORDS = [
     for number in numbers
 ]
 TINY, LONGEST = Machine(), 80  # a solution has 67 tokens, its end included
-SMOLLM2 = Machine(length=3, after=8, write=in_words)
+SMOLLM2 = Machine(chains=4, length=3, after=8, write=in_words)
