@@ -97,7 +97,7 @@ def test_a_plan_says_what_is_left_and_how_long_it_takes(tmp_path, monkeypatch):
         run = f"{study.folder}/sum-{seed}"
         study.runs.append(Run(f"{run}/manifest.json", ("other.jsonl",), (("train", "--max_steps", "30"),)))
         study.measure(f"sum-{seed}", (f"{run}/manifest.json",), ("measure",))
-    assert "2 trainings, 0 minutes and 2 of unknown length" in show.report(study)
+    assert "2 of them trainings, 0 minutes and 2 of unknown length" in show.report(study)
     log = [{"step": 10, "train_runtime": 40.0}]
     write(tmp_path / study.folder / "sum-0/trainer_state.json", {"global_step": 10, "log_history": log})
     write(tmp_path / study.folder / "sum-0/manifest.json", {})
@@ -107,29 +107,46 @@ def test_a_plan_says_what_is_left_and_how_long_it_takes(tmp_path, monkeypatch):
         ["to", "do", "outputs/study/trial/results/sum-0.json"],
         ["to", "do", "2.0", "outputs/study/trial/sum-1"],
     ]
-    assert "left: 3 of 4 runs; 1 trainings, 2 minutes" in lines
+    assert "left: 3 of 4 runs; 1 of them trainings, 2 minutes" in lines
 
 
-def test_a_run_from_its_name_to_the_table(tmp_path):
-    """One step of one arm, ten digits; a second make has nothing to do."""
+@pytest.fixture
+def make(tmp_path):
+    """make in a checkout with outputs of its own: one arm, one seed, ten digits, one step."""
     for name in ("Makefile", "experiments", "pte_trl", "recipes", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "ready").touch()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
-    variables = [f"PY={python()}", f"PYTHON={sys.executable}", f"READY={tmp_path}/ready", "DIGITS=10", "SEEDS=0"]
-    variables += ["ARMS=sum", "STEPS=1", "LOAD_BASE_STEPS=1", "RESULTS=outputs/trial"]
+    variables = [f"PYTHON={sys.executable}", f"READY={tmp_path}/ready", "DIGITS=10", "SEEDS=0", "ARMS=sum"]
+    variables += ["STEPS=1", "LOAD_BASE_STEPS=1", "RESULTS=outputs/trial"]
 
-    def make(target: str) -> str:
-        command = ["make", target, *variables]
+    def run(*command: str) -> str:
+        command = ["make", *command, *variables]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout
 
-    make("study-load-digits-10-steps-1-sum-0")
-    out = make("study-load")
+    return run
+
+
+def test_a_run_has_a_name_and_brings_what_it_needs(make):
+    lines = make("-n", "study-load-digits-10-steps-1-sum-0").splitlines()
+    programs = ["experiments.study.recall", "recipes/distill_pte.py", "experiments.study.evaluate"]
+    assert [program for line in lines for program in programs if program in line] == programs
+    lines = make("-n", "study-load").splitlines()
+    assert "load_report outputs/study/load --steps 1 --output outputs/trial/load_1" in lines[-1]
+    assert "left: 4 of 4 runs; 1 of them trainings" in make("plan-study-load")
+
+
+@pytest.mark.thorough  # ten seconds
+def test_a_run_from_its_name_to_the_table(make, tmp_path):
+    """What is done is not done again."""
+    client = f"PY={python()}"
+    make("study-load-digits-10-steps-1-sum-0", client)
+    out = make("study-load", client)
     assert "distill_pte" not in out and (tmp_path / "outputs/trial/load_1.md").read_text() in out
-    assert "| seconds a step | 10 digits |" in out
+    assert "| seconds a step | 10 digits |" in out and "| sum | 10 | 1 |" in out
     assert (tmp_path / "outputs/trial/load_1.png").exists()
-    assert "distill_pte" not in make("study-load") and "| sum | 10 | 1 |" in out
-    assert "outputs/study/load/digits-10/steps-1/sum-0" in make("plan-study-load")
+    assert "distill_pte" not in make("study-load", client)
+    assert "left: 0 of 4 runs; 0 of them trainings, 0 minutes" in make("plan-study-load")

@@ -108,7 +108,7 @@ def test_what_is_asked_has_left_every_window(seed):
     assert question == 2 * TINY.registers and len(tokens) < LONGEST
     for window in WINDOWS[:-1]:
         assert Schedule(int(window)).first_visible(question) > last
-    # and at the training window no path of attention leads back, through any of the layers
+    # and at the smallest no path of attention leads back, through any of the layers
     reach = question
     for _ in range(LAYERS):
         reach = Schedule(int(WINDOWS[0])).first_visible(reach)
@@ -152,6 +152,7 @@ def test_sizes_that_make_no_problem_are_refused(change):
         replace(TINY, **change)
 
 
+@pytest.mark.thorough  # nine seconds; tests/test_arithmetic.py has the fine-tuning itself
 def test_a_model_is_shown_solutions(tmp_path, monkeypatch):
     model, tokenizer = build(0, WORDS)
     model.save_pretrained(tmp_path / "model")

@@ -95,7 +95,7 @@ def report(study: Study) -> str:
     known = [one.minutes for one in left if one.minutes is not None]
     unknown = sum(one.training and one.minutes is None for one in left)
     trainings = sum(one.training for one in left)
-    total = f"left: {len(left)} of {len(found)} runs; {trainings} trainings, {sum(known):.0f} minutes"
+    total = f"left: {len(left)} of {len(found)} runs; {trainings} of them trainings, {sum(known):.0f} minutes"
     if unknown:
         total += f" and {unknown} of unknown length (no training of this study is finished)"
     note = "Minutes are of trainings, by the steps of those that are finished; measuring and base models come on top."
