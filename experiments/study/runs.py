@@ -58,9 +58,8 @@ class Study:
         *commands: Argv,
         present: tuple[str, ...] = (),
         folder: str | None = None,
-        asked: bool = True,
     ) -> None:
-        """Adds the result `name`, ARM-SEED, to the rules, and to the results if it is asked for.
+        """Adds the result `name`, ARM-SEED, to the rules, and to the results if ARMS leaves it.
 
         `make study-STUDY-ARM-SEED` makes this one, with its training; where `folder` is one in the study's, its
         names stand before ARM.
@@ -72,7 +71,7 @@ class Study:
         arm = name.rpartition("-")[0]
         if arm not in self.arms:
             self.arms.append(arm)
-        if asked and (not ONLY_ARMS or arm in (*ONLY_ARMS, "base")):
+        if not ONLY_ARMS or arm in (*ONLY_ARMS, "base"):
             self.results.append(result)
 
     def table(self) -> Run:
