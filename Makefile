@@ -142,7 +142,12 @@ $(TINY_BASE): | $(READY)
 $(TINY_DATA): | $(READY)
 	$(PY) -m experiments.tiny.benchmarks --output $(@D)
 
-# Does it learn? study-recall, -choices, -windows, -sums, -names, -arithmetic, -smollm2 (experiments/study/plan.py has the sizes that can be set).
+# Does it learn? study-recall, -choices, -load, -windows, -sums, -registers, -names, -arithmetic, -smollm2,
+# -registers-smollm2 (experiments/study/plan.py and the modules that it imports have the sizes that can be set). ARMS
+# and SEEDS leave runs out; every run has a target, study-recall-pte-0.
+plan-study-%:  ## what a study will run, what is done, minutes: plan-study-load
+	@$(PYTHON) -m experiments.study.show $*
+
 .PHONY: FORCE
 outputs/study/plan.mk: FORCE
 	@mkdir -p $(@D)

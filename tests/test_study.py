@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments.rules import makefile
-from experiments.study import curves, plan, report
+from experiments.study import curves, load, plan, report
 from experiments.study.collect import beside, collect
 from experiments.study.evaluate import accuracy
 from experiments.study.recall import (
@@ -51,8 +51,8 @@ def test_a_sequence_asks_for_what_it_told():
     assert len(digits.unique()) == DIGITS
 
 
-@pytest.mark.parametrize("window", [8, 12, 16])
-def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window):
+@pytest.mark.parametrize(("window", "names"), [(8, 4), (12, 4), (16, 4), (8, 10), (16, 10)])
+def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window, names):
     """Under the window alone the logits of an answer do not depend on the digits at all; with a token less they do."""
     torch.manual_seed(0)
     model = build_model(0).double().eval()
@@ -60,9 +60,10 @@ def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window):
     from pte_trl.replay.plan import replay_inputs
 
     def change(length: int) -> float:
-        tokens, places = draw(1, 4, length, torch.Generator().manual_seed(1))
+        tokens, places = draw(1, names, length, torch.Generator().manual_seed(1))
         other = tokens.clone()
-        other[:, 1:5] = PAIR + (tokens[:, 1:5] - PAIR) // DIGITS * DIGITS + (tokens[:, 1:5] - PAIR + 3) % DIGITS
+        told = tokens[:, 1 : names + 1] - PAIR
+        other[:, 1 : names + 1] = PAIR + told // DIGITS * DIGITS + (told + 3) % DIGITS
         logits = [
             model(input_ids=x, **replay_inputs(model, torch.ones_like(x), 1, Schedule(window))).logits[
                 :, places[0] - 1
@@ -71,7 +72,7 @@ def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window):
         ]
         return (logits[0] - logits[1]).abs().max().item()
 
-    length = countdown(Schedule(window), 4)
+    length = countdown(Schedule(window), names)
     assert change(length) == 0
     assert change(length - 1) > 1e-9
 
@@ -229,17 +230,21 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     lines = shown.stdout.splitlines()
     seeds, arms = len(plan.SEEDS), len(plan.ARMS)
     adapters = seeds * (arms + len(plan.CHOICES) + len(plan.WINDOWS_ARMS) + 1)
-    assert sum("experiments.study.evaluate" in line for line in lines) == adapters + 1
+    loads = len(load.DIGITS) * (seeds * len(load.LOAD_ARMS) + 1)
+    assert sum("experiments.study.evaluate" in line for line in lines) == adapters + 1 + loads
     assert (
         sum("pte_trl.inspect.kl" in line for line in lines)
-        == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS) + len(plan.ARITHMETIC_ARMS)) + 3
+        == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS) + 2 * len(plan.ARITHMETIC_ARMS)) + 4
     )
     place = {
         run: n for n, line in enumerate(lines) for run in [line.split("--output_dir ")[-1]] if "output_dir" in line
     }
     for seed in plan.SEEDS:
         for folder, arm in (
-            (folder, arm) for folder in (plan.RECALL, plan.SUMS, plan.ARITHMETIC) for arm in plan.ARMS if arm.start
+            (folder, arm)
+            for folder in (plan.RECALL, plan.SUMS, plan.ARITHMETIC, "outputs/study/registers")
+            for arm in plan.ARMS
+            if arm.start
         ):
             # an arm that starts from another comes behind it
             assert place[f"{folder}/{arm.name}-{seed}"] > place[f"{folder}/{arm.start}-{seed}"]

@@ -7,6 +7,7 @@ ORDER = (
     *("default", "base", "lora", "lora_c", "pte"),
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
     *("lora_c_drawn", "pte_mixed", "pte_drawn"),
+    *("recursive", "sum", "write_gate", "gated_sum", "delta", "qkvo"),
 )
 
 
@@ -53,11 +54,21 @@ CHOICES = {
 }
 # Distilled on prompts of mixed lengths, under one window or one drawn for each sample.
 MIXED = {"dataset_name": "outputs/study/recall/mixed.jsonl"}
-DRAWN = MIXED | {"window": ["6", "16"]}
+WINDOW_DRAWN = {"window": ["6", "16"]}
+DRAWN = MIXED | WINDOW_DRAWN
 WINDOWS_ARMS = (
     Arm("lora_c_drawn", "lora_c", "distill", flags=DRAWN),
     Arm("pte_mixed", "pte", "distill", flags=MIXED),
     Arm("pte_drawn", "pte", "distill", flags=DRAWN),
+)
+# What the state can hold: one adapter for all windows, which are drawn per sample (make study-load).
+LOAD_ARMS = (
+    Arm("recursive", "pte", "distill", flags=WINDOW_DRAWN),
+    Arm("sum", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"}),
+    Arm("write_gate", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum", "write_gate": "true"}),
+    Arm("gated_sum", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "gated_sum"}),
+    Arm("delta", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "delta"}),
+    Arm("qkvo", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["qkvo"]),
 )
 LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
 SMOLLM2_ARMS = (
@@ -73,3 +84,4 @@ NAMES_ARMS = (*SMOLLM2_ARMS, *AFTERWARDS, Arm("pte_unwhitened", "pte", "distill"
 # LoRA_c's loss is stable at the higher rate; PTE's leaps there.
 FAST = LORA_C | {"learning_rate": "2e-3"}
 ARITHMETIC_ARMS = (Arm("lora_c_distilled", "lora_c", "distill", flags=FAST), SMOLLM2_ARMS[1], *AFTERWARDS)
+REGISTERS_ARMS = ARMS[3:]  # distilled, and then rewarded

@@ -4,16 +4,18 @@
 
 Standard library only, as `experiments.paper.plan`. A training is a folder with a manifest.json, which is written last;
 a result is a JSON file. What is there is not made again; what was interrupted starts again from its own command. SEEDS
-and the other names in capitals can be set in the environment for a cheaper study.
+and the other names in capitals can be set in the environment for a cheaper study. `experiments.study.show` lists a
+study's runs.
 """
 
 import os
-from dataclasses import dataclass, field
 
-from experiments.rules import Argv, Run, makefile, options, python
+from experiments.rules import Run, makefile, options, python
 from experiments.study.arms import ARITHMETIC_ARMS, ARMS, CHOICES, NAMES_ARMS, SMOLLM2_ARMS, WINDOWS_ARMS, Arm
+from experiments.study.load import load
+from experiments.study.registers import registers, registers_smollm2
+from experiments.study.runs import DISTILL, GIVEN_THOUGHT, GRPO, KL, SEEDS, Study, accuracies
 
-SEEDS = os.environ.get("SEEDS", "0 1 2").split()
 NAMES = os.environ.get("NAMES", "4")  # digits to remember in the recall task
 # Steps of every method alike; and of SmolLM2, whose texts are sampled once for all runs.
 DISTILL_STEPS = os.environ.get("DISTILL_STEPS", "200")
@@ -37,43 +39,6 @@ RECALL, CHOICES_FOLDER, SUMS = "outputs/study/recall", "outputs/study/choices", 
 NAMES_FOLDER, ARITHMETIC, SMOLLM2 = "outputs/study/names", "outputs/study/arithmetic", "outputs/study/smollm2"
 BASE = "outputs/smollm2-135m"
 BASE_MODEL = f"{BASE}/config.json"
-
-GRPO, DISTILL, EVALUATE = "recipes/grpo_pte.py", "recipes/distill_pte.py", "recipes/evaluate.py"
-GIVEN_THOUGHT, KL = "experiments.study.grpo", "pte_trl.inspect.kl"
-
-
-@dataclass
-class Study:
-    """The rules of a study and its result files; `chance` is the accuracy of a guess, for the plot."""
-
-    name: str
-    chance: str | None = None
-    runs: list[Run] = field(default_factory=list)
-    results: list[str] = field(default_factory=list)
-
-    @property
-    def folder(self) -> str:
-        return f"outputs/study/{self.name}"
-
-    def train(self, arm: Arm, seed: str, command: Argv, needs: tuple[str, ...] = (), present: tuple[str, ...] = ()):
-        """Adds the training of an arm to the rules, and returns its folder."""
-        run = f"{self.folder}/{arm.name}-{seed}"
-        start = f"{self.folder}/{arm.start}-{seed}" if arm.start else None
-        command += options(method=arm.method, **arm.flags, adapter=start, seed=seed, output_dir=run)
-        needs += (f"{start}/manifest.json",) if start else ()
-        self.runs.append(Run(f"{run}/manifest.json", needs, (command,), present))
-        return run
-
-    def measure(self, name: str, needs: tuple[str, ...], *commands: Argv, present: tuple[str, ...] = ()) -> None:
-        """Adds the result `name` to the rules."""
-        self.results.append(f"{self.folder}/results/{name}.json")
-        self.runs.append(Run(self.results[-1], needs, commands, present))
-
-    def rules(self) -> list[Run]:
-        """All runs, the table of their results, and the name of the study."""
-        report = python("experiments.study.report", f"{self.folder}/results", output=self.folder, chance=self.chance)
-        table = Run(f"{self.folder}/table.md", tuple(self.results), (report,))
-        return [*self.runs, table, Run(f"study-{self.name}", (table.target,), phony=True)]
 
 
 def recall() -> Study:
@@ -137,25 +102,6 @@ def sums() -> Study:
             measures = accuracies(f"{SUMS}/evaluate/{arm.name}-{seed}", SUMS_WINDOWS, evaluation, run)
             study.measure(f"{arm.name}-{seed}", (f"{run}/manifest.json",), *measures, present=present)
     return study
-
-
-def accuracies(
-    folder: str, windows: tuple[str, ...], evaluation: dict, run: str | None = None, kl: str | None = None
-) -> list[Argv]:
-    """An evaluation per window with the project's own script, and their collection, with the KL, into one result."""
-    sampling = {"temperature": "1.0", "top_p": "1.0", "use_cpu": "true"}
-    commands = [
-        python(
-            EVALUATE,
-            **evaluation,
-            **sampling,
-            window=None if window == "full" else window,
-            adapter=run,
-            output_dir=f"{folder}/{window}",
-        )
-        for window in windows
-    ]
-    return [*commands, python("experiments.study.collect", folder, kl=kl, output="$@")]
 
 
 def smollm2() -> Study:
@@ -235,11 +181,18 @@ def measure_arithmetic(study: Study, name: str, run: str | None) -> None:
     study.measure(name, (kl, *needs), *accuracies(folder, ARITHMETIC_WINDOWS, evaluation, run, kl))
 
 
+def studies() -> list[Study]:
+    return [
+        *(recall(), choices(), load(), windows(), sums(), registers()),
+        *(names(), arithmetic(), smollm2(), registers_smollm2()),
+    ]
+
+
 def rules() -> list[Run]:
     """Every rule of every study, and `study` for all of them."""
-    studies = [recall(), choices(), windows(), sums(), names(), arithmetic(), smollm2()]
-    everything = Run("study", tuple(f"study-{study.name}" for study in studies), phony=True)
-    return [*(run for study in studies for run in study.rules()), everything]
+    found = studies()
+    everything = Run("study", tuple(f"study-{study.name}" for study in found), phony=True)
+    return [*(run for study in found for run in study.rules()), everything]
 
 
 if __name__ == "__main__":

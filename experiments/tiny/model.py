@@ -1,6 +1,7 @@
 r"""A Qwen2 model of about a million parameters and a tokenizer of single bytes plus a few words."""
 
 import string
+from collections.abc import Sequence
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -19,13 +20,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, so any text survives; whole tokens for the words every problem shares."""
+def build_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token per byte, so any text survives; whole tokens for the words every problem shares, and for `words`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in (*WORDS, *words)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -38,9 +39,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build(seed: int) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+def build(seed: int, words: Sequence[str] = ()) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     """An untrained model in float32 and its tokenizer; the same seed gives the same weights."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(words)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from experiments.tiny.model import build
-from experiments.tiny.task import DIFFICULTIES, Difficulty, rows, stream
+from experiments.tiny.task import DIFFICULTIES, Task, rows, stream
 
 IGNORED = -100  # the label cross_entropy skips
 TEST_SEED = 0
@@ -45,9 +45,9 @@ def prompt_of(tokenizer, row: dict[str, str]) -> str:
     return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
-def batches(tokenizer, difficulty: Difficulty, size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(tokenizer, task: Task, size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches of fresh problems, padded on the right; only the solution and its end have labels."""
-    source = stream("train", seed, difficulty)
+    source = stream("train", seed, task)
     while True:
         examples = []
         for row in islice(source, size):
@@ -65,7 +65,7 @@ def batches(tokenizer, difficulty: Difficulty, size: int, seed: int) -> Iterator
         yield {"input_ids": ids, "labels": labels}
 
 
-def train(model, tokenizer, args: argparse.Namespace) -> list[float]:
+def train(model, tokenizer, task: Task, args: argparse.Namespace) -> list[float]:
     """Cosine schedule after a short warm-up; returns the loss of every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = max(1, args.steps // 20)
@@ -76,7 +76,7 @@ def train(model, tokenizer, args: argparse.Namespace) -> list[float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     losses = []
-    data = batches(tokenizer, DIFFICULTIES[args.difficulty], args.batch_size, args.seed)
+    data = batches(tokenizer, task, args.batch_size, args.seed)
     progress = tqdm(islice(data, args.steps), total=args.steps, desc="pretraining", mininterval=1.0)
     for batch in progress:
         loss = model(**batch).loss
@@ -91,10 +91,10 @@ def train(model, tokenizer, args: argparse.Namespace) -> list[float]:
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, problems: list[dict[str, str]], batch_size: int = 100) -> float:
+def accuracy(model, tokenizer, problems: list[dict[str, str]], batch_size: int = 100, longest: int = 160) -> float:
     r"""Share of problems whose greedy answer ends in exactly the right \boxed{}."""
     greedy = GenerationConfig(
-        max_new_tokens=160, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.eval()
     right = 0
@@ -127,7 +127,7 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     model, tokenizer = build(args.seed)
-    losses = train(model, tokenizer, args)
+    losses = train(model, tokenizer, DIFFICULTIES[args.difficulty], args)
     problems = rows("test", args.test_problems, TEST_SEED, DIFFICULTIES[args.difficulty])
     score = accuracy(model, tokenizer, problems)
     save(model, tokenizer, args.output)

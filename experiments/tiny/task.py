@@ -17,6 +17,7 @@ import random
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 SPLITS = ("train", "test")
 
@@ -32,6 +33,19 @@ class Difficulty:
         if not 2 <= shortest <= longest <= len(string.ascii_lowercase):
             raise ValueError(f"{self}: there must be at least 2 lines and at most {len(string.ascii_lowercase)}")
 
+    def draw(self, rng: random.Random) -> dict[str, str]:
+        """One random row `{id, problem, answer, solution}`, of either split."""
+        names = string.ascii_lowercase[: rng.randint(*self.lines)]
+        numbers = [rng.randrange(3) for _ in names]  # small steps: the model learns to add them in minutes
+        sums = [sum(numbers[: line + 1]) % 10 for line in range(len(names))]
+        asked = rng.randrange(len(names) - 1)
+        answer = str(sums[asked])
+        problem = "".join(f"{name}{number}" for name, number in zip(names, numbers, strict=True))
+        problem += f". Find {names[asked].upper()}."
+        lines = "".join(f"{n}{x}{n.upper()}{s}" for n, x, s in zip(names, numbers, sums, strict=True))
+        recall = f"{names[asked].upper()}{sums[asked]}={answer}"
+        return row_of("tiny", problem, answer, rf"{lines};{recall};\boxed{{{answer}}}")
+
 
 DIFFICULTIES = {
     "easy": Difficulty(lines=(5, 9)),
@@ -40,31 +54,24 @@ DIFFICULTIES = {
 }
 
 
+class Task(Protocol):
+    """What rows are drawn from: sizes of a problem."""
+
+    def draw(self, rng: random.Random) -> dict[str, str]: ...
+
+
+def row_of(kind: str, problem: str, answer: str, solution: str) -> dict[str, str]:
+    """A row; its id is made of the problem's text."""
+    identity = f"{kind}-" + hashlib.sha256(problem.encode()).hexdigest()[:12]
+    return {"id": identity, "problem": problem, "answer": answer, "solution": solution}
+
+
 def split_of(problem: str) -> str:
     """The one split a problem text may ever appear in; decided by its hash, so the splits cannot overlap."""
     return SPLITS[hashlib.sha256(problem.encode()).digest()[0] % len(SPLITS)]
 
 
-def draw(rng: random.Random, difficulty: Difficulty) -> dict[str, str]:
-    """One random row `{id, problem, answer, solution}`, of either split."""
-    names = string.ascii_lowercase[: rng.randint(*difficulty.lines)]
-    numbers = [rng.randrange(3) for _ in names]  # small steps: the model learns to add them in minutes
-    sums = [sum(numbers[: line + 1]) % 10 for line in range(len(names))]
-    asked = rng.randrange(len(names) - 1)
-    answer = str(sums[asked])
-    problem = "".join(f"{name}{number}" for name, number in zip(names, numbers, strict=True))
-    problem += f". Find {names[asked].upper()}."
-    lines = "".join(f"{n}{x}{n.upper()}{s}" for n, x, s in zip(names, numbers, sums, strict=True))
-    recall = f"{names[asked].upper()}{sums[asked]}={answer}"
-    return {
-        "id": "tiny-" + hashlib.sha256(problem.encode()).hexdigest()[:12],
-        "problem": problem,
-        "answer": answer,
-        "solution": rf"{lines};{recall};\boxed{{{answer}}}",
-    }
-
-
-def stream(split: str, seed: int, difficulty: Difficulty) -> Iterator[dict[str, str]]:
+def stream(split: str, seed: int, task: Task) -> Iterator[dict[str, str]]:
     """Endless rows of one split; the same seed gives the same rows.
 
     Raises:
@@ -74,25 +81,25 @@ def stream(split: str, seed: int, difficulty: Difficulty) -> Iterator[dict[str, 
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     rng = random.Random(seed)
     while True:
-        row = draw(rng, difficulty)
+        row = task.draw(rng)
         if split_of(row["problem"]) == split:
             yield row
 
 
-def rows(split: str, count: int, seed: int, difficulty: Difficulty) -> list[dict[str, str]]:
+def rows(split: str, count: int, seed: int, task: Task) -> list[dict[str, str]]:
     """`count` different rows of one split, in a fixed order.
 
     Raises:
-        ValueError: the difficulty does not have so many problems.
+        ValueError: the task does not have so many problems.
     """
     chosen, repeats = {}, 0
-    for row in stream(split, seed, difficulty):
+    for row in stream(split, seed, task):
         repeats = repeats + 1 if row["id"] in chosen else 0
         chosen.setdefault(row["id"], row)
         if len(chosen) == count:
             break
         if repeats > 10_000:
-            raise ValueError(f"count={count}: {difficulty} has about {len(chosen)} problems in the split {split!r}")
+            raise ValueError(f"count={count}: {task} has about {len(chosen)} problems in the split {split!r}")
     return list(chosen.values())
 
 

@@ -1,0 +1,77 @@
+"""How much the state can hold: recall against the number of digits, an encoder an arm, one adapter for all windows.
+
+    make study-load                                   # every run that is missing, then the table and the plot
+    make study-load ARMS="sum delta" DIGITS=8 SEEDS=0 STEPS=200
+    make study-load-digits-8-steps-400-sum-0          # one run, with what it needs
+    make plan-study-load                              # lists the runs, and what the rest will take
+
+The task is that of `experiments.study.recall`, with a base model for every number of digits. An adapter is distilled
+with W drawn per sample and countdowns for all windows, and measured at each. ARMS, DIGITS and SEEDS leave runs out,
+and change none; the table has what there is. STEPS is part of a run's name. Standard library only.
+"""
+
+import os
+from dataclasses import dataclass
+
+from experiments.rules import Run, options, python
+from experiments.study.arms import LOAD_ARMS
+from experiments.study.runs import DISTILL, SEEDS, Study
+
+MOST = 10  # names that the task has words for
+DIGITS = os.environ.get("DIGITS", "4 6 8 10").split()
+STEPS = os.environ.get("STEPS", "400")
+BASE_STEPS = os.environ.get("LOAD_BASE_STEPS")
+OUTPUT = os.environ.get("RESULTS", "docs/results")
+WINDOWS = ("8", "12", "16")  # measured at; training draws from 6 to 16
+LONGEST = 96  # tokens of a thought of ten digits, and some more
+
+
+@dataclass
+class Load(Study):
+    """A study with a folder for every number of digits, and a report of its own."""
+
+    def table(self) -> Run:
+        stem = f"{OUTPUT}/load_{STEPS}"
+        report = python("experiments.study.load_report", self.folder, steps=STEPS, output=stem)
+        return Run(f"{stem}.md", tuple(self.results), (report,))
+
+
+def load() -> Study:
+    """Every training, a measurement each, and the base's.
+
+    Raises:
+        SystemExit: digits that the task cannot have, or steps that are no number.
+    """
+    for digits in DIGITS:
+        if not (digits.isdigit() and 1 <= int(digits) <= MOST):
+            raise SystemExit(f"error: DIGITS={digits}: allowed are numbers from 1 to {MOST}")
+    if not (STEPS.isdigit() and int(STEPS) > 0):
+        raise SystemExit(f"error: STEPS={STEPS}: allowed is one number above 0")
+    study = Load("load")
+    for digits in DIGITS:
+        add(study, digits)
+    return study
+
+
+def add(study: Study, digits: str) -> None:
+    """The runs of one number of digits."""
+    folder = f"{study.folder}/digits-{digits}"
+    base, rows = f"{folder}/base", f"{folder}/mixed.jsonl"
+    make = python("experiments.study.recall", names=digits, windows=WINDOWS, steps=base_steps(digits), rows=2048)
+    make += options(output=folder)
+    study.runs.append(Run(f"{base}/config.json", commands=(make,), present=("$(READY)",)))
+    needs = (f"{base}/config.json",)
+    measure = python("experiments.study.evaluate", base=base, names=digits, windows=WINDOWS, output="$@")
+    study.measure("base-0", needs, measure, folder=folder)
+    command = python(DISTILL, config="recipes/study/recall_distill.yaml", model_name_or_path=base)
+    command += options(dataset_name=rows, max_steps=STEPS, max_completion_length=LONGEST)
+    for seed in SEEDS:
+        for arm in LOAD_ARMS:
+            run = study.train(arm, seed, command, needs, folder=f"{folder}/steps-{STEPS}")
+            name, result = f"{arm.name}-{seed}", measure + options(adapter=run)
+            study.measure(name, (f"{run}/manifest.json",), result, folder=f"{folder}/steps-{STEPS}")
+
+
+def base_steps(digits: str) -> str:
+    """Steps in which the base learns the task with the full cache; more digits take longer."""
+    return BASE_STEPS or ("300" if int(digits) <= 4 else "600")
