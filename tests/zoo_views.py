@@ -13,6 +13,7 @@ from pte_trl.adapter.placement import attention_modules, linear_place
 from pte_trl.adapter.settings import LINEARS
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.segment_run import check_states_taken_up
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
 from tests.models import TEMPERATURE, chosen, decode_logps, gap, left_padded_batch, replay_logps, with_pte
@@ -99,6 +100,7 @@ def replay(model: nn.Module, window: int = WINDOW) -> Cell:
 @torch.no_grad()
 def chunks(model: nn.Module, window: int = WINDOW) -> Cell:
     """The decode in the longest pieces that no eviction interrupts, against one pass."""
+    check_states_taken_up(model)  # `feed` then goes token by token
     decoded = decode_logps(model, IDS, MASK, PROMPT, window, chunked=True)
     replayed, other = (replay_logps(model, IDS, MASK, PROMPT, w) for w in (window, window + 1))
     return Cell(gap(decoded, replayed), gap(replayed, other))

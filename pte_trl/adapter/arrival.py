@@ -141,4 +141,4 @@ def _zeros_from(linears: list[nn.Module]) -> Iterator[None]:
 
 
 def _zeros(width: int, x: Tensor) -> Tensor:
-    return x.new_zeros(()).expand(*x.shape[:-1], width)
+    return x.new_zeros(width).expand(*x.shape[:-1], width)  # stride 1, as complex rotary embeddings want it
