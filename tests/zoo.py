@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 F, S, C, L, H = "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "hybrid"
 # Values by the name of a configuration's field; each configuration takes those it has a field for.
@@ -69,7 +70,10 @@ TINY = {
 MIXED = {"layer_types": [S, F, S], "sliding_window": 5}  # shorter than the prompts and than W
 ALL_FULL = {"sliding_window": None}
 HYBRID = {"layer_types": [L, F, L]}
-DBRX = {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}
+DBRX = {
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    "ffn_config": {"ffn_hidden_size": 48},
+}
 EXACT = 1e-9
 
 
@@ -263,7 +267,7 @@ NOT_TRIED = {
 
 def registered() -> list[str]:
     """Model types of transformers' causal language models."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping)
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def config_of_row(row: Row):
