@@ -1,7 +1,10 @@
 """What the private names of PyTorch, the engines, the hub and the grader must do (`pte_trl/compat`)."""
 
 import dataclasses
+import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import datasets
@@ -229,6 +232,16 @@ def test_where_datasets_keeps_what_it_made(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
     datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
     assert hub.datasets_cache() == tmp_path / "cache" and any(hub.datasets_cache().glob("json*"))
+
+
+@about("hub.hub_home")
+def test_where_the_hub_keeps_its_cache(tmp_path, monkeypatch):
+    ask = "from huggingface_hub import constants; print(constants.HF_HOME)"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    found = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(tmp_path / "home")  # what the variable says
+    monkeypatch.setattr(hub.constants, "HF_HOME", str(tmp_path))
+    assert hub.hub_home() == tmp_path
 
 
 @about("grading.Latex2Sympy", "grading.ConversionConfig")

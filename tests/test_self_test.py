@@ -125,7 +125,7 @@ REFUSED = {
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(verdicts.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(verdicts, "hub_home", lambda: tmp_path)
     monkeypatch.setattr(verdicts, "_found", {})
     return tmp_path / "pte_trl" / "self_test"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 F, S, C, L, H = "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "hybrid"
 # Values by the name of a configuration's field; each configuration takes those it has a field for.
@@ -69,7 +70,10 @@ TINY = {
 MIXED = {"layer_types": [S, F, S], "sliding_window": 5}  # shorter than the prompts and than W
 ALL_FULL = {"sliding_window": None}
 HYBRID = {"layer_types": [L, F, L]}
-DBRX = {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}
+DBRX = {
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    "ffn_config": {"ffn_hidden_size": 48},
+}
 EXACT = 1e-9
 
 
@@ -84,6 +88,7 @@ class Row:
         refused: what must be refused, with words of the sentence: "bare", "pte", "segments".
         dtype: of the weights, where float64 does not run.
         attention: attention implementation.
+        variant: what is different, where an architecture has several rows.
     """
 
     model_type: str
@@ -92,6 +97,11 @@ class Row:
     refused: dict[str, str] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     attention: str = "sdpa"
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model_type} {self.variant}".strip()
 
     def words_of_refusal(self, view: str, arm: str) -> str | None:
         """Words of the sentence by which a cell must be refused; None if it must pass."""
@@ -99,9 +109,17 @@ class Row:
         return next((self.refused[kind] for kind in kinds if kind in self.refused), None)
 
 
-def row(model_type: str, bound=EXACT, refused=None, dtype=torch.float64, attention="sdpa", **config) -> Row:
-    return Row(model_type, config, bound, refused or {}, dtype, attention)
+def row(model_type: str, bound=EXACT, refused=None, dtype=torch.float64, attention="sdpa", variant="", **config):
+    return Row(model_type, config, bound, refused or {}, dtype, attention, variant)
 
+
+NO_PLACE = {"pte": "finds no attention"}
+NOT_PASSED_ON = {"pte": "hand no keyword arguments on to their attention"}
+UNKNOWN_TYPE = {"bare": "layer types .* a bounded cache takes"}
+NO_FULL_LAYER = {"bare": "a bounded cache evicts from layers of full attention"}
+SHARED = {"pte": "PTE takes a module for each"}
+FORGETS = {"segments": "from an empty state", "chunks": "from an empty state"}
+SHARED_KEYS = {"bare": "num_kv_shared_layers"}
 
 ROWS = [
     # -- every layer attends in full -----------------------------------------------------------------------------
@@ -116,6 +134,7 @@ ROWS = [
     row("cohere", logit_scale=1.0),
     row("diffllama"),
     row("dots1", n_shared_experts=1),
+    row("doge"),
     row("ernie4_5"),
     row("ernie4_5_moe"),
     row("flex_olmo"),
@@ -133,13 +152,14 @@ ROWS = [
     row("hyperclovax"),
     row("jais2"),
     row("ministral3", **ALL_FULL),
+    row("minimax_m3_vl_text"),
     row("minimax_m2"),
     row("mixtral", **ALL_FULL),
     row("nanochat"),
     row("olmo"),
     row("olmo2"),
     row("olmoe"),
-    row("persimmon"),
+    row("persimmon", refused=NO_PLACE),
     row("phi"),
     row("phi3", **ALL_FULL),
     row("phimoe", **ALL_FULL),
@@ -166,16 +186,18 @@ ROWS = [
     row("exaone_moe", **MIXED),
     row("gemma2", attention="eager", **MIXED),
     row("gemma3_text", **MIXED),
-    row("gemma3n_text", layer_types=[S, F, S, F], sliding_window=5, num_hidden_layers=4, num_kv_shared_layers=2),
-    row("gemma4_text", layer_types=[S, F, F], sliding_window=5, global_head_dim=16, num_kv_shared_layers=1),
+    row("gemma3n_text", layer_types=[S, F, S], sliding_window=5, num_kv_shared_layers=0),
+    row("gemma3n_text", variant="with shared keys", refused=SHARED_KEYS, num_kv_shared_layers=1, **MIXED),
+    row("gemma4_text", layer_types=[S, S, F], sliding_window=5, global_head_dim=16),
+    row("gemma4_text", variant="with shared keys", refused=SHARED_KEYS, num_kv_shared_layers=1, global_head_dim=16),
     row("gpt_oss", attention="eager", **MIXED),
     row("granite_swa", attention="eager", **MIXED),
     row("granitemoe_swa", attention="eager", **MIXED),
     row("laguna", **MIXED),
     row("mellum", **MIXED),
-    row("mimo_v2_flash", attention="eager", **MIXED),
+    row("mimo_v2_flash", refused={"pte": "cannot be decoded and replayed"}, attention="eager", **MIXED),
     row("ministral", **MIXED),
-    row("modernbert-decoder", layer_types=[S, F, S], local_attention=10),
+    row("modernbert-decoder", refused=NO_PLACE, layer_types=[S, F, S], local_attention=10),
     row("olmo3", **MIXED),
     row("vaultgemma", attention="eager", **MIXED),
     row("llama4_text", layer_types=[F, F, F], no_rope_layers=[1, 0, 1]),
@@ -183,58 +205,48 @@ ROWS = [
     row("bamba", attn_layer_indices=[1]),
     row("falcon_h1"),
     row("granitemoehybrid", layer_types=[L, F, L]),
-    row("jamba", attn_layer_period=3, attn_layer_offset=1, mamba_dt_rank=4, use_mamba_kernels=False),
+    row("jamba", refused=FORGETS, attn_layer_period=3, attn_layer_offset=1),
     row("kimi_linear", num_key_value_heads=4, linear_num_heads=4, linear_head_dim=8, **HYBRID),
     row("lfm2", layer_types=["conv", F, "conv"]),
     row("lfm2_moe", layer_types=["conv", F, "conv"], num_dense_layers=1),
-    row(
-        "nemotron_h",
-        layers_block_type=[L, "moe", F, "mlp"],
-        mamba_num_heads=4,
-        mamba_head_dim=16,
-        ssm_state_size=8,
-        n_groups=1,
-        chunk_size=4,
-    ),
+    row("nemotron_h", layers_block_type=[L, "moe", F, "mlp"]),
     row("olmo_hybrid", **HYBRID),
     row("qwen3_5_text", **HYBRID),
     row("qwen3_5_moe_text", **HYBRID),
     row("qwen3_next", **HYBRID),
-    row("zamba", num_hidden_layers=4, layers_block_type=[L, H, L, H]),
-    row("zamba2", mamba_d_state=8, num_hidden_layers=4, layers_block_type=[L, H, L, H]),
-    row("zaya", num_experts_per_tok=1),
+    row("zamba", refused=NO_PLACE, num_hidden_layers=4, layers_block_type=[L, H, L, H]),
+    row("zamba2", refused=SHARED, mamba_d_state=8, num_hidden_layers=4, layers_block_type=[L, H, L, H]),
+    row("zaya", refused={"pte": "PTE adapts torch.nn.Linear alone"}, num_experts_per_tok=1),
     # -- refused -------------------------------------------------------------------------------------------------
-    row("stablelm"),
-    row("nemotron"),
-    row("gpt_neox"),
-    row("falcon"),
-    row("gpt2", n_embd=32, n_layer=3, n_head=4),
-    row("minimax", layer_types=[F, L, F]),
-    row("doge"),
+    row("stablelm", refused=NOT_PASSED_ON),
+    row("nemotron", refused=NOT_PASSED_ON),
+    row("gpt_neox", refused=NO_PLACE),
+    row("falcon", refused=NO_PLACE),
+    row("gpt2", refused=NO_PLACE, n_embd=32, n_layer=3, n_head=4),
+    row("minimax", refused={"bare": "uses cache of its own"}, layer_types=[F, L, F]),
     row(
         "dbrx",
+        refused=NO_PLACE,
         d_model=32,
         n_heads=4,
         n_layers=3,
-        max_seq_len=512,
-        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        attn_config=DBRX,
         ffn_config={"ffn_hidden_size": 48},
     ),
-    row("deepseek_v32", num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
-    row("deepseek_v4", attention="eager"),
-    row("glm_moe_dsa", num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
-    row("axk2", num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
-    row("hy_v4", attention="eager"),
-    row("qwen4_exp_text"),
-    row("minimax_m3_vl_text"),
-    row("inkling_text"),
-    row("hrm_text", num_hidden_layers=1, H_cycles=1, L_cycles=1),
-    row("jetmoe", kv_channels=8),
-    row("mamba", attention="eager", state_size=8),
-    row("mamba2", attention="eager", num_heads=8),
-    row("recurrent_gemma"),
+    row("deepseek_v32", refused=UNKNOWN_TYPE, num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
+    row("deepseek_v4", refused=UNKNOWN_TYPE, attention="eager"),
+    row("glm_moe_dsa", refused=UNKNOWN_TYPE, num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
+    row("axk2", refused=UNKNOWN_TYPE, num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
+    row("hy_v4", refused=UNKNOWN_TYPE, attention="eager"),
+    row("qwen4_exp_text", refused=UNKNOWN_TYPE, layer_types=[L, "qwen_sparse_attention", L]),
+    row("inkling_text", refused={"bare": "gives other log-probs"}, local_layer_ids=[0, 2], sliding_window_size=5),
+    row("hrm_text", refused={"pte": "cannot be decoded and replayed"}, num_hidden_layers=1, H_cycles=1, L_cycles=1),
+    row("jetmoe", refused=NO_PLACE, kv_channels=8),
+    row("mamba", refused=NO_FULL_LAYER, attention="eager", state_size=8),
+    row("mamba2", refused=NO_FULL_LAYER, attention="eager", num_heads=8),
+    row("recurrent_gemma", refused=NO_FULL_LAYER),
 ]
-ZOO = {row.model_type: row for row in ROWS}
+ZOO = {row.name: row for row in ROWS}
 
 # Model types that are left out, by reason. A new one belongs into the table unless one of these is true of it.
 NOT_TRIED = {
@@ -255,7 +267,7 @@ NOT_TRIED = {
 
 def registered() -> list[str]:
     """Model types of transformers' causal language models."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping)
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def config_of_row(row: Row):

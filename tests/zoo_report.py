@@ -25,9 +25,9 @@ from tests.zoo_views import ARMS, SHARE, VIEWS, allowed, measure
 HEAD = """# Which architectures work
 
 Every decoder of transformers as a tiny random model in float64, also where its code asks for float32: what two views
-of the same tokens differ by at most, in a log-prob or relative in a gradient. Prompts are padded left, W = 6, and ten
-evictions follow. Written by `python -m tests.zoo_report` on {day} with torch {torch} and transformers {transformers};
-`tests/test_zoo.py` fails where a cell changes.
+of the same tokens differ by at most, in a log-prob or relative in a gradient. Prompts are padded left, W = 6, and
+seven evictions follow. `tests/test_zoo.py` fails where a cell changes. Written by `python -m tests.zoo_report` on
+{day}, with torch {torch} and transformers {transformers}.
 
 A cell is bare / PTE on q_proj and o_proj, for a replay also / PTE on every linear that it can adapt.
 

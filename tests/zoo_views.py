@@ -1,6 +1,7 @@
 """What is measured of an architecture: its views against each other, on left-padded prompts over many evictions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
@@ -10,15 +11,17 @@ from torch.overrides import TorchFunctionMode
 
 from pte_trl.adapter.fit import check_supported
 from pte_trl.adapter.placement import attention_modules, linear_place
+from pte_trl.adapter.self_test import RUNNING
 from pte_trl.adapter.settings import LINEARS
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
+from pte_trl.replay.segment_run import check_states_taken_up
 from pte_trl.replay.segments import segment_logps
 from pte_trl.rollouts.rollout import rollout
 from tests.models import TEMPERATURE, chosen, decode_logps, gap, left_padded_batch, replay_logps, with_pte
 from tests.zoo import Row, config_of_row, tiny_of
 
-WINDOW, COMPLETION = 6, 26  # E = 2: 10 evictions
+WINDOW, COMPLETION = 6, 20  # E = 2: 7 evictions
 CUT = 9  # thought tokens of a segment: no multiple of E, and longer than W
 IDS, MASK, PROMPT = left_padded_batch([7, 3], COMPLETION)
 # Of mixed sign, as advantages are: a plain sum would hide errors that cancel.
@@ -63,18 +66,34 @@ class Cell:
     contrast: float
 
 
-def model_of(row: Row, arm: str, attention: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def model_of(
+    row: Row, arm: str, trusted: bool = False, attention: str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """The row's tiny model, bare or with a random adapter.
+
+    Args:
+        trusted: without a self-test at load.
 
     Raises:
         ValueError: the architecture is refused.
     """
-    check_supported(config_of_row(row), "lora_c" if arm == "bare" else "pte")
-    torch.manual_seed(0)
-    model = tiny_of(row, attention, dtype)
-    if arm == "bare":
-        return model
-    return with_pte(model, target_modules=["q_proj", "o_proj"] if arm == "pte" else everything(model))
+    with without_self_test() if trusted else nullcontext():
+        check_supported(config_of_row(row), "lora_c" if arm == "bare" else "pte", attention=attention or row.attention)
+        torch.manual_seed(0)
+        model = tiny_of(row, attention, dtype)
+        if arm == "bare":
+            return model
+        return with_pte(model, target_modules=["q_proj", "o_proj"] if arm == "pte" else everything(model))
+
+
+@contextmanager
+def without_self_test() -> Iterator[None]:
+    """As inside a self-test, which runs no other one."""
+    token = RUNNING.set(True)
+    try:
+        yield
+    finally:
+        RUNNING.reset(token)
 
 
 def everything(model: nn.Module) -> list[str]:
@@ -99,6 +118,7 @@ def replay(model: nn.Module, window: int = WINDOW) -> Cell:
 @torch.no_grad()
 def chunks(model: nn.Module, window: int = WINDOW) -> Cell:
     """The decode in the longest pieces that no eviction interrupts, against one pass."""
+    check_states_taken_up(model)  # `feed` then goes token by token
     decoded = decode_logps(model, IDS, MASK, PROMPT, window, chunked=True)
     replayed, other = (replay_logps(model, IDS, MASK, PROMPT, w) for w in (window, window + 1))
     return Cell(gap(decoded, replayed), gap(replayed, other))
@@ -107,7 +127,7 @@ def chunks(model: nn.Module, window: int = WINDOW) -> Cell:
 def engine(model: nn.Module, window: int = WINDOW) -> Cell:
     """The engine, two rows for three completions of two prompts, against the reference and against a replay."""
     prompts = [[5, 9, 3, 7, 11, 2, 8], [4, 13, 6], [4, 13, 6]]
-    options = {"max_new_tokens": 20, "eos_token_ids": [1], "pad_token_id": 0, "temperature": TEMPERATURE}
+    options = {"max_new_tokens": 16, "eos_token_ids": [1], "pad_token_id": 0, "temperature": TEMPERATURE}
     options |= {"policy": CachePolicy(window), "seeds": [*range(3)]}
     fast, plain = (rollout(model, prompts, **options, **more) for more in ({"batch_size": 2}, {"reference": True}))
     if fast.completion_ids != plain.completion_ids:
@@ -186,7 +206,7 @@ def measure(row: Row, view: str, arm: str, window: int = WINDOW, **changes) -> C
     """One cell of the table.
 
     Args:
-        changes: attention implementation and dtype, instead of the row's.
+        changes: of `model_of`.
 
     Raises:
         ValueError: the architecture, or PTE or the view for it, is refused.

@@ -143,5 +143,5 @@ def _zeros_from(linears: list[nn.Module]) -> Iterator[None]:
 
 
 def _zeros(width: int, x: Tensor) -> Tensor:
-    (zero,) = cast_by_autocast(x.new_zeros(()))  # as a linear does
-    return zero.expand(*x.shape[:-1], width)
+    (zeros,) = cast_by_autocast(x.new_zeros(width))  # as a linear does
+    return zeros.expand(*x.shape[:-1], width)  # stride 1, as complex rotary embeddings want it

@@ -10,12 +10,12 @@ from pte_trl.adapter.attention import PteAttention
 from pte_trl.adapter.config import GEOMETRY, PteConfig
 from pte_trl.adapter.encoder import FITTED
 from pte_trl.adapter.layer import PteLinear
-from pte_trl.adapter.placement import attention_modules, linear_place, unwrapped
+from pte_trl.adapter.placement import WHOLE_TEXT, attention_modules, linear_place, unwrapped
 from pte_trl.adapter.self_test import check_by_self_test
 from pte_trl.adapter.settings import ATTENTION_LINEARS, LINEARS, MLP_LINEARS
 from pte_trl.cache.layers import check_layer_types
 from pte_trl.compat.peft import check_target_module_exists
-from pte_trl.compat.transformers import attention_of
+from pte_trl.compat.transformers import attention_of, layer_types
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.
@@ -128,6 +128,12 @@ def check_modules(config: PteConfig, model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__}: PTE finds no attention over the whole text with a layer_idx, projections of its "
             "own keys and values, and an output projection"
+        )
+    whole = sum(kind in WHOLE_TEXT for kind in layer_types(model.config))
+    if len(attentions) < whole:
+        raise ValueError(
+            f"{type(model).__name__}: {whole} layers attend to the whole text by {len(attentions)} attention modules; "
+            "PTE takes a module for each, since S belongs to a layer"
         )
     _check_saved(config.modules_to_save or [], modules, attentions)
     linears = [each for attention in attentions for each in _checked_linears(config, attention, modules)]

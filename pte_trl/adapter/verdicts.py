@@ -17,8 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from transformers import PreTrainedConfig
+
+from pte_trl.compat.hub import hub_home
 
 ROOMS = ("adapter", "cache", "compat", "replay")  # whose code a self-test runs
 # What a configuration says of a checkpoint or a length, and not of how a forward goes.
@@ -50,7 +51,7 @@ def kept(config: PreTrainedConfig, tested: Any, run: Callable[[], dict[str, Any]
 
 
 def folder() -> Path:
-    return Path(constants.HF_HOME) / "pte_trl" / "self_test"
+    return hub_home() / "pte_trl" / "self_test"
 
 
 def digest(config: PreTrainedConfig, tested: Any) -> str:

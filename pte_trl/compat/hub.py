@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 from huggingface_hub import constants
 
-__all__ = ["datasets_cache", "set_offline"]
+__all__ = ["datasets_cache", "hub_home", "set_offline"]
 
 
 def set_offline() -> None:
@@ -16,3 +16,8 @@ def set_offline() -> None:
 def datasets_cache() -> Path:
     """Where datasets keeps what it has made of a repository, in a folder OWNER___NAME of small letters."""
     return Path(datasets.config.HF_DATASETS_CACHE)
+
+
+def hub_home() -> Path:
+    """HF_HOME, or its default: where the hub's cache and token lie."""
+    return Path(constants.HF_HOME)

@@ -7,7 +7,7 @@ The sliding window runs on the engine (`engine.py`). The other eviction strategi
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ def run_engine(
     prompts, prompt_index = distinct(prompt_ids)
     lengths = [len(ids) for ids in prompt_ids]
     rooms = [Room.needed(lengths, each, sampling.max_new_tokens) for each in (schedules, widest) if each]
-    room = Room(max(room.places for room in rooms), max(room.evict for room in rooms))
+    room = Room(**{each.name: max(getattr(room, each.name) for room in rooms) for each in fields(Room)})
     auto = batch_size == "auto"
     if auto:
         full = rounded(room, model.device)
