@@ -158,6 +158,8 @@ def test_a_failing_stage_shows_its_sentence(tmp_path):
 
 def test_a_signal_while_a_process_is_started_takes_effect_afterwards():
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A shell that starts the tests in the background has them ignore it.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     started = []
     try:
         with pytest.raises(SystemExit), deferred_signals():
@@ -169,6 +171,7 @@ def test_a_signal_while_a_process_is_started_takes_effect_afterwards():
         assert len(started) == 2
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def test_a_stopped_demo_leaves_no_process_and_nothing_half_made(tmp_path):

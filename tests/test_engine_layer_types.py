@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from pte_trl.cache.policy import CachePolicy
+from pte_trl.cache.schedule import Schedule
 from pte_trl.compat.transformers import layer_types
 from pte_trl.rollouts import compiled, engine, ring_layers
 from pte_trl.rollouts.batching import EngineCache, auto_batch_size, row_bytes
@@ -26,9 +26,10 @@ ARMS = {"bare": lambda model: model, "lora_c": with_lora, "pte": lambda model: w
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12]] * 3 + [[10, 11]] * 2 + [[12, 13, 14]] + [[5, 6, 7, 8, 9, 10, 11, 12]]
 WINDOWS = [3, 6, 3, 3, 6, 6, 3]
 SEEDS = [*range(len(PROMPTS))]
-OPTIONS = {"policy": CachePolicy("auto"), "max_new_tokens": 15, "eos_token_ids": [40, 41, 42, 43]}
-SAMPLES = OPTIONS | {"prompts": PROMPTS, "windows": WINDOWS, "seeds": SEEDS}
-REVERSED = OPTIONS | {"prompts": PROMPTS[::-1], "windows": WINDOWS[::-1], "seeds": SEEDS[::-1]}
+OPTIONS = {"max_new_tokens": 15, "eos_token_ids": [40, 41, 42, 43]}
+SCHEDULES = [Schedule(window) for window in WINDOWS]
+SAMPLES = OPTIONS | {"prompts": PROMPTS, "schedules": SCHEDULES, "seeds": SEEDS}
+REVERSED = OPTIONS | {"prompts": PROMPTS[::-1], "schedules": SCHEDULES[::-1], "seeds": SEEDS[::-1]}
 WITHIN = 2e-5  # routers and recurrent steps compute in float32
 
 

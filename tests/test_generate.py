@@ -212,7 +212,7 @@ BAD = [
     ({"budget": None}, "window=None, budget=None"),
     ({"window": 4}, "window=4, budget=40"),
     ({"budget": 1}, "budget=1: must be an integer of at least 2"),
-    ({"budget": None, "window": 0}, "window=0: must be an integer of at least 1"),
+    ({"budget": None, "window": 0}, "window=0: must be one integer of at least 1"),
     ({"budget": 8}, r"budget=8: nothing is left for the thought.* has 1\d tokens; allowed is 1\d or more"),
     ({"evict_ratio": 0}, "evict_ratio=0.0"),
     ({"max_new_tokens": 0}, "max_new_tokens=0: must be an integer of at least 1"),

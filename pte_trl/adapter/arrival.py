@@ -127,7 +127,7 @@ def arriving(attention: nn.Module, hidden: Tensor, call: Call, unused: list[nn.M
 
 @contextmanager
 def _zeros_from(linears: list[nn.Module]) -> Iterator[None]:
-    """Linears that give zeros without computing anything; their hooks run as ever."""
+    """Linears that give zeros without computing anything; their hooks run all the same."""
     own = [linear.__dict__.get("forward") for linear in linears]
     for linear in linears:
         width = getattr(linear, "base_layer", linear).out_features
