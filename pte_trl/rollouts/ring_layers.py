@@ -103,7 +103,7 @@ def turned(states: Tensor, index: Tensor) -> Tensor:
     return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
-def zeros_like_of(states: Tensor, rows: int, places: int) -> Tensor:
+def buffer_for(states: Tensor, rows: int, places: int) -> Tensor:
     """A buffer of zeros: a place that is not seen yet must not hold a NaN, which a masked softmax would multiply."""
     return states.new_zeros(rows, states.shape[1], places, states.shape[3])
 
@@ -126,7 +126,7 @@ class RingLayer(RingPart, BoundedLayer):
         super().begin(source, sizes)
         if self.buffers is None:
             # Each in its own dtype and width: autocast leaves keys in float32 (after rotary) and values in bfloat16.
-            self.buffers = tuple(zeros_like_of(x, sizes.rows, sizes.places) for x in (source.keys, source.values))
+            self.buffers = tuple(buffer_for(x, sizes.rows, sizes.places) for x in (source.keys, source.values))
             self.lazy_initialization(*self.buffers)
             if source.accumulator is not None:
                 self.accumulators = source.accumulator.new_zeros(sizes.rows, *source.accumulator.shape)
@@ -183,7 +183,7 @@ class RingSliding(RingPart, SlidingLayer):
         super().begin(source, sizes)
         if self.buffers is None:
             size = min(self.sliding_window, aligned(sizes.tokens))
-            self.buffers = tuple(zeros_like_of(x, sizes.rows, size) for x in (source.keys, source.values))
+            self.buffers = tuple(buffer_for(x, sizes.rows, size) for x in (source.keys, source.values))
 
     @property
     def size(self) -> int:
