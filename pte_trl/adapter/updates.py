@@ -15,7 +15,7 @@ scale, whatever basis the values have. The gate does not depend on data. All sta
 
 Why the delta rule goes token by token: M then depends on the order of the tokens alone, not on how many leave at once,
 and with b < 2 no step can blow up. One step for the whole chunk, M + b K^T (V - K M), diverges as soon as b times the
-largest eigenvalue of K K^T is above 2, which is some four tokens with similar keys.
+largest eigenvalue of K K^T is above 2: with b = 1/2, five tokens with like keys.
 """
 
 import torch
