@@ -119,7 +119,7 @@ UNKNOWN_TYPE = {"bare": "layer types .* a bounded cache takes"}
 NO_FULL_LAYER = {"bare": "a bounded cache evicts from layers of full attention"}
 SHARED = {"pte": "PTE takes a module for each"}
 FORGETS = {"segments": "from an empty state", "chunks": "from an empty state"}
-HETEROGENEOUS = {"bare": "differ from layer to layer"}
+HETEROGENEOUS = {"bare": "of its layers differ"}
 SHARED_KEYS = {"bare": "num_kv_shared_layers"}
 
 ROWS = [

@@ -71,8 +71,8 @@ def check_supported(
         )
     if text.is_heterogeneous:
         raise ValueError(
-            f"model_type={text.model_type!r}: {', '.join(sorted(text.per_layer_attributes))} of its config differ from "
-            "layer to layer, which is not supported"
+            f"model_type={text.model_type!r}: {', '.join(sorted(text.per_layer_attributes))} of its layers differ "
+            "from one to the next, which is not supported"
         )
     check_by_self_test(config, method, adapter, attention or attention_of(config))
 
