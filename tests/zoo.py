@@ -119,6 +119,7 @@ UNKNOWN_TYPE = {"bare": "layer types .* a bounded cache takes"}
 NO_FULL_LAYER = {"bare": "a bounded cache evicts from layers of full attention"}
 SHARED = {"pte": "PTE takes a module for each"}
 FORGETS = {"segments": "from an empty state", "chunks": "from an empty state"}
+HETEROGENEOUS = {"bare": "of its layers differ"}
 SHARED_KEYS = {"bare": "num_kv_shared_layers"}
 
 ROWS = [
@@ -188,8 +189,8 @@ ROWS = [
     row("gemma3_text", **MIXED),
     row("gemma3n_text", layer_types=[S, F, S], sliding_window=5, num_kv_shared_layers=0),
     row("gemma3n_text", variant="with shared keys", refused=SHARED_KEYS, num_kv_shared_layers=1, **MIXED),
-    row("gemma4_text", layer_types=[S, S, F], sliding_window=5, global_head_dim=16),
-    row("gemma4_text", variant="with shared keys", refused=SHARED_KEYS, num_kv_shared_layers=1, global_head_dim=16),
+    row("gemma4_text", refused=HETEROGENEOUS, layer_types=[S, S, F], sliding_window=5, global_head_dim=16),
+    row("gemma4_text", variant="with shared keys", refused=SHARED_KEYS, num_kv_shared_layers=1, layer_types=[S, F, F]),
     row("gpt_oss", attention="eager", **MIXED),
     row("granite_swa", attention="eager", **MIXED),
     row("granitemoe_swa", attention="eager", **MIXED),

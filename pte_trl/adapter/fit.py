@@ -68,6 +68,11 @@ def check_supported(
         raise ValueError(
             f"num_kv_shared_layers={shared}: layers that read the keys and values of another are not supported"
         )
+    if text.is_heterogeneous:
+        raise ValueError(
+            f"model_type={text.model_type!r}: {', '.join(sorted(text.per_layer_attributes))} of its layers differ "
+            "from one to the next, which is not supported"
+        )
     check_by_self_test(config, method, adapter, attention or attention_of(config))
 
 
