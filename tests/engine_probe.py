@@ -60,6 +60,7 @@ class Probe:
         for limit, rows in ((options.pop("max_new_tokens"), slice(0, cut)), (SHORT, slice(cut, number))):
             if prompt_ids[rows]:
                 some = options | {"max_new_tokens": limit, "seeds": seeds[rows]}
+                some["schedules"] = options["schedules"] and options["schedules"][rows]
                 parts.append(rollout(model, prompt_ids[rows], policy, **some))
         result = joined(parts)
         self.report["completions"] += result.completion_ids
@@ -96,7 +97,7 @@ class Probe:
 
 def joined(parts: list[Rollout]) -> Rollout:
     """Several rollouts as one."""
-    keys = ("completion_ids", "logprobs", "windows", "evictions")
+    keys = ("completion_ids", "logprobs", "schedules", "evictions")
     lists = {key: [x for part in parts for x in getattr(part, key)] for key in keys}
     return replace(parts[0], **lists, seconds=sum(part.seconds for part in parts))
 

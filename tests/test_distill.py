@@ -360,18 +360,20 @@ def test_messages_that_are_not_alike_and_long_prompts(tmp_path, capsys):
 
 
 def test_a_distillation_that_ended_early_goes_on(tmp_path, capsys):
-    """From its newest complete checkpoint, to the same weights; the half-written one is skipped."""
+    """From its newest complete checkpoint, to the same weights by the same draws; the half-written one is skipped."""
     model, tokenizer = build(0)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows("train", 16, 2, DIFFICULTIES["easy"]))))
-    flags = {"model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "train.jsonl", "window": 8}
+    flags = {"model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "train.jsonl"}
+    flags |= {"window": (4, 16), "evict_ratio": (0.1, 0.9)}
     flags |= {"per_device_train_batch_size": 4, "max_completion_length": 24, "lr_scheduler_type": "constant"}
     flags |= {"save_strategy": "steps", "save_steps": 2, "rank": 8, "num_global_tokens": 8, "disable_tqdm": "true"}
 
     def launch(output: str, steps: int):
         settings = flags | {"output_dir": tmp_path / output, "max_steps": steps}
-        argv = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        words = {key: value if isinstance(value, tuple) else (value,) for key, value in settings.items()}
+        argv = [str(word) for key, values in words.items() for word in (f"--{key}", *values)]
         return distill_pte.main(["--config", "recipes/distill_tiny.yaml", *argv])
 
     launch("whole", 4)

@@ -156,10 +156,10 @@ def test_rows_of_unlike_windows_and_ratios_are_decoded_together():
         assert len(set(drawn)) > 8
         options = {"policy": RANGES, "schedules": drawn}
         found = sampled(model, batch_size=4, engine_cache=kept, **options)
-        assert_same(found, sampled(model, reference=True, **options))
         assert found.schedules == drawn and max(found.evictions) > 5
         engines.append(kept.engine)
     assert engines[0] is engines[1]
+    assert_same(found, sampled(model, reference=True, **options))
     largest = Room.needed(map(len, PROMPTS), [Schedule(11, 0.9)] * len(PROMPTS), 30)
     assert (kept.engine.cache.places, kept.engine.cache.evict_at_most) == (largest.places, largest.evict)
 
@@ -182,11 +182,11 @@ def watched(trainer, monkeypatch) -> list[list[tuple[int, int]]]:
 
 
 def test_grpo_draws_for_a_group_and_resumes_bit_by_bit(tmp_path, monkeypatch):
-    """Four steps, and the last two again from a checkpoint."""
+    """Two steps, and the second again from a checkpoint."""
     sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "gradient_accumulation_steps": 4}
-    settings = DRAWN | sizes | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    settings = DRAWN | sizes | {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     runs = []
-    for resume in (None, str(tmp_path / "checkpoint-2")):
+    for resume in (None, str(tmp_path / "checkpoint-1")):
         torch.manual_seed(0)
         trainer = grpo(tmp_path, "pte", **settings)
         scored = watched(trainer, monkeypatch)
@@ -194,12 +194,12 @@ def test_grpo_draws_for_a_group_and_resumes_bit_by_bit(tmp_path, monkeypatch):
         runs.append((trainer, scored))
     (whole, scored), (resumed, again) = runs
     assert all(len(set(batch)) == 1 for batch in scored)  # a micro-batch is a group here
-    assert len(scored) == 16 and len({batch[0] for batch in scored}) > 5
-    assert again == scored[8:]
+    assert len(scored) == 8 and len({batch[0] for batch in scored}) > 4
+    assert again == scored[4:]
     weights = dict(resumed.model.named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in whole.model.named_parameters())
     assert max(logged(whole, "mismatch/max")) < 1e-4
-    for step in range(4):
+    for step in range(2):
         windows = [batch[0][0] for batch in scored[4 * step : 4 * step + 4]]
         found = [logged(whole, f"rollout/{name}")[step] for name in ("window", "window_min", "window_max")]
         assert found == [sum(windows) / 4, min(windows), max(windows)]

@@ -77,7 +77,7 @@ def test_rows_of_several_windows_are_the_reference_implementation(monkeypatch, m
     """The reference implementation decodes the rows of each window for themselves."""
     monkeypatch.setitem(engine.SYNC_EVERY, "cpu", look)
     model = MODELS[model](tiny("llama", torch.float64))
-    options = {"policy": CachePolicy("auto", evict_ratio=ratio), "windows": WINDOWS, "eos_token_ids": [40, 41]}
+    options = {"schedules": [Schedule(window, ratio) for window in WINDOWS], "eos_token_ids": [40, 41]}
     found, plain = sampled(model, batch_size=rows, **options), sampled(model, reference=True, **options)
     assert found.windows == plain.windows == WINDOWS
     assert_same(found, plain)
@@ -88,11 +88,10 @@ def test_rows_of_several_windows_are_the_reference_implementation(monkeypatch, m
 def test_a_row_among_other_windows_is_the_row_alone():
     """On one engine, kept from batch to batch, and on one that a lone prompt has to itself."""
     model, kept = with_pte(tiny("llama", torch.float64), whiten=True), EngineCache()
-    options = {"policy": CachePolicy("auto"), "windows": WINDOWS, "batch_size": 4, "engine_cache": kept}
-    together = sampled(model, **options)
-    turned = sampled(
-        model, PROMPTS[::-1], **options | {"windows": WINDOWS[::-1], "seeds": [*range(len(PROMPTS))][::-1]}
-    )
+    schedules, options = [Schedule(window) for window in WINDOWS], {"batch_size": 4, "engine_cache": kept}
+    together = sampled(model, schedules=schedules, **options)
+    seeds = [*range(len(PROMPTS))][::-1]
+    turned = sampled(model, PROMPTS[::-1], schedules=schedules[::-1], seeds=seeds, **options)
     assert turned.completion_ids[::-1] == together.completion_ids and turned.evictions[::-1] == together.evictions
     for at, prompt in enumerate(PROMPTS):
         alone = sampled(model, [prompt], policy=CachePolicy(WINDOWS[at]), seeds=[at])

@@ -77,8 +77,7 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
         output["distilled"] = mask.bool()
         if self.args.distilled_tokens == "after_eviction":
             output["distilled"] &= output["evictions"] > 0
-            # Of large windows perhaps no completion of the batch has filled one: a loss of 0, not 0 / 0.
-            output["num_items_in_batch"] = self.accelerator.gather(output["distilled"].sum()).sum().clamp(min=1)
+            output["num_items_in_batch"] = self.accelerator.gather(output["distilled"].sum()).sum()
         return output
 
     def _prepare_inputs(self, generation_batch):
