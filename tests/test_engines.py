@@ -155,7 +155,7 @@ def assert_same_run(reports: list[dict], folder: Path, expected: dict, expected_
         pytest.param("zero1", SEGMENTS, marks=pytest.mark.thorough),
         pytest.param("zero2", CHECKPOINTED, marks=pytest.mark.thorough),  # tests/test_resume.py trains under it
         pytest.param("zero3", "", marks=pytest.mark.thorough),
-        ("zero3", f"{WALK} {CHECKPOINTED}"),
+        pytest.param("zero3", f"{WALK} {CHECKPOINTED}", marks=pytest.mark.thorough),  # tests/test_lockstep.py has it
         ("fsdp2", f"{WALK} {CHECKPOINTED}"),
         # tests/test_lockstep.py has both without a trainer
         pytest.param("zero3", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),

@@ -47,7 +47,7 @@ SPOILT = [
 @pytest.mark.parametrize(
     ("fault", "message"),
     [  # log-probs and gradients by default on two ranks, below
-        pytest.param(*case, marks=pytest.mark.thorough if case[0].startswith(("logps", "gradient")) else ())
+        pytest.param(*case, marks=pytest.mark.thorough if case[0].startswith(("logps", "gradient", "reward")) else ())
         for case in SPOILT
     ],
     ids=[fault for fault, _ in SPOILT],

@@ -24,7 +24,8 @@ def logps(model):
 
 def parts() -> tuple[list[str], list[str]]:
     """Every part of the name of a module of a PTE model with a module to save, and of its parameters and buffers."""
-    model = with_pte(base(), whiten=True, target_modules="all-linear", modules_to_save=["lm_head"])
+    options = {"whiten": True, "centre": True, "write_gate": True, "state_update": "gated_sum"}
+    model = with_pte(base(), **options, target_modules="all-linear", modules_to_save=["lm_head"])
     modules = {part for name, _ in model.named_modules() for part in name.split(".") if part}
     tensors = {part for name in model.get_base_model().state_dict() for part in name.split(".")}
     return sorted(modules), sorted(tensors - {"default"})

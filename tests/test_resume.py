@@ -231,15 +231,13 @@ def unkilled(place):
     return of
 
 
-# By default a signal, and a kill of one of several processes while a checkpoint is written.
-ALWAYS = [
-    ("one", Kill("backward", 3, 0, "SIGINT", 3)),
-    ("zero2", Kill("saving", 5, 1, "SIGKILL", 2)),
-]
+# By default a kill while a checkpoint is written. Signals, and several processes: below, and tests/test_slurm.py.
+ALWAYS = [("one", Kill("saving", 5, 0, "SIGKILL", 2))]
 CASES = [
     *ALWAYS,
+    ("one", Kill("backward", 3, 0, "SIGINT", 3)),
+    ("zero2", Kill("saving", 5, 1, "SIGKILL", 2)),
     ("ddp", Kill("rollout", 4, 1, "SIGKILL", 2)),
-    ("one", Kill("saving", 5, 0, "SIGKILL", 2)),
     ("ddp", Kill("rollout", 3, 1, "SIGTERM", 3)),
     *[("one", kill) for kill in KILLS if kill.signal == "SIGKILL" and kill.moment != "optimizer" and kill.step != 1],
     ("ddp", Kill("saving", 5, 0, "SIGKILL", 2)),

@@ -155,8 +155,11 @@ def read_shapes(file: Path, setting: str) -> dict[str, list[int]]:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Models are built on the meta device, under ZeRO-3 too, which would divide the weights that are not there."""
-    with torch.device("meta"), set_zero3_state():
+    """Models are built on the meta device, under ZeRO-3 too, which would divide the weights that are not there.
+
+    Random numbers are left as they were: a result that is kept would change what a run draws afterwards.
+    """
+    with torch.device("meta"), set_zero3_state(), torch.random.fork_rng(devices=[]):
         yield
 
 
