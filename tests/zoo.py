@@ -197,7 +197,7 @@ ROWS = [
     row("granitemoe_swa", attention="eager", **MIXED),
     row("laguna", **MIXED),
     row("mellum", **MIXED),
-    row("mimo_v2_flash", refused={"pte": "cannot be decoded and replayed"}, attention="eager", **MIXED),
+    row("mimo_v2_flash", attention="eager", **MIXED),
     row("ministral", **MIXED),
     row("modernbert-decoder", refused=NO_PLACE, layer_types=[S, F, S], local_attention=10),
     row("olmo3", **MIXED),
