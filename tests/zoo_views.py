@@ -219,8 +219,8 @@ SHARE = 0.01  # of what another window would change, that rounding may reach at 
 
 
 def allowed(row: Row, view: str) -> float:
-    """The largest gap of a cell; the engine keeps log-probs in float32."""
-    return max(row.bound, 1e-6) if view == "engine" else row.bound
+    """The largest gap of a cell; the engine keeps log-probs in float32, whose numbers around 32 lie 4e-6 apart."""
+    return max(row.bound, 4e-6) if view == "engine" else row.bound
 
 
 VIEWS = {view.__name__: view for view in (replay, chunks, engine, segments, gradient)}
