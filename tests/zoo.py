@@ -117,9 +117,10 @@ NO_PLACE = {"pte": "finds no attention"}
 NOT_PASSED_ON = {"pte": "hand no keyword arguments on to their attention"}
 UNKNOWN_TYPE = {"bare": "layer types .* a bounded cache takes"}
 NO_FULL_LAYER = {"bare": "a bounded cache evicts from layers of full attention"}
-SHARED = {"pte": "PTE takes a module for each"}
-FORGETS = {"segments": "from an empty state", "chunks": "from an empty state"}
+FORGETS = {"segments": "from an empty state", "chunks": "from an empty state", "gradient": "states in place"}
 HETEROGENEOUS = {"bare": "of its layers differ"}
+# Keys, values and inputs pass through convolutions with a state each, which sliding layers have as well.
+STATES_IN_A_LAYER = {"pte": "cannot be decoded and replayed", "bare": "gives other log-probs"}
 SHARED_KEYS = {"bare": "num_kv_shared_layers"}
 
 ROWS = [
@@ -196,7 +197,7 @@ ROWS = [
     row("granitemoe_swa", attention="eager", **MIXED),
     row("laguna", **MIXED),
     row("mellum", **MIXED),
-    row("mimo_v2_flash", refused={"pte": "cannot be decoded and replayed"}, attention="eager", **MIXED),
+    row("mimo_v2_flash", attention="eager", **MIXED),
     row("ministral", **MIXED),
     row("modernbert-decoder", refused=NO_PLACE, layer_types=[S, F, S], local_attention=10),
     row("olmo3", **MIXED),
@@ -216,7 +217,7 @@ ROWS = [
     row("qwen3_5_moe_text", **HYBRID),
     row("qwen3_next", **HYBRID),
     row("zamba", refused=NO_PLACE, num_hidden_layers=4, layers_block_type=[L, H, L, H]),
-    row("zamba2", refused=SHARED, mamba_d_state=8, num_hidden_layers=4, layers_block_type=[L, H, L, H]),
+    row("zamba2", refused=NO_PLACE, mamba_d_state=8, num_hidden_layers=4, layers_block_type=[L, H, L, H]),
     row("zaya", refused={"pte": "PTE adapts torch.nn.Linear alone"}, num_experts_per_tok=1),
     # -- refused -------------------------------------------------------------------------------------------------
     row("stablelm", refused=NOT_PASSED_ON),
@@ -225,22 +226,14 @@ ROWS = [
     row("falcon", refused=NO_PLACE),
     row("gpt2", refused=NO_PLACE, n_embd=32, n_layer=3, n_head=4),
     row("minimax", refused={"bare": "uses cache of its own"}, layer_types=[F, L, F]),
-    row(
-        "dbrx",
-        refused=NO_PLACE,
-        d_model=32,
-        n_heads=4,
-        n_layers=3,
-        attn_config=DBRX,
-        ffn_config={"ffn_hidden_size": 48},
-    ),
+    row("dbrx", refused=NO_PLACE, d_model=32, n_heads=4, n_layers=3, **DBRX),
     row("deepseek_v32", refused=UNKNOWN_TYPE, num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
     row("deepseek_v4", refused=UNKNOWN_TYPE, attention="eager"),
     row("glm_moe_dsa", refused=UNKNOWN_TYPE, num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
     row("axk2", refused=UNKNOWN_TYPE, num_key_value_heads=4, index_topk=4, index_n_heads=2, index_head_dim=8),
     row("hy_v4", refused=UNKNOWN_TYPE, attention="eager"),
     row("qwen4_exp_text", refused=UNKNOWN_TYPE, layer_types=[L, "qwen_sparse_attention", L]),
-    row("inkling_text", refused={"bare": "gives other log-probs"}, local_layer_ids=[0, 2], sliding_window_size=5),
+    row("inkling_text", refused=STATES_IN_A_LAYER, local_layer_ids=[0, 2], sliding_window_size=5),
     row("hrm_text", refused={"pte": "cannot be decoded and replayed"}, num_hidden_layers=1, H_cycles=1, L_cycles=1),
     row("jetmoe", refused=NO_PLACE, kv_channels=8),
     row("mamba", refused=NO_FULL_LAYER, attention="eager", state_size=8),

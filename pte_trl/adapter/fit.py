@@ -131,13 +131,14 @@ def check_modules(config: PteConfig, model: nn.Module) -> None:
     attentions = attention_modules(model)
     if not attentions:
         raise ValueError(
-            f"{type(model).__name__}: PTE finds no attention over the whole text with a layer_idx, projections of its "
-            "own keys and values, and an output projection"
+            f"{type(model).__name__}: PTE finds no attention over the whole text with a layer_idx of its own, "
+            "projections of its own keys and values, and an output projection"
         )
     whole = sum(kind in WHOLE_TEXT for kind in layer_types(model.config))
-    if len(attentions) < whole:
+    own = len({unwrapped(modules[attention]).layer_idx for attention in attentions})
+    if own < whole or own < len(attentions):
         raise ValueError(
-            f"{type(model).__name__}: {whole} layers attend to the whole text by {len(attentions)} attention modules; "
+            f"{type(model).__name__}: {whole} layers attend to the whole text by {own} attention modules; "
             "PTE takes a module for each, since S belongs to a layer"
         )
     _check_saved(config.modules_to_save or [], modules, attentions)

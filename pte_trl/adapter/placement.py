@@ -1,8 +1,8 @@
 """Where PTE enters a model: attention modules, found by what they can do, and their projections, by their part.
 
-No architecture is named here. An attention module has a `layer_idx`, projections of keys and values, and an output
-projection; its layer attends to the whole text and has keys and values of its own. Whether PTE is right in it is for
-the self-test to say (`pte_trl.adapter.self_test`).
+No architecture is named here. An attention module has a `layer_idx` of its own, projections of keys and values, and an
+output projection; its layer attends to the whole text and has keys and values of its own. Whether PTE is right in it
+is for the self-test to say (`pte_trl.adapter.self_test`).
 """
 
 from torch import nn
@@ -40,7 +40,9 @@ def attention_modules(model: nn.Module) -> list[str]:
 def _takes_pte(key: str, module: nn.Module, text, kinds: list[str]) -> bool:
     attention = unwrapped(module)
     index = getattr(attention, "layer_idx", None)
-    if key.rpartition(".")[2] == "base_layer" or type(index) is not int or index >= len(kinds):
+    if key.rpartition(".")[2] == "base_layer" or type(index) is not int:
+        return False
+    if not 0 <= index < len(kinds):  # a module that several layers call says -1 and is told the layer in each call
         return False
     # Of a model that also sees or hears, only the part that writes.
     same = getattr(getattr(attention, "config", text), "model_type", None) == text.model_type

@@ -6,7 +6,7 @@ from pte_trl.adapter.placement import named, unwrapped
 
 
 def head_width(attention: nn.Module) -> int:
-    """head_dim of keys and values."""
+    """head_dim of queries and keys."""
     config = attention.config
     own = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
     return own or config.hidden_size // config.num_attention_heads
@@ -22,7 +22,8 @@ def heads_and_widths(attention: nn.Module) -> tuple[tuple[int, int], tuple[int, 
         heads = attention.config.num_key_value_heads
         return (heads, width), (heads, width)
     values = keys if values is None else values  # values may be made of the keys
-    return tuple((unwrapped(x).out_features // width, width) for x in (keys, values))
+    heads = unwrapped(keys).out_features // width
+    return (heads, width), (heads, unwrapped(values).out_features // heads)  # a value may have a width of its own
 
 
 def hidden_width(attention: nn.Module) -> int:

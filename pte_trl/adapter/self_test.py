@@ -246,12 +246,14 @@ def _replay(model: nn.Module, ids: Tensor, mask: Tensor, prompt: int, window: in
 
 @contextmanager
 def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Outputs of the decoder layers by name, in order, of the forward inside."""
+    """Outputs of the decoder layers by name, (batch, length, ...), in order, of the forward inside."""
     found: dict[str, Tensor] = {}
 
     def note(name: str):
         def hook(layer: nn.Module, inputs: tuple, output) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
+            hidden = output[0] if isinstance(output, tuple) else output
+            # Gemma 3n has several streams: (streams, batch, length, d_model).
+            found[name] = hidden.movedim(0, 2) if hidden.dim() == 4 else hidden
 
         return hook
 
