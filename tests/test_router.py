@@ -8,6 +8,7 @@ from trl import GRPOTrainer
 
 from experiments.tiny.model import build_tokenizer
 from pte_trl import PteConfig
+from pte_trl.cache.schedule import Schedule, packed
 from pte_trl.training import replays
 from tests.grids import grid
 from tests.models import left_padded_batch
@@ -47,7 +48,7 @@ def scored(trainer, window: int, ours: bool):
     """(aux loss, its gradient for every trainable tensor), by this project's scoring or by TRL's."""
     ids, mask, prompt = left_padded_batch([9, 5, 7], 24)
     ids %= WORDS
-    trainer._samples = {"windows": torch.full((3,), window)}
+    trainer._samples = {"schedules": packed([Schedule(window)] * 3)}
     score = type(trainer)._get_per_token_logps_and_entropies if ours else None
     score = score or GRPOTrainer._get_per_token_logps_and_entropies
     given = (trainer.model, ids, mask, ids.shape[1] - prompt)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pte_trl.adapter.fit import check_geometry, check_supported
 from pte_trl.adapter.peft_type import PTE
+from pte_trl.adapter.text_part import text_only
 from pte_trl.compat.peft import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pte_trl.models.weights import without_memory
 
@@ -150,9 +151,13 @@ def read_config(folder: str | Path) -> PeftConfig:
 
 
 def expected_shapes(
-    config: PeftConfig, model_config, trust_remote_code: bool = False
+    config: PeftConfig, model_config, trust_remote_code: bool = False, text_alone: bool = False
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Of an adapter on such a model: tensors and their shapes in its file, and the base model's own names."""
+    """Of an adapter on such a model: tensors and their shapes in its file, and the base model's own names.
+
+    Args:
+        text_alone: the adapter is made for a training on text (`text_only`).
+    """
     config = copy.deepcopy(config)  # PEFT writes the model's name into it
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # shapes are the same, and an SVD needs weights
@@ -160,7 +165,7 @@ def expected_shapes(
         warnings.simplefilter("ignore")  # warnings come when the weights load
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         # The base's vocabulary would have to be asked of the hub, so embeddings in the file are accepted by name.
-        model = get_peft_model(model, config)
+        model = get_peft_model(model, text_only(config, model) if text_alone else config)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}, set(model.state_dict())
 

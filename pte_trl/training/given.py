@@ -70,7 +70,7 @@ def check_given(settings, model: Any, peft_config: Any):
         attention = options.get("attn_implementation") or usable_attention(NAME, config, quiet=True)
         _check_bounded(settings, config, attention, peft_config)
     if isinstance(peft_config, (PteConfig, LoraConfig)) and loaded_here(settings.method, config):
-        check_targets(peft_config, config, settings.trust_remote_code, key="peft_config.target_modules")
+        check_targets(method, peft_config, config, settings.trust_remote_code, key="peft_config.target_modules")
     return config
 
 
@@ -169,14 +169,16 @@ def named_config(name: str, trust_remote_code: bool, options: dict, method: str)
     return AutoConfig.from_pretrained(name, **known)
 
 
-def check_targets(adapter: PeftConfig, config, trust_remote_code: bool, key: str = "target_modules") -> None:
+def check_targets(
+    method: str, adapter: PeftConfig, config, trust_remote_code: bool, key: str = "target_modules"
+) -> None:
     """Builds the adapter on a model without memory, so that a name that is no linear of it is found now.
 
     Raises:
         ValueError: with the names.
     """
     try:
-        expected_shapes(adapter, config, trust_remote_code)
+        expected_shapes(adapter, config, trust_remote_code, text_alone=method != "lora")
     except (ValueError, AttributeError) as error:
         names = adapter.target_modules
         shown = sorted(names) if isinstance(names, (set, list, tuple)) else names

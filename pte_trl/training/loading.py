@@ -66,7 +66,7 @@ def check_fits(script: RecipeArguments, args: PteGRPOConfig, config) -> None:
         script.attn_implementation = usable_attention(NAME, config) if known else None
     if made is not None:
         check_adapter(args.method, made, model_config=config)
-        check_targets(made, config, args.trust_remote_code)
+        check_targets(args.method, made, config, args.trust_remote_code)
         return
     name = script.adapter
     script.adapter = str(adapter_folder(name))

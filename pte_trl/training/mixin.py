@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 
 from pte_trl.adapter.model import pte_layers
+from pte_trl.adapter.text_part import text_only
 from pte_trl.compat.trl import distributed_backend
 from pte_trl.models.loading import quiet_router
 from pte_trl.rollouts.batching import EngineCache
@@ -62,10 +63,13 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         check_arguments(arguments, self.config_class)
         given_by_name = load_if_named(arguments)
+        arguments |= given_by_name
+        if arguments["args"].method != "lora" and arguments.get("peft_config") is not None:
+            arguments["peft_config"] = text_only(arguments["peft_config"], arguments["model"])
         # TRL warns that `model_init_kwargs` are ignored for a model that it did not load; here they were used.
         quiet = without_warning(super().__init__.__module__, "`model_init_kwargs`") if given_by_name else nullcontext()
         with quiet:
-            super().__init__(**arguments | given_by_name)
+            super().__init__(**arguments)
         self.engine_cache, self.max_prompt_tokens, self.rollout_count = EngineCache(), None, RolloutCount()
         self.step_beside_engine: float | None = None
         if self.bounded:
