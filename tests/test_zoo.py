@@ -22,8 +22,8 @@ DIAGONAL = {
     "qwen3": ("engine", "pte-all"),  # norms of a head's queries and keys
     "phi3": ("replay", "pte-all"),  # one matrix for queries, keys and values
     "olmoe": ("segments", "pte"),  # experts
-    "qwen3_moe": ("replay", "pte-all"),
-    "deepseek_v3": ("engine", "pte"),  # latent attention
+    "qwen3_moe": ("replay", "pte"),
+    "deepseek_v3": ("chunks", "pte"),  # latent attention
     "gemma2": ("gradient", "pte"),  # sliding layers, capped scores
     "gemma3_text": ("segments", "pte-all"),  # a rotary for each type of layer
     "gpt_oss": ("engine", "pte"),  # attention sinks
