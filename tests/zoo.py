@@ -220,6 +220,7 @@ ROWS = [
     row("qwen3_next", **HYBRID),
     row("zamba", refused=NO_PLACE | FORGETS, num_hidden_layers=4, layers_block_type=[L, H, L, H]),
     row("zamba2", refused=NO_PLACE, mamba_d_state=8, num_hidden_layers=4, layers_block_type=[L, H, L, H]),
+    # Pieces are right in Zaya: its state is its last input, which `takes_up_states` takes for a forgotten one.
     row("zaya", refused={"pte": "PTE adapts torch.nn.Linear alone"} | FORGETS, num_experts_per_tok=1),
     # -- refused -------------------------------------------------------------------------------------------------
     row("stablelm", refused=NOT_PASSED_ON),
