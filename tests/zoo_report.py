@@ -76,14 +76,16 @@ def row_of(name: str, until: float) -> tuple[list[str], list[str]]:
                 cell = measure(row, view, arm)
             except Exception as error:
                 found.append(word_of(error))
+                where = sentences.setdefault(str(error).strip().splitlines()[0], [])
                 # Refused in the first view is an arm as a whole.
-                sentences.setdefault(str(error).strip().splitlines()[0], arm if view == "replay" else view)
+                if not set(where) & {*ARMS, view}:
+                    where.append(arm if view == "replay" else view)
             else:
                 passed = cell.gap <= min(allowed(row, view), SHARE * cell.contrast)
                 found.append(f"{cell.gap:.0e}" if passed else f"**{cell.gap:.0e}**")
         line.append(found[0] if set(found) in ({"refused"}, {"-"}) else " / ".join(found))
     print(*line, sep=" | ", file=sys.stderr, flush=True)
-    return line, [f"- `{name}`, {what}: {sentence}" for sentence, what in sentences.items()]
+    return line, [f"- `{name}`, {', '.join(where)}: {sentence}" for sentence, where in sentences.items()]
 
 
 def word_of(error: Exception) -> str:
@@ -98,7 +100,7 @@ def report(names: list[str], workers: int, minutes: float) -> str:
         lines, refused = zip(*found, strict=True)
     head = HEAD.format(day=date.today().isoformat(), **{name: version(name) for name in ("torch", "transformers")})
     parts = [table(["model type", "layers", *VIEWS], lines), "", "## What is refused, in which words", ""]
-    parts += ["Named is the first cell that says so; what is refused bare is refused with PTE as well.", ""]
+    parts += ["What is refused bare is refused with PTE as well; what is refused in the replay, in every view.", ""]
     parts += [*chain(*refused), "", "## Not tried", ""]
     parts += [f"- {reason}: {', '.join(names.split())}" for reason, names in NOT_TRIED.items()]
     return head + "\n".join([*parts, ""])

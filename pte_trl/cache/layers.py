@@ -189,10 +189,10 @@ def check_layer_types(config: PreTrainedConfig) -> None:
     if (sizes.get("sliding_window", 2) or 0) < 2:
         raise ValueError(f"sliding_window={sizes['sliding_window']} of this {config.model_type}: must be at least 2")
     if not any(issubclass(KINDS[name], BoundedLayer) for name in types):
+        advice = "; set sliding_window=null (use_sliding_window=false) in the model's config if it can do without"
         raise ValueError(
             f"a bounded cache evicts from layers of full attention, this {config.model_type} has "
-            f"{', '.join(sorted(set(types)))}; set sliding_window=null (use_sliding_window=false) in the model's "
-            "config if it can do without"
+            f"{', '.join(sorted(set(types)))}{advice if 'sliding_window' in sizes else ''}"
         )
 
 
