@@ -11,6 +11,7 @@ from experiments.tiny.model import build_tokenizer
 from pte_trl.adapter.text_part import text_only
 from pte_trl.models.attention import eager_alone, usable_attention
 from pte_trl.models.weights import without_memory
+from pte_trl.training.given import check_targets
 from tests.test_trainer import logged, trainer_for
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -51,6 +52,14 @@ def test_adapters_of_peft_lie_in_the_language_model(targets, excluded):
         found, every = adapted(narrowed, seeing()), adapted(copy.deepcopy(asked), seeing())
     assert found == {name for name in every if name.startswith(("model.language_model.", "lm_head"))} < every
     assert found and asked == before
+
+
+def test_a_target_outside_of_the_language_model_is_refused_before_weights_load():
+    config = Gemma3Config(text_config=TEXT, vision_config=VISION)
+    adapter = LoraConfig(target_modules=["fc1"], task_type="CAUSAL_LM")
+    check_targets("lora", adapter, config, False)
+    with pytest.raises(ValueError, match=r"^target_modules=\['fc1'\]: "):
+        check_targets("lora_c", adapter, config, False)
 
 
 def test_where_nothing_else_is_the_adapter_is_left_as_it_is():
