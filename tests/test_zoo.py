@@ -4,9 +4,9 @@ The table is `tests/zoo.py`. `make test-all` runs every cell, and `python -m tes
 them. By default a diagonal runs, in some 20 seconds:
 
 - one architecture of each main kind, under the views and arms of `DIAGONAL`, which has every view and every arm;
-- every other one that differs from Llama in its layers or is refused, once: under the cheapest view, or refused.
+- every other one that is refused, or that needs a configuration of its own, once: under the cheapest view.
 
-Left to `make test-all` are those that attend in full in every layer and need no more than their name in the table.
+Left to `make test-all` are those whose line in the table names no more than a kind of the diagonal (`COMMON`).
 """
 
 import itertools
@@ -14,7 +14,7 @@ import itertools
 import pytest
 
 from pte_trl.adapter.fit import check_supported
-from tests.zoo import NOT_TRIED, ROWS, ZOO, Row, config_of_row, registered
+from tests.zoo import ALL_FULL, HYBRID, LATENT, MIXED, NOT_TRIED, ROWS, ZOO, Row, config_of_row, registered
 from tests.zoo_views import ARMS, SHARE, VIEWS, allowed, measure
 
 DIAGONAL = {
@@ -38,14 +38,16 @@ DIAGONAL = {
 }
 
 
+COMMON = ({}, ALL_FULL, MIXED, HYBRID, LATENT)
+
+
 def diagonal(row: Row) -> tuple[str, str] | None:
     """The view and arm that run by default."""
     if row.name in DIAGONAL:
         return DIAGONAL[row.name]
     if row.refused:
         return "replay", "pte"
-    plain = row.config.keys() <= {"sliding_window"}
-    return None if plain else ("chunks", "bare")
+    return None if row.config in COMMON else ("chunks", "bare")
 
 
 def cells():

@@ -70,6 +70,7 @@ TINY = {
 MIXED = {"layer_types": [S, F, S], "sliding_window": 5}  # shorter than the prompts and than W
 ALL_FULL = {"sliding_window": None}
 HYBRID = {"layer_types": [L, F, L]}
+LATENT = {"num_key_value_heads": 4}  # as many as queries
 DBRX = {
     "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     "ffn_config": {"ffn_hidden_size": 48},
@@ -174,13 +175,13 @@ ROWS = [
     row("solar_open"),
     row("starcoder2", **ALL_FULL),
     # -- latent attention ----------------------------------------------------------------------------------------
-    row("axk1", num_key_value_heads=4),
-    row("deepseek_v2", num_key_value_heads=4),
-    row("deepseek_v3", num_key_value_heads=4),
-    row("glm4_moe_lite", num_key_value_heads=4),
+    row("axk1", **LATENT),
+    row("deepseek_v2", **LATENT),
+    row("deepseek_v3", **LATENT),
+    row("glm4_moe_lite", **LATENT),
     row("longcat_flash", num_layers=2, num_hidden_layers=4, zero_expert_num=1, head_dim=4, num_key_value_heads=4),
     row("minicpm3", num_key_value_heads=4, scale_emb=1),
-    row("youtu", num_key_value_heads=4),
+    row("youtu", **LATENT),
     # -- layers with a window of their own -----------------------------------------------------------------------
     row("afmoe", **MIXED),
     row("cohere2", logit_scale=1.0, **MIXED),
@@ -208,7 +209,7 @@ ROWS = [
     # -- recurrent layers beside attention -----------------------------------------------------------------------
     row("bamba", attn_layer_indices=[1]),
     row("falcon_h1"),
-    row("granitemoehybrid", layer_types=[L, F, L]),
+    row("granitemoehybrid", **HYBRID),
     row("jamba", refused=FORGETS | IN_PLACE, attn_layer_period=3, attn_layer_offset=1),
     row("kimi_linear", num_key_value_heads=4, linear_num_heads=4, linear_head_dim=8, **HYBRID),
     row("lfm2", layer_types=["conv", F, "conv"]),
