@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 
 from pte_trl import PteConfig
 from pte_trl.adapter.fit import OWN_PARTS, split_key, without_adapter_name
+from pte_trl.adapter.updates import UPDATES
 from tests.models import gap, left_padded_batch, randomise_up, replay_logps, tiny, with_pte
 
 BATCH = left_padded_batch([3, 2], 7)
@@ -24,10 +25,12 @@ def logps(model):
 
 def parts() -> tuple[list[str], list[str]]:
     """Every part of the name of a module of a PTE model with a module to save, and of its parameters and buffers."""
-    options = {"whiten": True, "centre": True, "write_gate": True, "state_update": "gated_sum"}
-    model = with_pte(base(), **options, target_modules="all-linear", modules_to_save=["lm_head"])
-    modules = {part for name, _ in model.named_modules() for part in name.split(".") if part}
-    tensors = {part for name in model.get_base_model().state_dict() for part in name.split(".")}
+    modules, tensors = set(), {"default"}
+    for update in UPDATES:
+        options = {"whiten": True, "centre": True, "write_gate": True, "state_update": update}
+        model = with_pte(base(), **options, target_modules="all-linear", modules_to_save=["lm_head"])
+        modules |= {part for name, _ in model.named_modules() for part in name.split(".") if part}
+        tensors |= {part for name in model.get_base_model().state_dict() for part in name.split(".")}
     return sorted(modules), sorted(tensors - {"default"})
 
 

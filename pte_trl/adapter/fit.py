@@ -19,7 +19,10 @@ from pte_trl.compat.transformers import attention_of, layer_types
 
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.
-ENCODER_PARTS = ("global_tokens", "query_map", "key_map", "value_map", "write_gate", "rule", *FITTED)
+ENCODER_PARTS = (
+    *("global_tokens", "query_map", "key_map", "value_map", *FITTED),
+    *("write_gate", "key_weight", "value_weight", "offset", "rule", "gate", "rate"),
+)
 WRAPPER_PARTS = ("base_layer", "modules_to_save", "original_module")
 OWN_PARTS = {*CONTAINERS, *ENCODER_PARTS, *WRAPPER_PARTS, "weight", "bias"}
 
