@@ -134,7 +134,7 @@ def test_every_answer_is_as_likely():
 def test_the_sets_share_no_problem():
     train, test = ({row["problem"] for row in rows(split, 300, 0, TINY)} for split in ("train", "test"))
     assert len(train) == len(test) == 300 and not train & test
-    found = shown.sets(heldout=50, train=60, shown=70, seed=0)
+    found = shown.sets({"heldout": 50, "train": 60, "shown": 70}, seed=0)
     problems = [row["problem"] for part in found.values() for row in part]
     assert [len(part) for part in found.values()] == [50, 60, 70] and len(set(problems)) == 180
 

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset
@@ -98,11 +99,17 @@ def show(model_path: str, shown: list[dict], output: Path, steps: int, rate: flo
     aside.rename(output)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_shown(description: str, sets_of: Callable[[dict[str, int], int], dict], steps: int) -> None:
+    """The command that writes train.jsonl, heldout.jsonl and base, a model that has been shown solutions.
+
+    Args:
+        sets_of: (rows by the name of their set, seed) -> the rows of every set.
+        steps: of the fine-tuning where the command line names none.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True, help="folder of the model to start from")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=50, help="of eight shown solutions each")
+    parser.add_argument("--steps", type=int, default=steps, help="of eight shown solutions each")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--train", type=int, default=1024)
     parser.add_argument("--heldout", type=int, default=100)
@@ -110,11 +117,15 @@ def main() -> None:
     args = parser.parse_args()
     if (args.output / "base").exists():
         raise SystemExit(f"error: {args.output / 'base'} is there already; take another output, or remove it")
-    sets = rows({"heldout": args.heldout, "train": args.train, "shown": 8 * args.steps}, args.seed)
+    sets = sets_of({"heldout": args.heldout, "train": args.train, "shown": 8 * args.steps}, args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     for name in ("heldout", "train"):
         (args.output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sets[name]))
     show(args.model, sets["shown"], args.output / "base", args.steps, args.learning_rate, args.seed)
+
+
+def main() -> None:
+    make_shown(__doc__.splitlines()[0], rows, steps=50)
 
 
 if __name__ == "__main__":
