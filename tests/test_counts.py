@@ -41,17 +41,13 @@ def of_the_recursion() -> int:
 
 
 def test_launches_of_a_step():
-    """PTE with its kernel takes at most 1.3 times what LoRA under the same window took.
-
-    53 of PTE's launches are the price of asking the layer itself for its keys (`pte_trl.adapter.arrival`): rotary
-    embeddings of queries that are zero, and of the global tokens.
-    """
+    """PTE with its kernel takes at most 1.3 times what LoRA under the same window took."""
     assert Schedule(WINDOW).evictions(COMPLETION) == 20
     lora, pte = map(launches, ("lora", "pte"))
     with_kernel = pte - of_the_recursion() + 3
     assert lora <= 0.6 * LORA_BEFORE, lora
-    assert pte <= 0.68 * PTE_BEFORE, pte
-    assert with_kernel <= 1.3 * LORA_BEFORE and with_kernel <= 2.0 * lora, (with_kernel, lora)
+    assert pte <= 0.65 * PTE_BEFORE, pte
+    assert with_kernel <= 1.3 * LORA_BEFORE and with_kernel <= 1.85 * lora, (with_kernel, lora)
 
 
 def test_what_is_counted():

@@ -127,30 +127,24 @@ def test_gradient_checkpointing_runs_the_probe_again(targets, reentrant):
 # ---- what a replay runs ------------------------------------------------------------------------------------------
 
 
-RUNS = {  # targets -> runs of each projection in one replay, beside those for the global tokens
-    "q_proj": {"q_proj": 1, "k_proj": 2, "v_proj": 2},
-    "o_proj": {"q_proj": 1, "k_proj": 1, "v_proj": 1},
-    "up_proj": {"q_proj": 1, "k_proj": 1, "v_proj": 1},
-}
-
-
-@pytest.mark.parametrize("target", RUNS)
-def test_how_often_projections_are_run(target, monkeypatch):
-    """No query is computed that is not used; a layer that reads S after its keys computes them once."""
+@pytest.mark.parametrize("target", ("q_proj", "o_proj", "up_proj"))
+def test_every_projection_runs_once_in_a_replay(target, monkeypatch):
+    """Also where queries need S, and S needs the keys: they are computed before, and not again."""
     model = with_pte(tiny(num_hidden_layers=1), target_modules=[target])
     ids, mask, prompt = left_padded_batch(list(LENGTHS), COMPLETION)
     attention = pte_layers(model)[0].base_layer
-    linears = {unwrapped(getattr(attention, name)).weight: name for name in RUNS[target]}
+    names = ("q_proj", "k_proj", "v_proj")
+    linears = {unwrapped(getattr(attention, name)).weight: name for name in names}
     runs, own = [], nn.functional.linear
 
     def counted(x, weight, bias=None):
-        if weight in linears and x.shape[-2] == ids.shape[1]:
+        if weight in linears and x.shape[-2] >= ids.shape[1]:  # not those of the global tokens alone
             runs.append(linears[weight])
         return own(x, weight, bias)
 
     monkeypatch.setattr(nn.functional, "linear", counted)
     replay_logps(model, ids, mask, prompt, WINDOW)
-    assert {name: runs.count(name) for name in RUNS[target]} == RUNS[target]
+    assert sorted(runs) == sorted(names)
 
 
 def test_hooks_of_the_attention_run_once_and_its_linears_stay_whole():

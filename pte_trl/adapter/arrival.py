@@ -1,8 +1,8 @@
 """Keys and values as they arrive at a cache, whatever a family does to them: norms, rotary or none, compression.
 
 An attention module hands them to `past_key_values.update`. A `Probe` in the place of the cache ends the forward there;
-a `Recorder` reads them and lets it go on. So nothing here knows what a family computes, and what PTE encodes in a
-replay is what a cache would have held.
+a `Recorder` reads them and lets it go on; a `Given` lets it go on with what a probe has found before. So nothing here
+knows what a family computes, and what PTE encodes in a replay is what a cache would have held.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pte_trl.replay.precision import cast_by_autocast
+from pte_trl.replay.plan import ReplayPlan
+from pte_trl.replay.precision import cast_by_autocast, without_autocast
 
 Pick = Callable[[Tensor], Tensor]  # (..., length, width) of some tokens -> of others
 
@@ -45,6 +46,16 @@ class Recorder(Probe):
         return keys, values
 
 
+class Given(Probe):
+    """In the place of a cache: the attention goes on with keys and values that are known, whatever it hands over."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments with which a decoder layer calls its attention, hidden states left out.
@@ -68,15 +79,24 @@ class Call:
 
     def without_position(self, tokens: int) -> "Call":
         """The same call for a row of `tokens` tokens that no rotary embedding changes: cos 1, sin 0, position 0."""
+        return self._with(lambda tensors: unrotated(tensors, tokens), lambda ids: first_position(ids, tokens))
 
-        def unrotated(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            shapes = [(*x.shape[:-3], 1, tokens, x.shape[-1]) for x in tensors]
-            # A pair is (cos, sin); one tensor is complex numbers of length 1.
-            makers = (torch.ones, torch.zeros) if len(tensors) == 2 else (torch.ones,)
-            like = zip(makers, shapes, tensors, strict=True)
-            return tuple(make(shape, dtype=x.dtype, device=x.device) for make, shape, x in like)
+    def followed_by_unrotated(self, tokens: int, plan: ReplayPlan) -> "Call":
+        """The same call where every row has `tokens` more tokens at its end, as in `without_position`."""
 
-        return self._with(unrotated, lambda ids: ids.new_zeros(*ids.shape[:-2], 1, tokens))
+        def longer(x: Tensor, more: Tensor, dim: int) -> Tensor:
+            with without_autocast(x.device):  # which knows no concatenation of some dtypes
+                return torch.cat([x, more.expand(*x.shape[:dim], *more.shape[dim:])], dim=dim)
+
+        def embeddings(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            pairs = zip(tensors, unrotated(tensors, tokens), strict=True)
+            return tuple(longer(*pair, dim=-2) for pair in pairs)
+
+        # Made once for all layers that have the same.
+        return self._with(
+            lambda tensors: plan.kept_of(tensors[0], ("embeddings", tokens), lambda: embeddings(tensors)),
+            lambda ids: plan.kept_of(ids, ("ids", tokens), lambda: longer(ids, first_position(ids, tokens), dim=-1)),
+        )
 
     def _with(self, embeddings: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], ids: Pick) -> "Call":
         found = dict(self.arguments)
@@ -88,6 +108,19 @@ class Call:
         if isinstance(found.get("position_ids"), Tensor):
             found["position_ids"] = ids(found["position_ids"])
         return Call(found)
+
+
+def unrotated(tensors: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, ...]:
+    """Rotary embeddings, like these, that change nothing: (..., 1, tokens, width) each."""
+    # A pair is (cos, sin); one tensor is complex numbers of length 1.
+    makers = (torch.ones, torch.zeros) if len(tensors) == 2 else (torch.ones,)
+    like = zip(makers, tensors, strict=True)
+    return tuple(make((*x.shape[:-3], 1, tokens, x.shape[-1]), dtype=x.dtype, device=x.device) for make, x in like)
+
+
+def first_position(ids: Tensor, tokens: int) -> Tensor:
+    """Position 0, (..., 1, tokens)."""
+    return ids.new_zeros(*ids.shape[:-2], 1, tokens)
 
 
 @contextmanager
@@ -117,7 +150,7 @@ def arriving(attention: nn.Module, hidden: Tensor, call: Call, unused: list[nn.M
     Raises:
         ValueError: the attention hands none to a cache.
     """
-    with _zeros_from(unused):
+    with zeros_from(unused):
         try:
             attention.forward(hidden, **{**call.arguments, "past_key_values": Probe()})
         except Arrived as arrived:
@@ -126,12 +159,12 @@ def arriving(attention: nn.Module, hidden: Tensor, call: Call, unused: list[nn.M
 
 
 @contextmanager
-def _zeros_from(linears: list[nn.Module]) -> Iterator[None]:
+def zeros_from(linears: list[nn.Module]) -> Iterator[None]:
     """Linears that give zeros without computing anything; their hooks run all the same."""
-    own = [linear.__dict__.get("forward") for linear in linears]
+    own, made = [linear.__dict__.get("forward") for linear in linears], {}
     for linear in linears:
         width = getattr(linear, "base_layer", linear).out_features
-        linear.forward = partial(_zeros, width)
+        linear.forward = partial(_zeros, width, made)
     try:
         yield
     finally:
@@ -142,6 +175,7 @@ def _zeros_from(linears: list[nn.Module]) -> Iterator[None]:
                 linear.forward = forward
 
 
-def _zeros(width: int, x: Tensor) -> Tensor:
-    (zeros,) = cast_by_autocast(x.new_zeros(width))  # as a linear does
-    return zeros.expand(*x.shape[:-1], width)  # stride 1, as complex rotary embeddings want it
+def _zeros(width: int, made: dict[int, Tensor], x: Tensor) -> Tensor:
+    if width not in made:
+        (made[width],) = cast_by_autocast(x.new_zeros(width))  # as a linear does
+    return made[width].expand(*x.shape[:-1], width)  # stride 1, as complex rotary embeddings want it

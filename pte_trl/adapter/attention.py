@@ -1,12 +1,13 @@
 """The attention module of an adapted decoder layer, which finds the state S that every token uses."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from pte_trl.adapter import states
-from pte_trl.adapter.arrival import Call, Recorder, arriving
+from pte_trl.adapter.arrival import Call, Given, Probe, arriving, zeros_from
 from pte_trl.adapter.config import PteConfig
 from pte_trl.adapter.encoder import FITTED, Encoder
 from pte_trl.adapter.layer import PteLayer, PteLinear, StateInUse
@@ -15,6 +16,7 @@ from pte_trl.adapter.projections import (
     as_encoded,
     heads_and_widths,
     hidden_width,
+    only_for_keys_and_values,
     only_for_queries,
     queries_of,
     query_projection,
@@ -23,6 +25,7 @@ from pte_trl.adapter.projections import (
 )
 from pte_trl.cache.bounded import BoundedCache, BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
+from pte_trl.replay.precision import without_autocast
 from pte_trl.replay.segment_layers import SegmentLayer
 
 
@@ -97,10 +100,12 @@ class PteAttention(nn.Module, PteLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         try:
             call = Call.of(self.base_layer, (hidden_states, *args), kwargs)
-            recorder = self._find_state(name, hidden_states, call, replay)
-            if recorder is not None:
-                call = Call({**call.arguments, "past_key_values": recorder})
-            out = self.base_layer(hidden_states, **call.arguments)
+            in_place = self._find_state(name, hidden_states, call, replay)
+            if in_place is not None:
+                call = Call({**call.arguments, "past_key_values": in_place})
+            known = only_for_keys_and_values(self.base_layer) if isinstance(in_place, Given) else []
+            with zeros_from(known):
+                out = self.base_layer(hidden_states, **call.arguments)
             if self._emptied_by is None:
                 self.in_use.empty()
             return out
@@ -108,7 +113,8 @@ class PteAttention(nn.Module, PteLayer):
             self.in_use.empty()
             raise
 
-    def _find_state(self, name: str, hidden: Tensor, call: Call, replay: ReplayPlan | None) -> Recorder | None:
+    def _find_state(self, name: str, hidden: Tensor, call: Call, replay: ReplayPlan | None) -> Probe | None:
+        """Sets the state; returns what to hand to the attention as its cache, None for what it was called with."""
         cache = call.arguments.get("past_key_values")
         if replay is not None:
             return states.of_replay(self, name, hidden, call, replay)
@@ -143,17 +149,40 @@ class PteAttention(nn.Module, PteLayer):
 
     def start(self, name: str, call: Call) -> tuple[Tensor, Tensor]:
         """Global queries (n_g, r) and the accumulator before any eviction, by the layer's own frozen projections."""
-        attention, dtype = self.base_layer, self.frozen_weight().dtype
 
         def project(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            tokens = tokens.to(dtype)
+            tokens = tokens.to(self.frozen_weight().dtype)
             # Frozen: through an adapted projection S would depend on itself.
             with self.in_use.unadapted():
                 found = self._arriving(tokens.unsqueeze(0), call.without_position(len(tokens)))
-            keys, values = (rows(x)[0] for x in as_encoded(attention, *found))
-            return queries_of(attention, tokens), keys, values
+            return queries_of(self.base_layer, tokens), *self._rows_of_first(*found)
 
         return self.pte_encoder[name](project)
+
+    def start_and_arriving(self, name: str, hidden: Tensor, call: Call, plan: ReplayPlan) -> tuple[Tensor, ...]:
+        """`start` and `arriving` in one forward, where neither keys nor values are adapted.
+
+        Returns:
+            Global queries, the accumulator, keys and values.
+        """
+        length, arrived = hidden.shape[1], []
+
+        def project(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            tokens = tokens.to(self.frozen_weight().dtype)
+            # The global tokens follow each row's own. Keys and values of a token do not depend on others.
+            with without_autocast(hidden.device):
+                both = torch.cat([hidden, tokens.to(hidden.dtype).expand(len(hidden), -1, -1)], dim=1)
+            found = self.arriving(both, call.followed_by_unrotated(len(tokens), plan))
+            # Not slices: the gradient of a split is one concatenation.
+            (keys, global_keys), (values, global_values) = (x.split((length, len(tokens)), dim=2) for x in found)
+            arrived.extend((keys, values))
+            return queries_of(self.base_layer, tokens), *self._rows_of_first(global_keys, global_values)
+
+        return *self.pte_encoder[name](project), *arrived
+
+    def _rows_of_first(self, keys: Tensor, values: Tensor) -> Iterator[Tensor]:
+        """(batch, heads, length, width) as a cache holds them -> (length, heads * width) of the first sample."""
+        return (rows(x)[0] for x in as_encoded(self.base_layer, keys, values))
 
     def arriving(self, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Keys and values as the cache would get them, (batch, kv heads, length, width), under the state in use."""

@@ -69,6 +69,14 @@ def only_for_queries(attention: nn.Module) -> list[nn.Module]:
     return [module for name in names if (module := getattr(attention, name, None)) is not None]
 
 
+def only_for_keys_and_values(attention: nn.Module) -> list[nn.Module]:
+    """Linears that nothing but keys and values needs."""
+    if compressed(attention):
+        return []
+    found = (getattr(attention, name, None) for name in ("k_proj", "v_proj"))
+    return [module for module in found if module is not None]
+
+
 def queries_of(attention: nn.Module, tokens: Tensor) -> Tensor:
     """(n, d_model) -> (n, d_q), by the base model's own projection, without a position.
 

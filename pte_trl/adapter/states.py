@@ -1,16 +1,18 @@
 """The states of many tokens at once: those of a replay in one pass, and those of a segment of a replay."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from pte_trl.adapter.arrival import Call, Recorder
+from pte_trl.adapter.arrival import Call, Given, Probe, Recorder
 from pte_trl.adapter.routed import evicted_products
 from pte_trl.cache.bounded import BoundedLayer
 from pte_trl.replay.plan import ReplayPlan
 from pte_trl.replay.segment_layers import SegmentLayer
 
 
-def of_replay(layer, name: str, hidden: Tensor, call: Call, plan: ReplayPlan) -> Recorder | None:
+def of_replay(layer, name: str, hidden: Tensor, call: Call, plan: ReplayPlan) -> Probe | None:
     """Sets S_0 .. S_J of a replay.
 
     Args:
@@ -19,39 +21,46 @@ def of_replay(layer, name: str, hidden: Tensor, call: Call, plan: ReplayPlan) ->
         hidden: (batch, length, d_model), what the attention is called with.
 
     Returns:
-        What to hand to the attention as its cache: the states are then set in the same forward, when keys and values
-        arrive. None if they are set already, by a forward of its own up to there.
+        What to hand to the attention as its cache. A `Recorder` sets the later states in the same forward, when keys
+        and values arrive. With a `Given`, or None, they are set already.
     """
-    encoder, config = layer.pte_encoder[name], layer.config[name]
+    evicts = plan.count > 0 and layer.config[name].encode_evicted
+    if evicts and layer.adapts(name, "q_proj") and not layer.keys_follow_state:
+        # q_proj runs before keys arrive, and reads S. So the keys are found first, by a forward that ends there.
+        queries, first, keys, values = layer.start_and_arriving(name, hidden, call, plan)
+        _set(layer, name, plan, queries, first, keys, values)
+        return Given(keys, values)
+
     queries, first = layer.start(name, call)
-    layer.in_use.set(encoder.state(first))
-    if plan.count == 0 or not config.encode_evicted:
+    layer.in_use.set(layer.pte_encoder[name].state(first))
+    if not evicts:
         return None
-
-    def arrived(keys: Tensor, values: Tensor) -> None:
-        # Latents of every token, though only evicted ones are used: one large product instead of J small ones.
-        latents = layer.latents(name, keys, values)
-        # Where keys or values are adapted, those of later tokens depend on S, which depends on those of earlier ones.
-        if layer.keys_follow_state:
-            accumulators = _walk(layer, name, hidden, call, plan, queries, first, latents)
-        else:
-            if encoder.rule.additive:
-                updates = encoder.update_of(queries, evicted_products(*latents, plan))
-            else:
-                updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
-            layer.watch(name, updates)
-            accumulators = encoder.advance_all(first, updates)
-        layer.in_use.set(encoder.state(first), encoder.state(accumulators), plan)
-
-    if not any(layer.adapts(name, linear) for linear in ("q_proj", "k_proj", "v_proj")):
-        return Recorder(arrived)  # nothing reads S before keys and values are there
-    arrived(*layer.arriving(hidden, call))
-    return None
+    if layer.keys_follow_state:
+        _set_by_walk(layer, name, hidden, call, plan, queries, first)
+        return None
+    return Recorder(partial(_set, layer, name, plan, queries, first))  # nothing reads S before keys are there
 
 
-def _walk(layer, name, hidden, call: Call, plan: ReplayPlan, queries, accumulator, latents) -> Tensor:
-    """The same when keys and values depend on S themselves: eviction by eviction, as they were decoded."""
-    encoder, accumulators, updates = layer.pte_encoder[name], [], []
+def _set(layer, name: str, plan: ReplayPlan, queries: Tensor, first: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Sets the states after every eviction, from keys and values that do not depend on them."""
+    encoder = layer.pte_encoder[name]
+    # Latents of every token, though only evicted ones are used: one large product instead of J small ones.
+    latents = layer.latents(name, keys, values)
+    if encoder.rule.additive:
+        updates = encoder.update_of(queries, evicted_products(*latents, plan))
+    else:
+        updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))
+    layer.watch(name, updates)
+    layer.in_use.set(encoder.state(first), encoder.state(encoder.advance_all(first, updates)), plan)
+
+
+def _set_by_walk(layer, name, hidden: Tensor, call: Call, plan: ReplayPlan, queries: Tensor, first: Tensor) -> None:
+    """The same where keys or values are adapted: those of later tokens depend on S, and S on those of earlier ones.
+
+    So they are found eviction by eviction, as they were decoded.
+    """
+    encoder, accumulator, accumulators, updates = layer.pte_encoder[name], first, [], []
+    latents = layer.latents(name, *layer.arriving(hidden, call))  # under S_0; right for the tokens decoded under it
     for k in range(plan.count):
         updates.append(encoder.update(queries, *(plan.pick(x, plan.evicted[:, k]) for x in latents)))
         accumulator = encoder.advance(accumulator, updates[-1])
@@ -63,7 +72,7 @@ def _walk(layer, name, hidden, call: Call, plan: ReplayPlan, queries, accumulato
         new = layer.latents(name, *layer.arriving(plan.pick(hidden, users), theirs))
         latents = [plan.put(old, users, rows) for old, rows in zip(latents, new, strict=True)]
     layer.watch(name, torch.stack(updates, dim=1))
-    return torch.stack(accumulators, dim=1)
+    layer.in_use.set(encoder.state(first), encoder.state(torch.stack(accumulators, dim=1)), plan)
 
 
 def of_segment(layer, name: str, cached: SegmentLayer, hidden: Tensor, call: Call) -> None:

@@ -148,6 +148,12 @@ class ReplayPlan:
             self._kept[name] = make()
         return self._kept[name]
 
+    def kept_of(self, source: Tensor, name: Hashable, make: Callable[[], Any]) -> Any:
+        """`kept` for what is made from `source`; made again for another tensor, as of another layer."""
+        if self._kept.get(name, (None,))[0] is not source:
+            self._kept[name] = source, make()
+        return self._kept[name][1]
+
     def biases(self, dtype: torch.dtype) -> list[Tensor]:
         """The masks of `blocks` as fused kernels take them."""
         return self.kept(dtype, lambda: [bias(group.mask, dtype) for group in self.blocks])
