@@ -141,6 +141,7 @@ ARMS = {
     "vllm": vllm,
 }
 USUAL = list(ARMS)
+BESIDE = ("pte", "lora_c", "lora", "generate", "vllm")  # columns of ratios
 ARMS |= {f"pte {name}": ours(f"pte {name}") for name in ENCODERS}  # run if named
 
 
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, mine in times.items():
         step = statistics.median(mine) / args.new_tokens
         row = {"arm": name, "tokens/s": round(args.batch / step), "step ms": 1e3 * step}
-        row |= {f"over {x}": ratio(times[x], mine) for x in ("pte", "lora_c", "lora", "generate") if x in times}
+        row |= {f"over {x}": ratio(times[x], mine) for x in BESIDE if x in times}
         if bandwidth:
             read = bytes_read(base, args.window if name.startswith(("pte", "lora_c")) else None, args)
             row |= {"GB read": read / 1e9, "of roofline": read / bandwidth / step}
