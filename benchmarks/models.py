@@ -19,6 +19,7 @@ ENCODERS = {
     "gated_sum": {"state_update": "gated_sum"},
     "delta": {"state_update": "delta"},
     "write_gate": {"write_gate": True},
+    "state_per_head": {"state_per_head": True},
     "centre": {"centre": True},
     "whiten": {"whiten": True},
 }
@@ -65,7 +66,9 @@ def with_adapter(
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
     else:
         encoder = ENCODERS.get(adapter.removeprefix("pte "), {})
-        sizes = {"rank": rank, "num_global_tokens": rank, "alpha": rank}
+        heads = model.config.num_key_value_heads if encoder.get("state_per_head") else 1
+        tokens = -(-rank // heads) * heads  # each head has as many
+        sizes = {"rank": rank, "num_global_tokens": tokens, "alpha": rank}
         config = PteConfig(**sizes, target_modules=targets, **encoder)
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():

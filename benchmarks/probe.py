@@ -3,7 +3,7 @@
     python -m benchmarks.probe
     python -m benchmarks.probe --read column --seed 1
 
-The task stands in `benchmarks/recall.py`; chance is 0.10. A small base model learns it with full attention and is
+The task is that of `benchmarks/recall.py`; chance is 0.10. A small base model learns it with full attention and is
 frozen. Adapters are then trained under the window, by cross-entropy on the answers, through the replay. The last row
 tests the trained PTE adapter with its encoding of evicted tokens switched off: what it recalls must be gone, or it
 did not come from the state.

@@ -104,7 +104,7 @@ def continuous(base: PreTrainedModel, prompts: list[list[int]], args: argparse.N
 
 def vllm(base: PreTrainedModel, prompts: list[list[int]], args: argparse.Namespace) -> Run:
     if find_spec("vllm") is None:
-        raise Skipped("not installed here; where there is a GPU: pip install 'pte_trl[vllm]'")
+        raise Skipped("not installed here; pip install 'pte_trl[vllm]', or on a CPU vLLM's build for it")
     if not is_cuda(args.device):
         # In this process, which --clock cpu counts; and no server thread takes a core from the workers.
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

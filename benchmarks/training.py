@@ -52,7 +52,7 @@ def arms(args: argparse.Namespace, names: list[str] | None = None) -> dict[str, 
 
 
 def step_of(model: nn.Module, way: str, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:
-    def whole(ids: Tensor) -> Tensor:
+    def at_once(ids: Tensor) -> Tensor:
         labels, mask = ids.clone(), torch.ones_like(ids)
         labels[:, : args.prompt] = -100
         # The plan and the mask belong to the price of a replay, so they are built inside.
@@ -69,7 +69,7 @@ def step_of(model: nn.Module, way: str, args: argparse.Namespace) -> Callable[[T
     def step(ids: Tensor) -> Tensor:
         # As the trainer does: a float32 adapter beside bfloat16 weights, under autocast.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return segments(ids) if way == "segments" else whole(ids)
+            return segments(ids) if way == "segments" else at_once(ids)
 
     return step
 

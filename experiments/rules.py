@@ -38,7 +38,7 @@ class Run:
 
 
 def makefile(program: str, runs: Iterable[Run]) -> str:
-    """All rules; of several runs with the same target the first. `program` stands in the first line."""
+    """All rules; of several runs with the same target the first. `program` is named in the first line."""
     first: dict[str, Run] = {}
     for run in runs:
         first.setdefault(run.target, run)

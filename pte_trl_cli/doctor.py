@@ -42,7 +42,9 @@ def check_versions() -> tuple[list[str], list[str]]:
     found = [versions.python(python), *versions.look(requirements)]
     # Those without a range come with the others, which set it; they are of interest only where they are missing.
     shown = [each for each in found if each.wanted or each.installed is None]
-    table(["package", "installed", "needed", ""], [(e.name, e.installed or "-", e.wanted, e.verdict) for e in shown])
+    pins = versions.pins()
+    cells = [(e.name, e.installed or "-", e.wanted, pins.get(e.name, "-"), e.verdict) for e in shown]
+    table(["package", "installed", "needed", "tested with", ""], cells)
     errors = [each.sentence for each in found if each.sentence and each.extra is None]
     return errors, [each.sentence for each in found if each.sentence and each.extra is not None]
 

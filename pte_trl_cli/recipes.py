@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 
-from pte_trl.adapter.fit import check_supported
+from pte_trl.adapter.fit import check_supported, key_heads
 from pte_trl.estimate.choice import CONTEXT, FRAGMENTS, affordable, with_replay
 from pte_trl.estimate.terms import SHAPES, Job, count, estimate
 from pte_trl.models.attention import usable_attention
@@ -124,6 +124,7 @@ def job_of(path: str, device: str, ranks: int = 1, flags: tuple[str, ...] = ()) 
         reference=args.beta != 0,
         engine_stays=in_parts,
         state_rank=script.rank,
+        state_heads=key_heads(config) if script.state_per_head else 1,
         blockwise=usable_attention(script.attn_implementation, config, quiet=True).startswith("blockwise"),
         device=device,
     )

@@ -1,14 +1,17 @@
-"""Installed versions against the ranges in the package's own metadata."""
+"""Installed versions against the ranges in the package's own metadata, and what the checkout is tested with."""
 
 import platform
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 # Extras of developers: what they hold is in the other extras, or is needed by nobody who only uses the package.
 DEVELOPERS = ("all", "dev")
+PINS = Path(__file__).resolve().parent.parent / "requirements.txt"  # there in a checkout, not in a wheel
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,12 @@ def look(requirements: list[str]) -> list[Found]:
             installed = None
         found.append(Found(needed.name, _range(needed.specifier), installed, extra))
     return sorted(found, key=lambda each: each.extra is not None)
+
+
+def pins(path: Path = PINS) -> dict[str, str]:
+    """Package -> the version that this code is tested with; nothing where there is no checkout."""
+    text = path.read_text() if path.is_file() else ""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
 
 
 def _range(specifier: SpecifierSet) -> str:

@@ -1,6 +1,6 @@
 r"""Golds and answers, by what can go wrong in reading them: those that must be rewarded and those that must not.
 
-Every pair is graded as the completion `\boxed{answer}`. Golds stand in the tables as datasets hold them.
+Every pair is graded as the completion `\boxed{answer}`. Golds are written as datasets have them.
 """
 
 # ruff: noqa: RUF001 (characters that look like others are the point)

@@ -49,7 +49,7 @@ class Pools:
         handle = self.new() if handle is None else handle
         graphs = self.graphs[handle]
         if not graphs and handle in self.used:
-            raise DeadPool("capture into a pool whose graphs are gone; take a new torch.cuda.graph_pool_handle()")
+            raise DeadPool("capture into a pool whose graphs were freed; take a new torch.cuda.graph_pool_handle()")
         self.used.add(handle)
         graphs.add(graph)
         return graphs

@@ -155,7 +155,7 @@ def on_full_disk(fault: Fault) -> None:
 
 
 def in_grading(fault: Fault) -> None:
-    """A worker of the grader is gone when the completions come."""
+    """A worker of the grader has ended when the completions come."""
 
     def end(pool, jobs):
         for pid in pool.pids() if fault.trainer and fault.now() else ():

@@ -2,7 +2,7 @@
 
     python -m tests.kill_matrix --engines one ddp zero2 zero3 --output matrix.md
 
-A row per moment, signal and engine: how the ranks ended, where the next launch went on, and whether its metrics,
+A row per moment, signal and engine: how the ranks ended, where the next launch resumed, and whether its metrics,
 prompts, sampled texts, advantages and final weights are those of a run that nobody killed, bit by bit.
 """
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["one", "ddp", "zero2"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    lines = ["| engine | moment | rank | signal | ranks ended with | goes on after step | equal |", "|---" * 7 + "|"]
+    lines = ["| engine | moment | rank | signal | ranks ended with | resumed after step | equal |", "|---" * 7 + "|"]
     failed = 0
     with tempfile.TemporaryDirectory() as place:
         folder = workplace(Path(place))

@@ -40,7 +40,15 @@ OPTIONS = {
     "delta": {"state_update": "delta"},
     "write gate": {"write_gate": True},
     "centre": {"centre": True, "whiten": True},
-    "all options": {"state_update": "delta", "centre": True, "write_gate": True, "read": "column"},
+    "per head": {"state_per_head": True},
+    "delta per head": {"state_update": "delta", "state_per_head": True, "whiten": True},
+    "all options": {
+        "state_update": "delta",
+        "centre": True,
+        "write_gate": True,
+        "state_per_head": True,
+        "read": "column",
+    },
 }
 
 
@@ -180,7 +188,7 @@ def replay_logps(model: nn.Module, ids: Tensor, mask: Tensor, prompt: int, windo
 
 
 def chosen(logps: Tensor, ids: Tensor, prompt: int) -> Tensor:
-    """(batch, completion) log-probs of the tokens that stand in `ids`."""
+    """(batch, completion) log-probs of the tokens in `ids`."""
     return logps.gather(-1, ids[:, prompt:, None]).squeeze(-1)
 
 

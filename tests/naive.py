@@ -20,6 +20,7 @@ class Naive:
         whiten=False,
         centre=False,
         write_gate=False,
+        state_per_head=False,
     ):
         self.weights = {
             name.removeprefix("base_model.model.").replace("base_layer.", "").replace(".default", ""): tensor
@@ -28,6 +29,7 @@ class Naive:
         self.config = model.config
         self.read, self.state_update, self.normalisation = read, state_update, normalisation
         self.encode_evicted, self.whiten, self.centre, self.write_gate = encode_evicted, whiten, centre, write_gate
+        self.state_per_head = state_per_head
         self.use_global_tokens = True
 
     def linear(self, name, x, state=None):
@@ -73,7 +75,7 @@ class Naive:
         return torch.stack(q_g) @ w[f"{attention}.pte_encoder.query_map.weight"].T
 
     def latents(self, layer, key, value, evicted=True):
-        """W_K^a k and W_V^a v of one token."""
+        """W_K^a k and W_V^a v of one token, a pair for every state that there is."""
         enc, w = f"model.layers.{layer}.self_attn.pte_encoder", self.weights
         if self.centre and evicted:
             key, value = key - w[f"{enc}.key_centre"].flatten(), value - w[f"{enc}.value_centre"].flatten()
@@ -84,9 +86,22 @@ class Naive:
         if self.write_gate and evicted:
             gate, total = f"{enc}.write_gate", w[f"{enc}.write_gate.offset"]
             for part, x in (("key", key), ("value", value)):
-                total = total + w[f"{gate}.{part}_weight"] @ x / torch.sqrt((x * x).sum() + 1e-6)
+                total = total + w[f"{gate}.{part}_weight"] @ x / torch.sqrt((x * x).mean() + 1e-6)
             factor = 2 / (1 + torch.exp(-total))
-        return w[f"{enc}.key_map.weight"] @ key, w[f"{enc}.value_map.weight"] @ (factor * value)
+        key_map, value_map = w[f"{enc}.key_map.weight"], w[f"{enc}.value_map.weight"]
+        if not self.state_per_head:
+            return [(key_map @ key, value_map @ (factor * value))]
+        size = self.config.head_dim
+        parts = [slice(start, start + size) for start in range(0, len(key), size)]
+        return [(key_map[:, part] @ key[part], value_map[:, part] @ (factor * value)[part]) for part in parts]
+
+    def by_head(self, layer, matrices):
+        """Q times a matrix: with a state per head, the first head's times the first of the global tokens' queries."""
+        return torch.cat([q @ m for q, m in zip(self.queries(layer).chunk(len(matrices)), matrices, strict=True)])
+
+    def products(self, latents):
+        """The sum of k v^T over tokens, a matrix per head."""
+        return [sum(torch.outer(*pair) for pair in head) for head in zip(*latents, strict=True)]
 
     def first_accumulator(self, layer):
         tokens = self.weights.get(f"model.layers.{layer}.self_attn.pte_encoder.global_tokens")
@@ -95,8 +110,8 @@ class Naive:
         attention = f"model.layers.{layer}.self_attn"
         k_g = torch.stack([self.linear(f"{attention}.k_proj", h) for h in tokens])
         v_g = torch.stack([self.linear(f"{attention}.v_proj", h) for h in tokens])
-        state = sum(torch.outer(*self.latents(layer, k, v, evicted=False)) for k, v in zip(k_g, v_g, strict=True))
-        state = self.norm(self.queries(layer) @ state)
+        latents = [self.latents(layer, k, v, evicted=False) for k, v in zip(k_g, v_g, strict=True)]
+        state = self.norm(self.by_head(layer, self.products(latents)))
         return state if self.use_global_tokens else torch.zeros_like(state)
 
     def evict(self, layer, count):
@@ -108,19 +123,20 @@ class Naive:
 
     def remember(self, layer, latents):
         """One eviction: S' = (W_Q^a q_g) (W_K^a K)^T (W_V^a V), or the delta rule token by token."""
-        rule, queries = f"model.layers.{layer}.self_attn.pte_encoder.rule", self.queries(layer)
+        rule = f"model.layers.{layer}.self_attn.pte_encoder.rule"
         total = self.accumulator[layer]
         if self.state_update == "delta":
-            rate, memory = self.weights[f"{rule}.rate"].sigmoid(), self.memory[layer]
-            for key, value in latents:
-                memory = torch.zeros_like(torch.outer(key, value)) if memory is None else memory
-                key = key / torch.sqrt((key * key).sum() + 1e-6 * len(key))
-                memory = memory + rate * torch.outer(key, value - memory.T @ key)
+            rate = self.weights[f"{rule}.rate"].sigmoid()
+            memory = self.memory[layer] or [torch.zeros_like(torch.outer(*pair)) for pair in latents[0]]
+            for token in latents:
+                for head, (key, value) in enumerate(token):
+                    key = key / torch.sqrt((key * key).sum() + 1e-6 * len(key))
+                    memory[head] = memory[head] + rate * torch.outer(key, value - memory[head].T @ key)
             self.memory[layer] = memory
             return
         if self.state_update == "gated_sum":
             total = self.weights[f"{rule}.gate"].sigmoid().unsqueeze(1) * total
-        total = total + queries @ sum(torch.outer(key, value) for key, value in latents)
+        total = total + self.by_head(layer, self.products(latents))
         self.accumulator[layer] = self.norm(total) if self.state_update == "recursive" else total
 
     def state(self, layer):
@@ -129,7 +145,7 @@ class Naive:
         if state is None or self.state_update == "recursive":
             return state
         if self.state_update == "delta" and self.memory[layer] is not None:
-            state = state + self.queries(layer) @ self.memory[layer]
+            state = state + self.by_head(layer, self.memory[layer])
         return self.norm(state)
 
     def attend(self, layer, x, position, state, is_prompt):

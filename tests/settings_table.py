@@ -1,7 +1,7 @@
 """What becomes of every field of the trainers' configs: run, refused, or what it needs that no test machine has.
 
-`RUNS` are trainings, each with several settings that are not their defaults; a field that stands in one of them works.
-A field of an upgrade that stands nowhere fails tests/test_settings.py.
+`RUNS` are trainings, each with several settings that are not their defaults; a field that is in one of them works.
+A field of an upgrade that is nowhere fails tests/test_settings.py.
 """
 
 # Settings of transformers' TrainingArguments, for both trainers.
@@ -174,6 +174,7 @@ BOUNDED_RUNS = {
         "evict_ratio": [0.2, 0.9],
         "rollout_batch_size": 2,
         "compile_rollouts": "never",
+        "cudnn_attention": True,
         "entropy_coef": 0.5,
     },
     "budget": {"window": None, "budget": 40, "resume": "never", "replay": "one_pass"},

@@ -188,13 +188,20 @@ def test_versions_against_the_ranges_of_the_package():
     assert sentences["nothing"] is None and "never" not in sentences
 
 
+def test_versions_that_the_checkout_is_tested_with(tmp_path):
+    found = versions.pins()
+    for name in ("torch", "trl", "transformers", "peft"):
+        assert versions.version(name).partition("+")[0] == found[name]
+    assert versions.pins(tmp_path / "requirements.txt") == {}
+
+
 def test_only_what_is_required_ends_with_an_error(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "check_machine", lambda found: [])
     optional = ['gguf<0.1; extra == "gguf"', 'nothing>=1; extra == "plots"']
     monkeypatch.setattr(versions, "own_metadata", lambda: (optional, ">=3.11"))
     assert doctor.main([]) == 0
     shown = capsys.readouterr()
-    assert re.search(r"nothing +- +>=1 +pip install 'pte_trl\[plots\]' if needed", shown.out)
+    assert re.search(r"nothing +- +>=1 +- +pip install 'pte_trl\[plots\]' if needed", shown.out)
     assert re.fullmatch(r"warning: gguf: \S+ is installed; pte_trl needs <0.1\n", shown.err)
 
     monkeypatch.setattr(doctor, "check_machine", lambda found: pytest.fail("imports what may be missing"))

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
+from experiments.paper import filters
 from pte_trl.data.problems import BENCHMARKS, DATASETS, load_problems
 from pte_trl.data.prompts import build_prompts
 from pte_trl.data.sources import in_last_box, plain, whole_number
@@ -194,6 +195,7 @@ def test_columns_of_every_known_dataset(hub, name):
 
 def test_benchmarks_are_known():
     assert len(BENCHMARKS) == 6 and set(BENCHMARKS) < set(DATASETS)
+    assert BENCHMARKS == filters.BENCHMARKS  # which a plan reads with the standard library alone
 
 
 def test_dapo_repeats_are_dropped_before_the_limit_counts(hub):

@@ -44,7 +44,7 @@ def test_an_evaluation_problem_inside_a_longer_one_is_found_and_not_the_reverse(
 def test_share_is_that_of_the_evaluation_problems_shingles(changed):
     text = letters(123)  # 100 shingles, all different
     assert len(shingles(text)) == 100
-    train = "9" * changed + text[changed:]  # the first `changed` shingles are gone
+    train = "9" * changed + text[changed:]  # the first `changed` shingles differ
     ((_, _, share),) = overlap([train], [text], threshold=0.5)
     assert share == (100 - changed) / 100
     assert len(overlap([train], [text], threshold=share)) == 1
@@ -171,7 +171,7 @@ def test_dapo_overlap_at_90_percent(real):
 
 @needs_data
 def test_dapo_overlap_equals_the_recorded_list(real):
-    """The list (one best training problem per evaluation problem, at 70 %) does not count shingles that stand in 50
+    """The list (one best training problem per evaluation problem, at 70 %) does not count shingles that are in 50
     or more training problems as shared. With that rule added, every share is equal to the two digits recorded."""
     (train_ids, train), evals, recorded = real
     pieces = {problem: shingles(problem) for _, problems in evals.values() for problem in problems}

@@ -322,7 +322,7 @@ def test_completions_that_were_sampled_once(tmp_path):
 
 
 GOOD = {"prompt": [{"role": "user", "content": "1+1?"}], "completion_ids": [5, 6]}
-# Rows of a file of completions -> what is said of the last one.
+# Rows of a file of completions -> what the message says of the last one.
 ODD_ROWS = {
     "completion_ids are of another tokenizer": [GOOD | {"completion_ids": [999999]}],
     "needs prompt .* has prompt: list": [GOOD | {"prompt": []}],

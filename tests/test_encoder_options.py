@@ -8,12 +8,14 @@ from peft import PeftModel
 
 from pte_trl import PteConfig
 from pte_trl.adapter.calibration import calibrate, keys_and_values
+from pte_trl.adapter.encoder import Encoder
+from pte_trl.adapter.fit import check_supported
 from pte_trl.adapter.model import active_layers
 from pte_trl.adapter.projections import rows
 from pte_trl.adapter.updates import CHUNK, SOLVED, UPDATES, Delta, GatedSum
 from pte_trl.cache.schedule import Schedule
 from pte_trl.inspect.states import inspect
-from tests.models import OPTIONS, gap, left_padded_batch, replay_logps, tiny, with_pte
+from tests.models import OPTIONS, gap, left_padded_batch, replay_logps, start_of, tiny, with_pte
 
 RANK, TOKENS = 5, 4
 CONFIG = PteConfig(rank=RANK, num_global_tokens=TOKENS)
@@ -124,7 +126,7 @@ def test_an_adapter_saved_before_these_options_still_loads(tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     held = json.loads(path.read_text())
-    assert held.pop("centre") is False and held.pop("write_gate") is False
+    assert not any(held.pop(name) for name in ("centre", "write_gate", "state_per_head"))
     path.write_text(json.dumps(held))
     loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
     assert loaded.state_dict().keys() == names and torch.equal(replay_logps(loaded, *BATCH, 4), expected)
@@ -133,3 +135,38 @@ def test_an_adapter_saved_before_these_options_still_loads(tmp_path):
 def test_shares_of_tokens_are_refused_for_the_delta_rule():
     with pytest.raises(ValueError, match=r"^state_update='delta': .*allowed are recursive, sum and gated_sum"):
         inspect(with_pte(tiny(num_hidden_layers=1), state_update="delta"), [5, 6], [7] * 12, Schedule(4), pad=0)
+
+
+def test_a_state_per_head_needs_an_equal_share_of_the_global_tokens():
+    config = tiny(num_hidden_layers=1).config
+    heads = config.num_key_value_heads
+    adapter = PteConfig(num_global_tokens=heads + 1, state_per_head=True)
+    assert heads > 1
+    with pytest.raises(ValueError, match=rf"^num_global_tokens={heads + 1}: .*of the model.s {heads} kv heads"):
+        check_supported(config, adapter=adapter)
+    for values in (2, 4):  # heads of values, where a layer's own differ from the configuration's
+        with pytest.raises(ValueError, match=r"^num_global_tokens=3: .*multiple of the 2 heads of keys.* there are "):
+            Encoder(16, 16, (2, 8), (values, 8), PteConfig(num_global_tokens=3, state_per_head=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_state_per_head_is_of_that_head_alone(update):
+    """What another head evicts changes nothing but the norm, which is the same number for all rows."""
+    model = with_pte(tiny(num_hidden_layers=1), state_update=update, state_per_head=True)
+    (layer,) = active_layers(model)
+    encoder, heads = layer.pte_encoder["default"], model.config.num_key_value_heads
+    queries, first = start_of(model, layer)
+    keys, values = torch.randn(2, 1, 3, encoder.key_map.in_features, dtype=torch.float64)
+
+    def rows_of_first(keys, values):
+        found = encoder.advance(first, encoder.update(queries, *encoder.latents(keys, values)))
+        rows = encoder.state(found)[0].chunk(heads)[0]
+        return rows / rows.norm()
+
+    width = keys.shape[-1] // heads
+    others, own = torch.ones_like(keys), torch.ones_like(keys)
+    others[..., width:], own[..., :width] = 2, 2
+    expected = rows_of_first(keys, values)
+    assert gap(rows_of_first(keys * others, values * others), expected) < 1e-6
+    assert gap(rows_of_first(keys * own, values * own), expected) > 1e-3

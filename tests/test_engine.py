@@ -1,4 +1,4 @@
-"""The rollout engine against its plain twin: rows refilled, moved, seldom looked at, kept for another batch."""
+"""The rollout engine against its reference implementation: rows refilled and moved, engines kept."""
 
 import weakref
 

@@ -145,7 +145,7 @@ def test_killed_in_the_middle_and_resumed_nothing_is_lost_or_doubled(setting, fi
         time.sleep(0.01)
         assert process.poll() is None, process.stdout.read().decode()
     process.send_signal(signal.SIGKILL)
-    process.communicate()  # to the end of its output: whoever wrote there is gone
+    process.communicate()  # to the end of its output: whoever wrote there has ended
     assert 3 <= part.read_bytes().count(b"\n") < PROBLEMS * SAMPLES, "it was not killed in the middle"
     main(argv(setting, tmp_path))
     assert content(tmp_path) == content(finished)

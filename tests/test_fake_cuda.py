@@ -65,7 +65,7 @@ def test_the_engine(model, rows):
 
 
 def test_another_number_of_completions():
-    """One kept engine, 5, 7 and 4 completions: the graphs of the first write into records that are gone."""
+    """One kept engine, 5, 7 and 4 completions: the graphs of the first write into records that were freed."""
     cpu, kept = MODELS["pte"](small()), EngineCache()
     with FakeCuda() as gpu:
         there, engines, seen = moved(cpu, gpu), set(), []

@@ -57,7 +57,7 @@ def room(module: str) -> str | None:
 
 
 def upward(root: Path) -> list[str]:
-    """Imports that do not go down: to a room of the same or a higher floor, to the door, or out of the package."""
+    """Imports that do not go down: to a room of the same or a higher floor, to the package itself, or out of it."""
     floor, wrong = floors(root), []
     for module, imported in imports(root).items():
         if (mine := room(module)) is None:
@@ -136,7 +136,7 @@ WRONG = {
     "in a function": ("pte_trl/low/base.py", "def f():\n    import pte_trl.high.top", "imports pte_trl.high.top"),
     "relative": ("pte_trl/low/base.py", "from ..high.top import x", "imports pte_trl.high.top"),
     "the same floor": ("pte_trl/beside/__init__.py", "import pte_trl.high.top", "beside imports pte_trl.high.top"),
-    "the door": ("pte_trl/high/top.py", "import pte_trl", "high.top imports pte_trl"),
+    "the package itself": ("pte_trl/high/top.py", "import pte_trl", "high.top imports pte_trl"),
     "outside": ("pte_trl/high/top.py", "import experiments", "high.top imports experiments"),
 }
 

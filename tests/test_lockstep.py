@@ -71,5 +71,5 @@ def test_ranks_with_unlike_samples_do_what_one_process_does(tmp_path, engine, op
     for found, wanted in zip(launch(tmp_path, engine, *options), logps, strict=True):
         assert all(gap(a, b) <= 1e-4 for a, b in zip(found["logps"], wanted, strict=True))
         assert_same(found["gradients"], gradients, 1e-3)
-        # A layer is let go of before the next but one is entered, or the whole model would lie on every rank.
+        # A layer is freed before the next but one is entered, or every rank would hold the whole model.
         assert 0 < found["gathered"] <= 2 < LAYERS

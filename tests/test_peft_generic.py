@@ -30,7 +30,7 @@ from tests.models import (
 
 WINDOW = 3
 BATCH = left_padded_batch([3, 2], 7)
-SMALL = {"rank": 4, "num_global_tokens": 3, "alpha": 4.0}
+SMALL = {"rank": 4, "num_global_tokens": 6, "alpha": 4.0}
 CONFIGS = {
     "usual": {},
     "column": {"read": "column"},

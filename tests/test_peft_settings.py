@@ -34,6 +34,7 @@ CHANGES = {
     "whiten": True,
     "centre": True,
     "write_gate": True,
+    "state_per_head": True,
 }
 # Settings about where an adapter comes from and how it is used; each has a test of its own below.
 BOOKKEEPING = {
@@ -213,6 +214,7 @@ BAD = {
     "whiten": ["yes", None],
     "centre": [1, None],
     "write_gate": ["no", None],
+    "state_per_head": [2, None],
     "inference_mode": ["yes", 1],
     "target_modules": [[], None, "q_proj", ".*q_proj", ["q_proj", 3], ["q_proj", ""], ["q_proj", "query"], 7, {}],
     "exclude_modules": [[], "", 3, [None]],

@@ -54,12 +54,22 @@ def test_an_attention_without_keys_may_give_anything(monkeypatch, how):
         assert ours == pytest.approx(theirs, abs=1e-9)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-@pytest.mark.parametrize("method", ["pte", "lora_c", "bare"])
-def test_reported_logprobs_are_the_replayed_ones(family, method):
+# Compiling takes half a minute: by default of one method.
+COMPILED = [
+    pytest.param("qwen2", method, "always", marks=[] if method == "pte" else pytest.mark.thorough)
+    for method in ("pte", "lora_c", "bare")
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "compile"),
+    [*((f, m, "never") for f in ("qwen2", "llama") for m in ("pte", "lora_c", "bare")), *COMPILED],
+)
+def test_reported_logprobs_are_the_replayed_ones(family, method, compile, capsys):
     model = tiny(family, torch.float64)
     model = {"pte": with_pte, "lora_c": with_lora, "bare": lambda m: m}[method](model)
-    result = sample(model)
+    result = sample(model, compile=compile)
+    assert "not compiled" not in capsys.readouterr().out
     assert max(result.evictions) > 5
     assert len({len(c) for c in result.completion_ids}) > 1, "all sequences ended together: choose another seed"
     for ours, theirs in zip(result.logprobs, replayed(model, PROMPTS, result.completion_ids), strict=True):

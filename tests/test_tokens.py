@@ -1,4 +1,4 @@
-r"""Tokenizers and templates: each fault is built as a folder, and refused in one sentence or mended with a message."""
+r"""Tokenizers and templates: each fault is a folder, refused in one sentence or repaired with a message."""
 
 import json
 from pathlib import Path

@@ -66,7 +66,7 @@ DECODE_KERNELS = {"baseline": 43, "lora": 59, "lora_c": 59, "pte": 63}  # per la
 # for the segments of the prompt and of the first thoughts, and more for every further segment. There segments had W
 # tokens; longer ones have a tenth more launches each, counted on a CPU.
 TRAIN_KERNELS = {"lora": (210, 0), "lora_c": (344, 0), "pte": (569, 0), "segments": (760, 410)}
-SEGMENT = 512  # thought tokens of a segment where nothing else is said (pte_trl.replay.segment_run)
+SEGMENT = 512  # thought tokens of a segment where nothing else is set (pte_trl.replay.segment_run)
 SAMPLING = 35  # bytes moved per logit, with top-p, counted
 PROMPT = 130  # mean tokens of DAPO's prompts with their template, but at most the scale's sink; also W in training
 PASSES = {"one_pass": 4, "segments": 5}  # of a training step, see above; 2 FLOPs a weight and token each

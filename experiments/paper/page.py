@@ -116,7 +116,7 @@ def _list(texts) -> str:
 
 
 def _table(item: str, section: tables.Section) -> str:
-    """A section as an HTML table; the kind of a line stands in the column whose header is empty."""
+    """A section as an HTML table; the kind of a line is in the column whose header is empty."""
     kind = section.header.index("")
     head = "".join(f"<th>{escape(text)}</th>" for text in section.header)
     lines = [f'<tr class="{line[kind]}">{"".join(_cell(item, text) for text in line)}</tr>' for line in section.lines]

@@ -138,7 +138,7 @@ def cells(item: str, scale: str, filters: Filters = ALL) -> list[Cell]:
     for table in ("figure3a", "figure3b") if item == "figure3" else (item,):
         for row in read(table):
             if at.one_model and row.get("model", "Qwen2.5-3B-Instruct") != "Qwen2.5-3B-Instruct":
-                continue  # one model stands in for the three
+                continue  # one model replaces the three
             model = at.one_model or MODELS.get(row.get("model")) or MODEL_OF[table]
             named = {"panel": table.removeprefix("figure"), **row} if item == "figure3" else row
             run, metric = source(table, row, model, scale)

@@ -29,7 +29,7 @@ class Scale:
     Args:
         name: what SCALE says.
         folder: of its outputs.
-        recipes: the models, by the short names that stand in folders, and the recipe of each.
+        recipes: the models, by the short names of folders, and the recipe of each.
         model: base model instead of the recipe's, a hub name or a folder.
         data: put before a benchmark's name; "tiny_" for the generated sums.
         shrink: lengths are the paper's divided by it.
@@ -42,7 +42,7 @@ class Scale:
         gpus, card: what the cost is estimated for; `card` is a name of `cost.CARDS`.
         completions: of one training step, on all GPUs.
         batch: completions that an evaluation decodes at once on one GPU.
-        stand_in: what stands in the place of the paper's models, for captions; empty for the paper's own.
+        stand_in: what replaces the paper's models, for captions; empty for the paper's own.
         note: what a reader has to know of the numbers.
     """
 
@@ -68,7 +68,7 @@ class Scale:
 
     @property
     def one_model(self) -> str | None:
-        """The model that stands in for all of the paper's; None where they are themselves."""
+        """The model that replaces all of the paper's; None where they are themselves."""
         return next(iter(self.recipes)) if self.stand_in else None
 
     def length(self, tokens: int) -> int:

@@ -21,7 +21,7 @@ class Measured:
         samples: completions per problem; `tries` of them make one trial, k of pass@k.
         clean: ids of the problems that the training data do not repeat; None where nobody has looked.
         no_room: how many problems leave no room in the budget. They count as wrong.
-        settings: those of the evaluation, as they stand in its records.
+        settings: those of the evaluation, as its records have them.
     """
 
     scores: dict[str, float]

@@ -11,13 +11,13 @@ in words, for a pretrained model,
 Registers come in chains: a number, then operations on the register before. The three that are asked for lie in three
 early chains, and the registers that follow them outlast the window. So when they are asked for,
 
-- their values stand in the thought only, and have been evicted with all of their chains;
+- their values are in the thought only, and have been evicted with all of their chains;
 - nothing visible in the thought depends on them: every operation is one to one modulo 10, so each of the ten values
   of a register is possible, and gives another answer, whatever the other two are. Chance is 0.10;
 - the prompt, which stays, still determines them, but they have to be worked out again: two operations or more each,
   sums and products mixed, which cannot be added up as the running sums of `experiments.tiny.task` can.
 
-The question stands in the prompt: a policy that wrote it itself would be rewarded for always asking for the same.
+The question is in the prompt: a policy that wrote it itself would be rewarded for always asking for the same.
 """
 
 import random

@@ -6,7 +6,7 @@ r"""Word problems in long hand for SmolLM2, and the model that has been shown ho
     solution   Tom: 5 + 3 = 8, 8 - 2 = 6. Emma: 2 + 4 = 6, 6 - 1 = 5. ... Emma and Tom: 5 + 6 = 11.
                The answer is \boxed{11}.
 
-The end needs two results from further up. They stand in the thought only: once they have left the window they have
+The end needs two results from further up. They are in the thought only: once they have left the window they have
 to be worked out again from the prompt, two steps each, or remembered. SmolLM2 as it comes boxes no answer to them, so
 it is first fine-tuned, whole weights, on a few hundred solutions, from where a reward can be earned. Writes base (a
 folder as transformers wants it), train.jsonl and heldout.jsonl; no problem is in two of the sets.

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 ORDER = (
     *("default", "base", "lora", "lora_c", "pte"),
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
-    *("lora_c_drawn", "pte_mixed", "pte_drawn"),
-    *("recursive", "sum", "write_gate", "gated_sum", "delta", "qkvo"),
+    *("lora_c_drawn", "pte_mixed", "pte_drawn", "pte_drawn_gated"),
+    *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo"),
 )
 
 
@@ -68,6 +68,7 @@ LOAD_ARMS = (
     Arm("write_gate", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum", "write_gate": "true"}),
     Arm("gated_sum", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "gated_sum"}),
     Arm("delta", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "delta"}),
+    Arm("per_head", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum", "state_per_head": "true"}),
     Arm("qkvo", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["qkvo"]),
 )
 LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
@@ -79,8 +80,18 @@ AFTERWARDS = (
     Arm("lora_c_distilled_grpo", "lora_c", "grpo", "lora_c_distilled", LORA_C),
     Arm("pte_distilled_grpo", "pte", "grpo", "pte_distilled"),
 )
+# One adapter for every window: by the default encoder, and by one that learns what not to write.
+ANY_WINDOW = {"window": ["28", "100"]}
+GATED = {"state_update": "sum", "write_gate": "true", "centre": "true"}
 # A reward alone has nothing to start from there: the base guesses, one of thirty.
-NAMES_ARMS = (*SMOLLM2_ARMS, *AFTERWARDS, Arm("pte_unwhitened", "pte", "distill", flags={"whiten": "false"}))
+NAMES_ARMS = (
+    *SMOLLM2_ARMS,
+    *AFTERWARDS,
+    Arm("pte_unwhitened", "pte", "distill", flags={"whiten": "false"}),
+    Arm("lora_c_drawn", "lora_c", "distill", flags=LORA_C | ANY_WINDOW),
+    Arm("pte_drawn", "pte", "distill", flags=ANY_WINDOW),
+    Arm("pte_drawn_gated", "pte", "distill", flags=ANY_WINDOW | GATED),
+)
 # LoRA_c's loss is stable at the higher rate; PTE's leaps there.
 FAST = LORA_C | {"learning_rate": "2e-3"}
 ARITHMETIC_ARMS = (Arm("lora_c_distilled", "lora_c", "distill", flags=FAST), SMOLLM2_ARMS[1], *AFTERWARDS)

@@ -31,7 +31,7 @@ SMOLLM2_TEXTS = os.environ.get("SMOLLM2_TEXTS", "256")  # to distil on
 SMOLLM2_HELDOUT = os.environ.get("SMOLLM2_HELDOUT", "8")
 SMOLLM2_WINDOWS = os.environ.get("SMOLLM2_WINDOWS", "64 128 256").split()
 RECALL_WINDOWS = ("6", "8", "10", "12", "14", "16")  # of the adapters for several windows
-NAMES_WINDOWS = ("32", "64", "96", "128")  # trained at 64; a text has some 110 tokens, so 128 forgets nothing
+NAMES_WINDOWS = ("32", "48", "64", "96", "128")  # a text has some 110 tokens, so 128 forgets nothing
 SUMS_WINDOWS = ("8", "16", "full")  # trained at 16; "full" holds any solution
 ARITHMETIC_WINDOWS = ("64", "full")  # trained at 64; a solution has some 100 tokens
 

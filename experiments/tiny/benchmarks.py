@@ -2,8 +2,8 @@
 
     python -m experiments.tiny.benchmarks --output outputs/tiny/data
 
-Each set has about the size of what it stands in for, 100 problems at most, and its place in difficulty: more lines to
-add up are more thought to remember. None has more lines than the model was pretrained on.
+Each set has about the size of the benchmark that it replaces, 100 problems at most, and its place in difficulty: more
+lines to add up are more thought to remember. None has more lines than the model was pretrained on.
 """
 
 import argparse

@@ -4,7 +4,7 @@ r"""Running sums modulo 10, one of which is asked for at the end.
     solution   a1A1b2B3c0C3d2D5;B3=3;\boxed{3}
 
 `b2` is a number that is given, `B3` the sum up to it. Every line needs the line before and the problem, so a short
-window of thought is enough for it. The end goes back to one of the sums. It stands in the thought only: once it has
+window of thought is enough for it. The end goes back to one of the sums. It is in the thought only: once it has
 left the window it has to be added up again, or remembered.
 
     python -m experiments.tiny.task --count 200 > train.jsonl

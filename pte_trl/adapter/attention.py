@@ -169,7 +169,7 @@ class PteAttention(nn.Module, PteLayer):
 
         def project(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             tokens = tokens.to(self.frozen_weight().dtype)
-            # The global tokens follow each row's own. Keys and values of a token do not depend on others.
+            # Each row is its own tokens, then the global tokens. A token's keys and values do not depend on others.
             with without_autocast(hidden.device):
                 both = torch.cat([hidden, tokens.to(hidden.dtype).expand(len(hidden), -1, -1)], dim=1)
             found = self.arriving(both, call.followed_by_unrotated(len(tokens), plan))
@@ -182,7 +182,7 @@ class PteAttention(nn.Module, PteLayer):
 
     def _rows_of_first(self, keys: Tensor, values: Tensor) -> Iterator[Tensor]:
         """(batch, heads, length, width) as a cache holds them -> (length, heads * width) of the first sample."""
-        return (rows(x)[0] for x in as_encoded(self.base_layer, keys, values))
+        return (rows(x)[0] for x in as_encoded(self.base_layer, keys[:1], values[:1]))
 
     def arriving(self, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Keys and values as the cache would get them, (batch, kv heads, length, width), under the state in use."""
@@ -194,7 +194,7 @@ class PteAttention(nn.Module, PteLayer):
         return arriving(self.base_layer, hidden, call, unused=only_for_queries(self.base_layer))
 
     def latents(self, name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, kv heads, length, width) keys and values as the cache holds them -> (batch, length, r) latents."""
+        """(batch, kv heads, length, width) keys and values as the cache holds them -> (batch, length, H r) latents."""
         keys, values = as_encoded(self.base_layer, keys, values)
         return self.pte_encoder[name].latents(rows(keys), rows(values))
 

@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, evict
 
     Args:
         input_ids, attention_mask: (batch, length) some texts, padded on the left.
-        evict: E, tokens of one eviction; the last E tokens of every text stand in for them.
+        evict: E, tokens of one eviction; the last E tokens of every text are taken for them.
 
     Returns:
         |S'| / |S| of every layer before the rescaling.

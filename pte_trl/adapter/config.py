@@ -44,6 +44,7 @@ class PteConfig(PeftConfig):
         whiten: learn the maps W^a on keys and values of unit second moments (pte_trl/adapter/calibration.py).
         centre: take the mean key and value of every kv head out of evicted tokens (the same).
         write_gate: multiply the value of an evicted token by a learned gate (pte_trl/adapter/encoder.py).
+        state_per_head: a state for every kv head, each of an equal share of the global tokens (the same).
         geometry: shape of the model the adapter was made for; filled in, and compared on loading.
 
     Raises:
@@ -68,6 +69,7 @@ class PteConfig(PeftConfig):
     whiten: bool = False
     centre: bool = False
     write_gate: bool = False
+    state_per_head: bool = False
     geometry: dict | None = None
 
     def __new__(cls, *args, **kwargs):
@@ -87,7 +89,8 @@ class PteConfig(PeftConfig):
         one_of("state_update", self.state_update, ("recursive", "sum", "gated_sum", "delta"))
         one_of("read", self.read, ("row", "column"))
         one_of("normalisation", self.normalisation, ("rms", "row"))
-        for key in ("inference_mode", "use_global_tokens", "encode_evicted", "whiten", "centre", "write_gate"):
+        flags = ("use_global_tokens", "encode_evicted", "whiten", "centre", "write_gate", "state_per_head")
+        for key in ("inference_mode", *flags):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}={getattr(self, key)!r}: must be true or false")
         self._check_modules()

@@ -7,15 +7,20 @@ There is no softmax: it is linear attention from the global queries to the evict
 choice of `state_update` (`pte_trl.adapter.updates`). What an eviction leaves behind is the *accumulator*, a matrix of
 every sample; `state` turns it into S, which the adapted layers use.
 
-Options change what is encoded of an evicted token, never S_0:
+These options change what is encoded of an evicted token:
 
     centre        k <- k - mean k, v <- v - mean v           means of every kv head, from calibration, never trained
     whiten        k <- k P_K, v <- v P_V                     of global tokens too; W^a is learned on top
-    write_gate    v <- 2 sigmoid(w_K k / |k| + w_V v / |v| + b) v
+    write_gate    v <- 2 sigmoid(w_K rms(k) + w_V rms(v) + b) v      rms: divided by the root of the mean square
 
 The write gate reads keys and values as they are after the other two, not their latents: these are small at the start
-(`init_ratio`) and forget what the maps leave out. It reads them at unit length. A model's keys may be of length 1 or
-300, and a step of the optimizer then changes the gate alike. w and b start at zero, which is a factor of 1.
+(`init_ratio`) and forget what the maps leave out. Their entries are of size 1 for it, however long a model's keys are,
+so that a step of the optimizer changes the gate alike. w and b start at zero, which is a factor of 1.
+
+    state_per_head  every kv head has latents and a state of its own (`updates`), of global tokens too
+
+The maps have as many weights with it. A head's latents are its own columns of W^a times its keys; without the option
+they are added up over the heads.
 """
 
 import math
@@ -23,6 +28,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from pte_trl.adapter.recursion import NORM_EPS, root_mean_square
 from pte_trl.adapter.updates import UPDATES, wide
@@ -53,8 +59,13 @@ class Encoder(nn.Module):
         self.use_global_tokens = config.use_global_tokens
         self.global_tokens = nn.Parameter(torch.empty(config.num_global_tokens, hidden_size))
         self.query_map = nn.Linear(query_size, config.rank, bias=False)
-        self.key_map = nn.Linear(math.prod(keys), config.rank, bias=False)
-        self.value_map = nn.Linear(math.prod(values), config.rank, bias=False)
+        self.heads = keys[0] if config.state_per_head else 1
+        if config.num_global_tokens % self.heads or (self.heads > 1 and values[0] != keys[0]):
+            raise ValueError(
+                f"num_global_tokens={config.num_global_tokens}: with state_per_head it must be a multiple of the "
+                f"{keys[0]} heads of keys, and there must be as many of values, of which there are {values[0]}"
+            )
+        self.key_map, self.value_map = (Map(math.prod(x), config.rank, self.heads) for x in (keys, values))
         # P of W^a = M P, (kv heads, head_dim, head_dim): saved with the adapter, never trained.
         for name, (heads, width) in zip(WHITENERS, (keys, values), strict=True):
             eye = torch.eye(width, dtype=torch.float32).repeat(heads, 1, 1)
@@ -62,7 +73,7 @@ class Encoder(nn.Module):
         for name, shape in zip(CENTRES, (keys, values), strict=True):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32) if config.centre else None)
         self.write_gate = WriteGate(math.prod(keys), math.prod(values)) if config.write_gate else None
-        self.rule = UPDATES[config.state_update](config)
+        self.rule = UPDATES[config.state_update](config, self.heads)
         self.reset_parameters(config)
 
     @torch.no_grad()
@@ -75,8 +86,8 @@ class Encoder(nn.Module):
         unit length make it sqrt(m), times the rate of the delta rule. `calibrate` does the same on real keys.
         """
         nn.init.normal_(self.global_tokens)
-        for linear in (self.query_map, self.key_map, self.value_map):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for linear, heads in ((self.query_map, 1), (self.key_map, self.heads), (self.value_map, self.heads)):
+            nn.init.normal_(linear.weight, std=(linear.in_features / heads) ** -0.5)
         size = (REFERENCE_EVICT * (0.25 if self.rule.unit_keys else config.rank)) ** 0.5
         self.scale_update_(config.init_ratio / size)
 
@@ -132,7 +143,7 @@ class Encoder(nn.Module):
         return linear(wide(x).to(weight.dtype)) if weight.dtype.itemsize >= 4 else wide(linear(x.to(weight.dtype)))
 
     def latents(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, d_kv) keys and values of evicted tokens, as they lie in the cache -> their (…, r) latents.
+        """(…, d_kv) keys and values of evicted tokens, as they lie in the cache -> their (…, H r) latents.
 
         W_K^a K and W_V^a V, the options of this encoder included.
         """
@@ -165,7 +176,7 @@ class Encoder(nn.Module):
 
         Args:
             queries: (n_g, r).
-            key_latents, value_latents: (…, m, r) of m evicted tokens.
+            key_latents, value_latents: (…, m, H r) of m evicted tokens; H is 1 but for `state_per_head`.
 
         Returns:
             (…, n_g, r); as the rule has it.
@@ -193,7 +204,7 @@ class Encoder(nn.Module):
         with without_autocast(queries.device):
             keys, values = self._whiten(keys, self.key_whitener), self._whiten(values, self.value_whitener)
             keys, values = self._project(self.key_map, keys), self._project(self.value_map, values)
-            update = self.update_of(queries, keys.transpose(-2, -1) @ values)
+            update = self.rule.summed(queries, keys, values)
         # Times zero, for a gradient of every weight where no eviction follows: engines that shard expect one.
         gates = [gate for gate in (self.rule, self.write_gate) if gate is not None]
         for weight in (weight for gate in gates for weight in gate.parameters()):
@@ -228,8 +239,27 @@ class Encoder(nn.Module):
         return self.rule.state(accumulator)
 
 
+class Map(nn.Linear):
+    """W^a: latents of keys or values, (…, width) -> (…, r); of every head apart, (…, heads * r).
+
+    A module call even where heads are apart, for engines that gather weights at one.
+    """
+
+    def __init__(self, width: int, rank: int, heads: int):
+        super().__init__(width, rank, bias=False)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.heads == 1:
+            return super().forward(x)
+        # A product per head: (heads, tokens, width of one) times (heads, width of one, r).
+        parts = x.unflatten(-1, (self.heads, -1)).movedim(-2, 0).flatten(1, -2)
+        by = self.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)
+        return (parts @ by).transpose(0, 1).flatten(1).unflatten(0, x.shape[:-1])
+
+
 class WriteGate(nn.Module):
-    """How much of an evicted token is written: 2 sigmoid(w_K k / |k| + w_V v / |v| + b).
+    """How much of an evicted token is written: 2 sigmoid(w_K rms(k) + w_V rms(v) + b).
 
     Args:
         keys, values: widths of all heads together.
@@ -245,6 +275,5 @@ class WriteGate(nn.Module):
         """(…, d_kv) keys and values -> (…, 1)."""
         total = wide(self.offset)
         for x, weight in ((wide(keys), self.key_weight), (wide(values), self.value_weight)):
-            length = (x.square().sum(-1) + NORM_EPS).rsqrt()
-            total = total + (x @ weight.to(x.dtype)) * length
+            total = total + rms_norm(x, x.shape[-1:], eps=NORM_EPS) @ weight.to(x.dtype)
         return 2 * total.sigmoid().unsqueeze(-1)

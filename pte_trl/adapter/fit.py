@@ -20,8 +20,18 @@ from pte_trl.compat.transformers import attention_of, layer_types
 CONTAINERS = (*PteAttention.adapter_layer_names, *PteLinear.adapter_layer_names)
 # Parts of the names that PTE's and PEFT's modules bring into a model.
 ENCODER_PARTS = (
-    *("global_tokens", "query_map", "key_map", "value_map", *FITTED),
-    *("write_gate", "key_weight", "value_weight", "offset", "rule", "gate", "rate"),
+    *FITTED,
+    "global_tokens",
+    "query_map",
+    "key_map",
+    "value_map",
+    "write_gate",
+    "key_weight",
+    "value_weight",
+    "offset",
+    "rule",
+    "gate",
+    "rate",
 )
 WRAPPER_PARTS = ("base_layer", "modules_to_save", "original_module")
 OWN_PARTS = {*CONTAINERS, *ENCODER_PARTS, *WRAPPER_PARTS, "weight", "bias"}
@@ -54,7 +64,8 @@ def check_supported(
 
     Raises:
         ValueError: in one sentence: quantised weights, a length-dependent rotary, layers that a bounded cache cannot
-            keep or share, no decoder; or the self-test's, with the layer and the difference that it measured.
+            keep or share, no decoder, global tokens that cannot be divided among the heads; or the self-test's, with
+            the layer and the difference that it measured.
     """
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"the model's config is a {type(config).__name__}; PTE takes models of transformers")
@@ -76,7 +87,28 @@ def check_supported(
             f"model_type={text.model_type!r}: {', '.join(sorted(text.per_layer_attributes))} of its layers differ "
             "from one to the next, which is not supported"
         )
+    if method == "pte" and adapter is not None and adapter.state_per_head:
+        check_heads(adapter, text)
     check_by_self_test(config, method, adapter, attention or attention_of(config))
+
+
+def check_heads(adapter: PteConfig, text: PreTrainedConfig) -> None:
+    """Refuses a state per head where the global tokens cannot be divided among the heads.
+
+    Of compressed keys the encoder itself does.
+    """
+    heads = key_heads(text)
+    if adapter.num_global_tokens % heads:
+        raise ValueError(
+            f"num_global_tokens={adapter.num_global_tokens}: with state_per_head it must be a multiple of the model's "
+            f"{heads} kv heads"
+        )
+
+
+def key_heads(config: PreTrainedConfig) -> int:
+    """Heads of keys and values in a layer."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
 def rotary_types(config: PreTrainedConfig) -> set[str]:

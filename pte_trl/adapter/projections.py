@@ -70,7 +70,7 @@ def only_for_queries(attention: nn.Module) -> list[nn.Module]:
 
 
 def only_for_keys_and_values(attention: nn.Module) -> list[nn.Module]:
-    """Linears that nothing but keys and values needs."""
+    """Linears that nothing but keys and values needs; none where keys are compressed or made with the queries."""
     if compressed(attention):
         return []
     found = (getattr(attention, name, None) for name in ("k_proj", "v_proj"))

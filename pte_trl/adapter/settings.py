@@ -74,10 +74,10 @@ def integer(key: str, value, least: int) -> None:
         raise ValueError(f"{key}={value!r}: must be an integer of at least {least}")
 
 
-def number(key: str, value, allowed: str, holds) -> None:
-    """A finite int or float for which `holds(value)`; `allowed` says so in words."""
+def number(key: str, value, allowed: str, accepts) -> None:
+    """A finite int or float for which `accepts(value)`; `allowed` says so in words."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not plain or not math.isfinite(value) or not holds(value):
+    if not plain or not math.isfinite(value) or not accepts(value):
         raise ValueError(f"{key}={value!r}: must be a number {allowed}")
 
 

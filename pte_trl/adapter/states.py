@@ -46,7 +46,7 @@ def _set(layer, name: str, plan: ReplayPlan, queries: Tensor, first: Tensor, key
     encoder = layer.pte_encoder[name]
     # Latents of every token, though only evicted ones are used: one large product instead of J small ones.
     latents = layer.latents(name, keys, values)
-    if encoder.rule.additive:
+    if encoder.rule.additive and encoder.heads == 1:
         updates = encoder.update_of(queries, evicted_products(*latents, plan))
     else:
         updates = encoder.update(queries, *(plan.pick(x, plan.evicted) for x in latents))

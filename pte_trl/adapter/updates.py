@@ -10,6 +10,11 @@ With S' = Q K^T V of the evicted tokens, Q = W_Q^a q_g, and K, V their key and v
 A is the *accumulator*. That of the delta rule is S_0 + Q M above M, (n_g + r, r), so that S can be read from it and
 the next eviction can be computed from it alone.
 
+With `state_per_head` every kv head has a state of its own: K and V are then the latents of that head, and Q those of
+its share of the global tokens, the first n_g / H of them for the first of H heads. The states are one below the other
+in S, which stays (n_g, r). Norm is that of the whole S, all else is computed for every head apart. The accumulator of
+the delta rule is then S_0 + Q M above M for the first head, the same for the second, and so on: (n_g + H r, r).
+
 Why a gate per global token: a row of A is what one global token found in all evicted tokens, so a row has one time
 scale, whatever basis the values have. The gate does not depend on data. All states are then one weighted sum.
 
@@ -38,6 +43,9 @@ def wide(x: Tensor) -> Tensor:
 class Sum(nn.Module):
     """A <- A + S', S = Norm(A).
 
+    Args:
+        heads: H, how many states there are; 1 but for `state_per_head`.
+
     Attributes:
         additive: whether an eviction adds S' = Q K^T V, a sum over its tokens.
         unit_keys: whether the length of the key latents has no effect.
@@ -46,9 +54,10 @@ class Sum(nn.Module):
     additive = True
     unit_keys = False
 
-    def __init__(self, config):
+    def __init__(self, config, heads: int = 1):
         super().__init__()
         self.normalisation = config.normalisation
+        self.heads = heads
 
     def first(self, state: Tensor) -> Tensor:
         """S_0, (n_g, r) -> the accumulator before any eviction."""
@@ -59,12 +68,29 @@ class Sum(nn.Module):
 
         Args:
             queries: (n_g, r).
-            keys, values: (…, m, r) latents, in the order of the tokens; zeros where there is no token.
+            keys, values: (…, m, H r) latents, in the order of the tokens; zeros where there is no token.
 
         Returns:
-            (…, n_g, r): S'. The delta rule has more: (…, n_g + r, 2 r).
+            (…, n_g, r): S'. The delta rule has more: (…, n_g + H r, 2 r).
         """
-        return queries @ (keys.transpose(-2, -1) @ values)
+        return self.summed(queries, keys, values)
+
+    def summed(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Q K^T V, (…, n_g, r), whatever the rule."""
+        products = self.by_head(keys).transpose(-2, -1) @ self.by_head(values)
+        return self.one_below_the_other(self.split(queries) @ products)
+
+    def by_head(self, latents: Tensor) -> Tensor:
+        """(…, m, H r) -> (…, H, m, r), as it is where there is one state."""
+        return latents if self.heads == 1 else latents.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Rows that belong to heads, (…, n, r) -> (…, H, n / H, r), as they are where there is one state."""
+        return x if self.heads == 1 else x.unflatten(-2, (self.heads, -1))
+
+    def one_below_the_other(self, x: Tensor) -> Tensor:
+        """The reverse of `split`."""
+        return x if self.heads == 1 else x.flatten(-3, -2)
 
     def written(self, update: Tensor) -> Tensor:
         """S' of an `update`, (…, n_g, r); of the delta rule, what it writes while nothing has been written."""
@@ -78,7 +104,7 @@ class Sum(nn.Module):
         """The accumulators after every eviction: `advance` one after another.
 
         Args:
-            accumulator: (n, r) or (batch, n, r), before the first; n is n_g, or n_g + r of the delta rule.
+            accumulator: (n, r) or (batch, n, r), before the first; n is n_g, or n_g + H r of the delta rule.
             updates: (batch, J, …).
 
         Returns:
@@ -107,8 +133,8 @@ class Recursive(Sum):
 class GatedSum(Sum):
     """A <- a A + S', S = Norm(A), with a = sigmoid(gate) for every row of A."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, heads: int = 1):
+        super().__init__(config, heads)
         self.gate = nn.Parameter(torch.full((config.num_global_tokens,), GATE))
 
     def advance(self, accumulator: Tensor, update: Tensor) -> Tensor:
@@ -142,30 +168,33 @@ class Delta(Sum):
     additive = False
     unit_keys = True
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, heads: int = 1):
+        super().__init__(config, heads)
         self.rank = config.rank
         self.rate = nn.Parameter(torch.full((1,), RATE))
 
     def first(self, state: Tensor) -> Tensor:
-        return torch.cat([state, state.new_zeros(self.rank, self.rank)])
+        state = self.split(state)
+        nothing = state.new_zeros(*state.shape[:-2], self.rank, self.rank)
+        return self.one_below_the_other(torch.cat([state, nothing], dim=-2))
 
     def update(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        keys, rate, found = unit(keys), wide(self.rate).sigmoid(), None
+        keys, values = unit(self.by_head(keys)), self.by_head(values)
+        rate, found = wide(self.rate).sigmoid(), None
         for k, v in zip(keys.split(SOLVED, dim=-2), values.split(SOLVED, dim=-2), strict=True):
             # The solver reads what is below the diagonal and takes the diagonal as 1.
             overlap, right = rate * (k @ k.transpose(-2, -1)), rate * torch.cat([v, k], dim=-1)
             written = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
             part = k.transpose(-2, -1) @ written  # [C, P] of these tokens
             found = part if found is None else found + part - part[..., self.rank :] @ found
-        return torch.cat([queries @ found, found], dim=-2)
+        return self.one_below_the_other(torch.cat([self.split(queries) @ found, found], dim=-2))
 
     def written(self, update: Tensor) -> Tensor:
-        return update[..., : -self.rank, : self.rank]
+        return self.one_below_the_other(self.split(update)[..., : -self.rank, : self.rank])
 
     def advance(self, accumulator: Tensor, update: Tensor) -> Tensor:
-        added, removed = update.chunk(2, dim=-1)
-        return accumulator + added - removed @ accumulator[..., -self.rank :, :]
+        accumulator, (added, removed) = self.split(accumulator), self.split(update).chunk(2, dim=-1)
+        return self.one_below_the_other(accumulator + added - removed @ accumulator[..., -self.rank :, :])
 
     def advance_all(self, accumulator: Tensor, updates: Tensor) -> Tensor:
         found = []
@@ -175,7 +204,7 @@ class Delta(Sum):
         return torch.stack(found, dim=1)
 
     def state(self, accumulator: Tensor) -> Tensor:
-        return super().state(accumulator[..., : -self.rank, :])
+        return super().state(self.one_below_the_other(self.split(accumulator)[..., : -self.rank, :]))
 
 
 def unit(x: Tensor) -> Tensor:

@@ -24,8 +24,17 @@ from pte_trl.compat.hub import hub_home
 ROOMS = ("adapter", "cache", "compat", "replay")  # whose code a self-test runs
 # What a configuration says of a checkpoint or a length, and not of how a forward goes.
 NAMES = (
-    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"),
-    *("initializer_range", "max_position_embeddings", "max_window_layers", "use_cache", "attention_dropout"),
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "auto_map",
+    "initializer_range",
+    "max_position_embeddings",
+    "max_window_layers",
+    "use_cache",
+    "attention_dropout",
 )
 
 _found: dict[str, dict[str, Any]] = {}

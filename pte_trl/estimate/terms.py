@@ -62,6 +62,7 @@ class Job:
         engine_stays: whether a rollout's cache stays while training, as it does under a stated `rollout_batch_size`
             in one pass, unless the engine shares out the weights.
         state_rank: r and n_g of PTE, taken as equal.
+        state_heads: H, states of a layer; above 1 with `state_per_head` alone.
         blockwise: replays by `pte_trl.replay.attention`, not by SDPA over the whole mask.
         device: "cuda", or "cpu", where the fused head has no kernels of its own.
     """
@@ -87,6 +88,7 @@ class Job:
     reference: bool = False
     engine_stays: bool = False
     state_rank: int = 32
+    state_heads: int = 1
     blockwise: bool = True
     device: str = "cuda"
 
@@ -239,7 +241,8 @@ def one_pass(job: Job) -> float:
             for layer in job.layers
         ]
         others = sum(saved) - saved[job.layers.index(largest)]
-    states = [length * (4 * layer.keys + 24 * job.state_rank + 100) for layer in job.layers if layer.bounded]
+    latents = 24 * job.state_rank * job.state_heads
+    states = [length * (4 * layer.keys + latents + 100) for layer in job.layers if layer.bounded]
     states = (max(states) if job.checkpointing else sum(states)) if job.method == "pte" and states else 0
     return job.micro_batch * (others + inside(job, largest, extra[largest]) + states)
 
@@ -334,13 +337,15 @@ def rollout_cache(job: Job) -> float:
     """n times d_kv e for every cached token of every layer, and 4 r^2 for S of every layer that has one.
 
     A sliding layer keeps its own window at most. Recurrent states are the same at every length. The delta rule keeps
-    as much as S again, which is left out: less than two cached tokens of llama-8b.
+    an M of r^2 for every state, which is left out where there is one: less than two cached tokens of llama-8b. With a
+    state per head it is counted whatever the rule.
     """
     tokens, full, width, size = cached_tokens(job), job.prompt + job.completion, job.dtype.itemsize, 0.0
     for layer in job.layers:
         kept = tokens if layer.bounded else layer.kept(full)
         size += layer.cached * kept * width + layer.conv * width + layer.recurrent * 4
-        size += 4 * job.state_rank**2 if job.method == "pte" and layer.bounded else 0
+        states = 1 if job.state_heads == 1 else 1 + job.state_heads
+        size += 4 * job.state_rank**2 * states if job.method == "pte" and layer.bounded else 0
     return job.rollout_batch * size
 
 

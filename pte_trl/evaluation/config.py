@@ -14,8 +14,16 @@ from pte_trl.settings.parsing import read_recipe
 
 # A key here -> the key of a training recipe that gives it where no flag does.
 SAME = (
-    *("model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "system_prompt"),
-    *("system_prompt_role", "chat_template_kwargs", "generation_prefix", "data_dir", "answer_after"),
+    "model_name_or_path",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+    "system_prompt",
+    "system_prompt_role",
+    "chat_template_kwargs",
+    "generation_prefix",
+    "data_dir",
+    "answer_after",
 )
 FROM_RECIPE = {key: key for key in SAME} | {"temperature": "eval_temperature", "top_p": "eval_top_p"}
 # Where neither gives one. Not stated in the paper; temperature and top-p are those of DeepSeek-R1's own evaluation
@@ -129,6 +137,9 @@ class EvaluationArguments(ModelSource, CacheArguments):
     compile_rollouts: str = field(
         default="auto",
         metadata={"help": "torch.compile the decode step: always, never, or auto, on a GPU from 256 new tokens on."},
+    )
+    cudnn_attention: bool = field(
+        default=False, metadata={"help": "Let PyTorch choose cuDNN's attention on a GPU; it plans every new shape."}
     )
 
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})

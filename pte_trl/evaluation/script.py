@@ -16,6 +16,7 @@ from pte_trl.evaluation.config import EvaluationArguments, short_name
 from pte_trl.evaluation.loading import check_evaluation_model, load_for_evaluation
 from pte_trl.evaluation.metrics import summarise, table
 from pte_trl.evaluation.runner import Evaluation, check_problems, check_room
+from pte_trl.models.attention import allow_cudnn
 from pte_trl.models.tokens import load_tokenizer
 from pte_trl.rewards.grader import Grader
 from pte_trl.rollouts.vllm import VllmSampler, check_vllm
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         missing = [evaluation for evaluation in evaluations if not evaluation.look()]
 
     model = None
+    allow_cudnn(args.cudnn_attention)
     if missing:
         with settings_checked():
             vllm = args.backend == "vllm"

@@ -54,7 +54,7 @@ def contributions(
     name = layer._adapter()
     encoder = layer.pte_encoder[name]
     queries, first = start
-    keys, values = (plan.pick(x, plan.evicted)[0] for x in latents)  # (J, E, r)
+    keys, values = (plan.pick(x, plan.evicted)[0] for x in latents)  # (J, E, H r)
     by_token = encoder.update(queries, keys.unsqueeze(2), values.unsqueeze(2))
     accumulators = encoder.advance_all(first, by_token.sum(1).unsqueeze(0))[0]
     return by_token, torch.cat([first.unsqueeze(0), accumulators])

@@ -1,5 +1,7 @@
 """The attention implementation that a model is right under, where a recipe's own is not."""
 
+import torch
+
 from pte_trl.compat.transformers import supports_sdpa
 from pte_trl.models.template import say
 
@@ -30,3 +32,11 @@ def usable_attention(asked: str, config, quiet: bool = False) -> str:
     if not quiet:
         say(f"attn_implementation: eager instead of {asked}, since {why}")
     return "eager"
+
+
+def allow_cudnn(allowed: bool) -> None:
+    """Whether PyTorch may choose cuDNN's attention in this process.
+
+    It makes a plan for every shape that it meets for the first time, and the shapes of rollouts keep changing.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(allowed)

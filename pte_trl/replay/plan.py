@@ -47,7 +47,7 @@ class Places:
         return cls(source, target, filled.unsqueeze(3), unnamed[:-1].view(batch, length, 1))
 
     def read(self, x: Tensor, zeros: bool = True) -> Tensor:
-        """(batch, length, d) -> (batch, J, E_max, d); what stands in empty places is zero, or anything."""
+        """(batch, length, d) -> (batch, J, E_max, d); empty places hold zeros, or anything."""
         rows = x.reshape(-1, x.shape[-1]).index_select(0, self.source).view(*self.filled.shape[:3], -1)
         return rows * self.filled if zeros else rows
 

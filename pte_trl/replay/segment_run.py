@@ -83,7 +83,7 @@ class SegmentRun:
     """One pass over samples of one schedule, and what it takes to run any of its segments again.
 
     Args:
-        rows: of the batch, that these samples are; None for a run that stands in for one of another rank.
+        rows: of the batch, that these samples are; None for a run that only matches one of another rank.
         small: as `SMALL`. 0 where ranks gather weights in lockstep, since each layer must then run equally often on
             every rank.
     """

@@ -86,7 +86,7 @@ def _same_reading(gold: Reading, answer: Reading) -> bool:
 
 
 def _is_complex(reading: Reading) -> bool:
-    """Whether the letter i stands in it alone; then variables are not taken for real numbers."""
+    """Whether it has the letter i on its own; then variables are not taken for real numbers."""
     return any(re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", m) for e in reading.elements for m in e.members)
 
 
@@ -151,7 +151,7 @@ def _in_one_case(golds: list, answers: list) -> tuple[list, list]:
     return lowered[0], lowered[1]
 
 
-# ---- the door
+# ---- what others call
 
 
 def check_gold(gold: str) -> Reading:

@@ -66,7 +66,7 @@ class Room:
 class Row:
     """The host's own copy of what a row does, so that planning a step never reads from the device.
 
-    A row that has ended but is not looked at yet goes on counting here and on the device alike.
+    A row that has ended but is not looked at yet is still counted here and on the device alike.
 
     Attributes:
         sample: whose completion it writes.
@@ -121,8 +121,8 @@ class Engine:
         # are four at most on CUDA; on a CPU, where nothing is captured, small multiples save work.
         cuda = self.device.type == "cuda"
         self.reach_step = max(64, aligned(-(-self.cache.places // 4))) if cuda else ALIGN
-        known = type(base_of(model)) in FAMILIES  # their steps are known to wait for nothing
-        self._step, self._evict = (CudaGraphed(function, cuda, known) for function in (self._feed, self._drop))
+        never_waits = type(base_of(model)) in FAMILIES  # their steps are known to wait for nothing
+        self._step, self._evict = (CudaGraphed(function, cuda, never_waits) for function in (self._feed, self._drop))
 
         def zeros(*shape: int) -> Tensor:
             """Integers; made once and only written in place from then on, since graphs read them where they lie."""

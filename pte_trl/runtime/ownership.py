@@ -92,7 +92,7 @@ class Owner:
     def _is_beating(self, before: dict) -> bool:
         """Whether an owner on another machine, whose processes cannot be looked up, touches its file."""
         print(
-            f"{self.path}: was last written to by {name_of(before)}; whether that goes on is seen in "
+            f"{self.path}: was last written to by {name_of(before)}; whether that process still runs is seen in "
             f"{self.silence:.0f} s at most",
             flush=True,
         )

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from pte_trl.adapter.model import pte_layers
 from pte_trl.cache.masks import BLOCKWISE
 from pte_trl.cache.policy import CachePolicy
 from pte_trl.cache.schedule import Schedule
@@ -85,6 +86,7 @@ def job_of(trainer, engine: str | None, max_prompt_tokens: int) -> Job:
         reference=args.beta != 0,
         engine_stays=in_parts,
         state_rank=next((c.rank for c in getattr(model, "peft_config", {}).values() if hasattr(c, "rank")), 32),
+        state_heads=max((e.heads for layer in pte_layers(model) for e in layer.pte_encoder.values()), default=1),
         blockwise=attention_of(model.config) in BLOCKWISE,
         device=trainer.accelerator.device.type,
     )

@@ -23,6 +23,7 @@ PTE_KEYS = (
     "whiten",
     "centre",
     "write_gate",
+    "state_per_head",
 )
 ADAPTER_KEYS = (*PTE_KEYS, "adapter_dropout")
 
@@ -69,6 +70,7 @@ class RecipeArguments:
     whiten: bool = field(default=False, metadata={"help": "Learn W^a on whitened keys and values (PTE)."})
     centre: bool = field(default=False, metadata={"help": "Encode keys and values less their means (PTE)."})
     write_gate: bool = field(default=False, metadata={"help": "Learn how much each evicted token writes (PTE)."})
+    state_per_head: bool = field(default=False, metadata={"help": "Keep a state for every kv head (PTE)."})
 
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of a reward for a boxed answer."})
     grader_workers: int = field(default=2, metadata={"help": "Processes that grade, per rank."})

@@ -54,6 +54,9 @@ class BoundedTrainingConfig(CacheArguments):
         default="auto",
         metadata={"help": "torch.compile the decode step: always, never, or auto, on a GPU from 256 new tokens on."},
     )
+    cudnn_attention: bool = field(
+        default=False, metadata={"help": "Let PyTorch choose cuDNN's attention on a GPU; it plans every new shape."}
+    )
     resume: str = field(
         default="auto", metadata={"help": "auto: from the newest complete checkpoint; never; or a checkpoint's PATH."}
     )

@@ -15,6 +15,7 @@ from torch import nn
 from pte_trl.adapter.model import pte_layers
 from pte_trl.adapter.text_part import text_only
 from pte_trl.compat.trl import distributed_backend
+from pte_trl.models.attention import allow_cudnn
 from pte_trl.models.loading import quiet_router
 from pte_trl.rollouts.batching import EngineCache
 from pte_trl.runtime.checkpoints import AtomicCheckpoints, batch_steps, fault_of
@@ -70,6 +71,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         quiet = without_warning(super().__init__.__module__, "`model_init_kwargs`") if given_by_name else nullcontext()
         with quiet:
             super().__init__(**arguments)
+        allow_cudnn(self.args.cudnn_attention)
         self.engine_cache, self.max_prompt_tokens, self.rollout_count = EngineCache(), None, RolloutCount()
         self.step_beside_engine: float | None = None
         if self.bounded:
