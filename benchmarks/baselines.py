@@ -57,7 +57,9 @@ def count(job) -> dict[str, int]:
 def jobs() -> dict:
     """Name -> what is counted: training steps of each arm, and rollouts of eight completions of two prompts."""
     ids = torch.randint(1, 500, (1, 64 + LENGTH), generator=torch.Generator().manual_seed(0))
-    steps = arms(arguments([]), ["lora, full cache", "pte, one pass", "pte, segments"])
+    # By default a segment has 512 tokens, all of these.
+    args = arguments(["--segment-length", "64"])
+    steps = arms(args, ["lora, full cache", "pte, one pass", "pte, segments"])
     found = {f"step: {name}": lambda step=step: step(ids).backward() for name, (_, step) in steps.items()}
     model = get_peft_model(random_model("tiny", seed=0), PteConfig()).eval()
     prompts = [ids[0, :40].tolist()] * 4 + [ids[0, 40:64].tolist()] * 4
