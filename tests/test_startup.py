@@ -263,3 +263,14 @@ def test_the_cache_in_words(tmp_path):
     assert "W = 256 at prompts of 512" in kept and evictions.startswith("44 at 3072 tokens")
     kept, _ = words(window=None, budget=300)  # max_prompt_tokens may allow more
     assert "W = 1 at prompts of 299" in kept
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_cudnn_is_allowed_if_asked_for(tmp_path, allowed):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(not allowed)
+        trainer_for(tmp_path, **{"cudnn_attention": True} if allowed else {})
+        assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -78,7 +78,7 @@ class Sum(nn.Module):
     def summed(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Q K^T V, (…, n_g, r), whatever the rule."""
         products = self.by_head(keys).transpose(-2, -1) @ self.by_head(values)
-        return self.one_below_the_other(self.split(queries) @ products)
+        return self.stacked(self.split(queries) @ products)
 
     def by_head(self, latents: Tensor) -> Tensor:
         """(…, m, H r) -> (…, H, m, r), as it is where there is one state."""
@@ -88,7 +88,7 @@ class Sum(nn.Module):
         """Rows that belong to heads, (…, n, r) -> (…, H, n / H, r), as they are where there is one state."""
         return x if self.heads == 1 else x.unflatten(-2, (self.heads, -1))
 
-    def one_below_the_other(self, x: Tensor) -> Tensor:
+    def stacked(self, x: Tensor) -> Tensor:
         """The reverse of `split`."""
         return x if self.heads == 1 else x.flatten(-3, -2)
 
@@ -176,7 +176,7 @@ class Delta(Sum):
     def first(self, state: Tensor) -> Tensor:
         state = self.split(state)
         nothing = state.new_zeros(*state.shape[:-2], self.rank, self.rank)
-        return self.one_below_the_other(torch.cat([state, nothing], dim=-2))
+        return self.stacked(torch.cat([state, nothing], dim=-2))
 
     def update(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         keys, values = unit(self.by_head(keys)), self.by_head(values)
@@ -187,14 +187,14 @@ class Delta(Sum):
             written = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
             part = k.transpose(-2, -1) @ written  # [C, P] of these tokens
             found = part if found is None else found + part - part[..., self.rank :] @ found
-        return self.one_below_the_other(torch.cat([self.split(queries) @ found, found], dim=-2))
+        return self.stacked(torch.cat([self.split(queries) @ found, found], dim=-2))
 
     def written(self, update: Tensor) -> Tensor:
-        return self.one_below_the_other(self.split(update)[..., : -self.rank, : self.rank])
+        return self.stacked(self.split(update)[..., : -self.rank, : self.rank])
 
     def advance(self, accumulator: Tensor, update: Tensor) -> Tensor:
         accumulator, (added, removed) = self.split(accumulator), self.split(update).chunk(2, dim=-1)
-        return self.one_below_the_other(accumulator + added - removed @ accumulator[..., -self.rank :, :])
+        return self.stacked(accumulator + added - removed @ accumulator[..., -self.rank :, :])
 
     def advance_all(self, accumulator: Tensor, updates: Tensor) -> Tensor:
         found = []
@@ -204,7 +204,7 @@ class Delta(Sum):
         return torch.stack(found, dim=1)
 
     def state(self, accumulator: Tensor) -> Tensor:
-        return super().state(self.one_below_the_other(self.split(accumulator)[..., : -self.rank, :]))
+        return super().state(self.stacked(self.split(accumulator)[..., : -self.rank, :]))
 
 
 def unit(x: Tensor) -> Tensor:
