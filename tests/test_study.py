@@ -15,6 +15,7 @@ from experiments.study.evaluate import accuracy
 from experiments.study.recall import (
     DIGIT,
     DIGITS,
+    END,
     IDS,
     PAIR,
     WORDS,
@@ -22,10 +23,12 @@ from experiments.study.recall import (
     build_tokenizer,
     countdown,
     draw,
+    write_completions,
     write_rows,
 )
 from pte_trl.cache.schedule import Schedule
 from pte_trl.evaluation.records import COMPLETE
+from pte_trl.training.distill.completions import read_completions
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +112,17 @@ def test_countdowns_of_all_windows_take_turns(tmp_path):
     for row in rows:
         words = row["thought"].split()
         assert words[2] == row["problem"] and words[-1] + row["answer"] in words[:2]
+
+
+def test_whole_thoughts_are_read_as_completions(tmp_path):
+    write_completions(tmp_path / "rows.jsonl", 6, 2, [9, 11, 14], seed=0)
+    rows = read_completions(str(tmp_path / "rows.jsonl"), build_tokenizer())
+    assert rows["prompt"] == ["~9", "~11", "~14"] * 2
+    for row in rows:
+        words = [WORDS[token] for token in row["completion_ids"]]
+        assert words[2] == row["prompt"] and words[-1] == END
+        for name, digit in (words[-5:-3], words[-3:-1]):
+            assert name + digit in words[:2]
 
 
 def test_every_run_of_the_plan_works(tmp_path):

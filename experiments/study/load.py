@@ -23,6 +23,7 @@ STEPS = os.environ.get("STEPS", "400")
 BASE_STEPS = os.environ.get("LOAD_BASE_STEPS")
 OUTPUT = os.environ.get("RESULTS", "docs/results")
 WINDOWS = ("8", "12", "16")  # measured at; training draws from 6 to 16
+ROWS = 25_600  # texts of 200 steps; then they are seen again
 LONGEST = 96  # tokens of a thought of ten digits, and some more
 
 
@@ -56,15 +57,15 @@ def load() -> Study:
 def add(study: Study, digits: str) -> None:
     """The runs of one number of digits."""
     folder = f"{study.folder}/digits-{digits}"
-    base, rows = f"{folder}/base", f"{folder}/mixed.jsonl"
-    make = python("experiments.study.recall", names=digits, windows=WINDOWS, steps=base_steps(digits), rows=2048)
+    base, texts = f"{folder}/base", f"{folder}/completions.jsonl"
+    make = python("experiments.study.recall", names=digits, windows=WINDOWS, steps=base_steps(digits), rows=ROWS)
     make += options(output=folder)
     study.runs.append(Run(f"{base}/config.json", commands=(make,), present=("$(READY)",)))
     needs = (f"{base}/config.json",)
     measure = python("experiments.study.evaluate", base=base, names=digits, windows=WINDOWS, output="$@")
     study.measure("base-0", needs, measure, folder=folder)
     command = python(DISTILL, config="recipes/study/recall_distill.yaml", model_name_or_path=base)
-    command += options(dataset_name=rows, max_steps=STEPS, max_completion_length=LONGEST)
+    command += options(completions=texts, max_steps=STEPS, max_completion_length=LONGEST)
     for seed in SEEDS:
         for arm in LOAD_ARMS:
             run = study.train(arm, seed, command, needs, folder=f"{folder}/steps-{STEPS}")

@@ -11,7 +11,8 @@ prompt holds neither digits nor questions, and answers to other names say nothin
 window once per layer leaves no path of attention from a question back to a digit (`countdown`), so whatever sees the
 window alone is at chance, 0.10, whatever it learns. The command writes a base model that has learnt the task with full
 attention, and train.jsonl: problem (the prompt), thought (up to a question), answer. Its countdown is that of the
-first window; in mixed.jsonl the countdowns of all windows take turns.
+first window; in mixed.jsonl the countdowns of all windows take turns. completions.jsonl has as many whole thoughts of
+all countdowns, to distil on: what the base would write, without the time that sampling takes.
 """
 
 import argparse
@@ -139,6 +140,16 @@ def write_rows(path: Path, rows: int, names: int, lengths: list[int], seed: int)
             file.write(json.dumps({"problem": words[0], "thought": " ".join(words[1:-1]), "answer": words[-1]}) + "\n")
 
 
+def write_completions(path: Path, rows: int, names: int, lengths: list[int], seed: int) -> None:
+    """Whole thoughts as `pte_trl.training.distill.completions` reads them; the countdowns take turns row by row."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [draw(rows, names, length, generator)[0].tolist() for length in lengths]
+    with path.open("w") as file:
+        for index in range(rows):
+            first, *thought = drawn[index % len(lengths)][index]
+            file.write(json.dumps({"prompt": WORDS[first], "completion_ids": thought}) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -161,6 +172,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     write_rows(args.output / "train.jsonl", args.rows, args.names, lengths[:1], args.seed + 1)
     write_rows(args.output / "mixed.jsonl", args.rows, args.names, lengths, args.seed + 1)
+    write_completions(args.output / "completions.jsonl", args.rows, args.names, lengths, args.seed + 1)
     aside = args.output / f"base.partial-{os.getpid()}"
     model.save_pretrained(aside)
     build_tokenizer().save_pretrained(aside)
