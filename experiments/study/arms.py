@@ -7,7 +7,7 @@ ORDER = (
     *("default", "base", "lora", "lora_c", "pte"),
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
     *("lora_c_drawn", "pte_mixed", "pte_drawn", "pte_drawn_gated"),
-    *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo"),
+    *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo", "mlp", "per_head_mlp"),
 )
 
 
@@ -61,6 +61,9 @@ WINDOWS_ARMS = (
     Arm("pte_mixed", "pte", "distill", flags=MIXED),
     Arm("pte_drawn", "pte", "distill", flags=DRAWN),
 )
+PER_HEAD = {"state_update": "sum", "state_per_head": "true"}
+# Linears that read the residual stream behind the attention: a question finds there what was asked.
+MLP = {"target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 # What the state can hold: one adapter for all windows, which are drawn per sample (make study-load).
 LOAD_ARMS = (
     Arm("recursive", "pte", "distill", flags=WINDOW_DRAWN),
@@ -68,8 +71,10 @@ LOAD_ARMS = (
     Arm("write_gate", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum", "write_gate": "true"}),
     Arm("gated_sum", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "gated_sum"}),
     Arm("delta", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "delta"}),
-    Arm("per_head", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum", "state_per_head": "true"}),
+    Arm("per_head", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD),
     Arm("qkvo", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["qkvo"]),
+    Arm("mlp", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"} | MLP),
+    Arm("per_head_mlp", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD | MLP),
 )
 LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
 SMOLLM2_ARMS = (
