@@ -7,6 +7,7 @@ ORDER = (
     *("default", "base", "lora", "lora_c", "pte"),
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
     *("lora_c_drawn", "pte_mixed", "pte_drawn", "pte_drawn_gated"),
+    *("lora_c_mlp_drawn", "pte_mlp_drawn", "lora_c_mlp_drawn_grpo", "pte_mlp_drawn_grpo"),
     *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo", "mlp", "per_head_mlp"),
 )
 
@@ -75,6 +76,15 @@ LOAD_ARMS = (
     Arm("qkvo", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["qkvo"]),
     Arm("mlp", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"} | MLP),
     Arm("per_head_mlp", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD | MLP),
+)
+# Running sums: one adapter for W from 8 to 16, with the encoder and the linears that hold most in the load curves.
+SUMS_DRAWN = {"window": ["8", "16"]} | MLP
+SUMS_ARMS = (
+    *ARMS,
+    Arm("lora_c_mlp_drawn", "lora_c", "distill", flags=SUMS_DRAWN),
+    Arm("lora_c_mlp_drawn_grpo", "lora_c", "grpo", "lora_c_mlp_drawn", SUMS_DRAWN),
+    Arm("pte_mlp_drawn", "pte", "distill", flags=SUMS_DRAWN | PER_HEAD),
+    Arm("pte_mlp_drawn_grpo", "pte", "grpo", "pte_mlp_drawn", SUMS_DRAWN | PER_HEAD),
 )
 LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
 SMOLLM2_ARMS = (

@@ -11,7 +11,16 @@ study's runs.
 import os
 
 from experiments.rules import Run, makefile, options, python
-from experiments.study.arms import ARITHMETIC_ARMS, ARMS, CHOICES, NAMES_ARMS, SMOLLM2_ARMS, WINDOWS_ARMS, Arm
+from experiments.study.arms import (
+    ARITHMETIC_ARMS,
+    ARMS,
+    CHOICES,
+    NAMES_ARMS,
+    SMOLLM2_ARMS,
+    SUMS_ARMS,
+    WINDOWS_ARMS,
+    Arm,
+)
 from experiments.study.load import load
 from experiments.study.registers import registers, registers_smollm2
 from experiments.study.runs import DISTILL, GIVEN_THOUGHT, GRPO, KL, SEEDS, Study, accuracies
@@ -97,7 +106,7 @@ def sums() -> Study:
     evaluation |= {"samples": 2, "max_new_tokens": 128, "batch_size": 128}
     study.measure("base-0", (), *accuracies(f"{SUMS}/evaluate/base-0", SUMS_WINDOWS, evaluation), present=present)
     for seed in SEEDS:
-        for arm in ARMS:
+        for arm in SUMS_ARMS:
             run = study.train(arm, seed, commands[arm.stage], present=present)
             measures = accuracies(f"{SUMS}/evaluate/{arm.name}-{seed}", SUMS_WINDOWS, evaluation, run)
             study.measure(f"{arm.name}-{seed}", (f"{run}/manifest.json",), *measures, present=present)
