@@ -98,6 +98,9 @@ AFTERWARDS = (
 # One adapter for every window: by the default encoder, and by one that learns what not to write.
 ANY_WINDOW = {"window": ["28", "100"]}
 GATED = {"state_update": "sum", "write_gate": "true", "centre": "true"}
+# The same with texts of all lengths; 33 global tokens are 11 for each of SmolLM2's kv heads.
+ANY_LENGTH = {"window": ["8", "100"], "completions": "outputs/study/names/mixed.jsonl"}
+SPLIT = PER_HEAD | {"num_global_tokens": "33", "whiten": "false"}
 # A reward alone has nothing to start from there: the base guesses, one of thirty.
 NAMES_ARMS = (
     *SMOLLM2_ARMS,
@@ -106,6 +109,8 @@ NAMES_ARMS = (
     Arm("lora_c_drawn", "lora_c", "distill", flags=LORA_C | ANY_WINDOW),
     Arm("pte_drawn", "pte", "distill", flags=ANY_WINDOW),
     Arm("pte_drawn_gated", "pte", "distill", flags=ANY_WINDOW | GATED),
+    Arm("lora_c_mlp_drawn", "lora_c", "distill", flags=LORA_C | ANY_LENGTH | MLP),
+    Arm("pte_mlp_drawn", "pte", "distill", flags=ANY_LENGTH | SPLIT | MLP),
 )
 # LoRA_c's loss is stable at the higher rate; PTE's leaps there.
 FAST = LORA_C | {"learning_rate": "2e-3"}

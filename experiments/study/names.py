@@ -4,8 +4,10 @@ told again in another order.
     python -m experiments.study.names --model outputs/smollm2-135m --output outputs/study/names
 
 train.jsonl and heldout.jsonl are completions to distil on, as `recipes/distill_pte.py --sample_to` writes them, with
-`asked`: the places in the completion of the things that are told again. questions.jsonl are those of train.jsonl cut
-off at a thing, for `experiments.study.grpo`. All draw from the same names and things; no held-out text is trained on.
+`asked`: the places in the completion of the things that are told again. mixed.jsonl has texts of all lengths, with
+more to remember and less to count, for an adapter that is to serve every window. questions.jsonl are those of
+train.jsonl cut off at a thing, for `experiments.study.grpo`. All draw from the same names and things; no held-out text
+is trained on.
 What a name likes cannot be known but from the thought: under the window alone a model can only guess, one of thirty,
 unless its layers hand on what they saw.
 """
@@ -28,21 +30,29 @@ THINGS = (
     *("snow", "tea", "milk", "gold", "wool", "salt", "maps", "toys", "bells", "coins"),
 )
 PAIRS, COUNT = 2, 24  # 8 tokens told, and some 75 of counting
+MIXED_PAIRS, MIXED_COUNT = (2, 8), (3, COUNT)  # drawn evenly, and log-uniformly
 TEST_SEED = 2**31
 
 
-def draw(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> dict:
+def draw(tokenizer: PreTrainedTokenizerBase, rng: random.Random, pairs: int = PAIRS, count: int = COUNT) -> dict:
     """One row: prompt, completion_ids, text, asked."""
-    pairs = list(zip(rng.sample(NAMES, PAIRS), rng.sample(THINGS, PAIRS), strict=True))
+    pairs = list(zip(rng.sample(NAMES, pairs), rng.sample(THINGS, pairs), strict=True))
     told = "".join(f" {name} likes {thing}." for name, thing in pairs)
     rng.shuffle(pairs)
-    ids = tokenizer(f"{told} Now count: {', '.join(map(str, range(1, COUNT + 1)))}. Once more:")["input_ids"]
+    ids = tokenizer(f"{told} Now count: {', '.join(map(str, range(1, count + 1)))}. Once more:")["input_ids"]
     asked = []
     for name, thing in pairs:
         ids += tokenizer(f" {name} likes")["input_ids"]
         asked.append(len(ids))
         ids += tokenizer(f" {thing}.")["input_ids"]
     return {"prompt": PROMPT, "completion_ids": ids, "text": tokenizer.decode(ids), "asked": asked}
+
+
+def draw_mixed(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> dict:
+    """As `draw`, of any length."""
+    low, high = MIXED_COUNT
+    count = int(low * ((high + 1) / low) ** rng.random())
+    return draw(tokenizer, rng, rng.randint(*MIXED_PAIRS), count)
 
 
 def question(tokenizer: PreTrainedTokenizerBase, row: dict, which: int) -> dict:
@@ -65,9 +75,14 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, rows, seed in (("train", args.rows, 0), ("heldout", args.heldout, TEST_SEED)):
+    sets = (
+        ("train", draw, args.rows, 0),
+        ("heldout", draw, args.heldout, TEST_SEED),
+        ("mixed", draw_mixed, args.rows, 1),
+    )
+    for name, make, rows, seed in sets:
         rng = random.Random(seed)
-        lines = [json.dumps(draw(tokenizer, rng)) + "\n" for _ in range(rows)]
+        lines = [json.dumps(make(tokenizer, rng)) + "\n" for _ in range(rows)]
         (args.output / f"{name}.jsonl").write_text("".join(lines))
     rows = map(json.loads, (args.output / "train.jsonl").read_text().splitlines())
     questions = [json.dumps(question(tokenizer, row, n % PAIRS)) + "\n" for n, row in enumerate(rows)]
