@@ -87,7 +87,7 @@ def text(found: Curves, costs: dict[int, dict[str, Spread]], steps: int) -> str:
         accuracy_table(found),
     ]
     if costs:
-        parts += ["What a training step takes, sampling included.", cost_table(costs)]
+        parts += ["What a training step takes.", cost_table(costs)]
     return "\n\n".join(parts) + "\n"
 
 
