@@ -8,7 +8,8 @@ ORDER = (
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
     *("lora_c_drawn", "pte_mixed", "pte_drawn", "pte_drawn_gated"),
     *("lora_c_mlp_drawn", "pte_mlp_drawn", "lora_c_mlp_drawn_grpo", "pte_mlp_drawn_grpo"),
-    *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo", "mlp", "per_head_mlp"),
+    *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo"),
+    *("recursive_mlp", "mlp", "per_head_mlp"),
 )
 
 
@@ -74,6 +75,7 @@ LOAD_ARMS = (
     Arm("delta", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "delta"}),
     Arm("per_head", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD),
     Arm("qkvo", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["qkvo"]),
+    Arm("recursive_mlp", "pte", "distill", flags=WINDOW_DRAWN | MLP),
     Arm("mlp", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"} | MLP),
     Arm("per_head_mlp", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD | MLP),
 )
