@@ -22,6 +22,7 @@ ENCODERS = {
     "state_per_head": {"state_per_head": True},
     "centre": {"centre": True},
     "whiten": {"whiten": True},
+    "mlp": {"target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
 }
 
 
@@ -68,8 +69,8 @@ def with_adapter(
         encoder = ENCODERS.get(adapter.removeprefix("pte "), {})
         heads = model.config.num_key_value_heads if encoder.get("state_per_head") else 1
         tokens = -(-rank // heads) * heads  # each head has as many
-        sizes = {"rank": rank, "num_global_tokens": tokens, "alpha": rank}
-        config = PteConfig(**sizes, target_modules=targets, **encoder)
+        sizes = {"rank": rank, "num_global_tokens": tokens, "alpha": rank, "target_modules": targets}
+        config = PteConfig(**(sizes | encoder))
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "pte_up" in name or "lora_B" in name:
