@@ -17,6 +17,7 @@ from experiments.study.report import Spread, read
 from pte_trl import markdown
 from pte_trl.inspect.plots import subplots
 
+COLOURS = (*(f"C{n}" for n in range(10) if n != 7), "black", "gold")  # the seventh is the base's grey
 Curves = dict[int, dict[str, dict[str, Spread]]]  # digits -> arm -> window -> accuracy
 
 
@@ -102,7 +103,7 @@ def plot(found: Curves, path: Path) -> None:
             if not points:
                 continue
             digits, spreads = zip(*points, strict=True)
-            colour = "0.5" if arm == "base" else f"C{arms.index(arm)}"
+            colour = "0.5" if arm == "base" else COLOURS[arms.index(arm) % len(COLOURS)]
             axis.plot(digits, [spread.mean for spread in spreads], ".-", color=colour, label=arm)
             low, high = zip(*((min(s.values), max(s.values)) for s in spreads), strict=True)
             axis.fill_between(digits, low, high, color=colour, alpha=0.15)
