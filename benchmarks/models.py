@@ -13,7 +13,7 @@ from pte_trl import PteConfig
 
 SHAPES = {folder.name: folder for folder in sorted((Path(pte_trl.__file__).parent / "estimate/shapes").iterdir())}
 TARGETS, RANK = ["q_proj", "o_proj"], 32
-# What the encoder of a "pte ..." adapter has over the default.
+# What a "pte ..." adapter has over the default.
 ENCODERS = {
     "sum": {"state_update": "sum"},
     "gated_sum": {"state_update": "gated_sum"},

@@ -97,21 +97,12 @@ def test_the_tokenizer_survives_its_folder(tmp_path):
 
 
 def test_rows_end_in_every_question(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", 8, 4, [9], seed=0)
+    write_rows(tmp_path / "rows.jsonl", 8, 4, 9, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [len(row["thought"].split()) for row in rows] == [14, 16, 18, 20] * 2
     for row in rows:
         words = row["thought"].split()
         assert words[-1] + row["answer"] in words[:4]
-
-
-def test_countdowns_of_all_windows_take_turns(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", 12, 2, [9, 11, 14], seed=0)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["problem"] for row in rows] == ["~9", "~9", "~11", "~11", "~14", "~14"] * 2
-    for row in rows:
-        words = row["thought"].split()
-        assert words[2] == row["problem"] and words[-1] + row["answer"] in words[:2]
 
 
 def test_whole_thoughts_are_read_as_completions(tmp_path):

@@ -55,7 +55,7 @@ CHOICES = {
     "whiten_alpha_4": {"whiten": "true", "alpha": "4"},
 }
 # Distilled on prompts of mixed lengths, under one window or one drawn for each sample.
-MIXED = {"dataset_name": "outputs/study/recall/mixed.jsonl"}
+MIXED = {"completions": "outputs/study/recall/completions.jsonl"}
 WINDOW_DRAWN = {"window": ["6", "16"]}
 DRAWN = MIXED | WINDOW_DRAWN
 WINDOWS_ARMS = (

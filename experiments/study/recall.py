@@ -11,8 +11,8 @@ prompt holds neither digits nor questions, and answers to other names say nothin
 window once per layer leaves no path of attention from a question back to a digit (`countdown`), so whatever sees the
 window alone is at chance, 0.10, whatever it learns. The command writes a base model that has learnt the task with full
 attention, and train.jsonl: problem (the prompt), thought (up to a question), answer. Its countdown is that of the
-first window; in mixed.jsonl the countdowns of all windows take turns. completions.jsonl has as many whole thoughts of
-all countdowns, to distil on: what the base would write, without the time that sampling takes.
+first window. completions.jsonl has as many whole thoughts to distil on, in which the countdowns of all windows take
+turns: what the base would write, without the time that sampling takes.
 """
 
 import argparse
@@ -125,18 +125,12 @@ def train(model: nn.Module, names: int, lengths: list[int], steps: int, batch: i
             print(f"step {step}: loss {loss.item():.3f}, answers right {right:.3f}", flush=True)
 
 
-def write_rows(path: Path, rows: int, names: int, lengths: list[int], seed: int) -> None:
-    """Training rows: the thought up to a question, the first to the last in turn, and its answer.
-
-    Args:
-        lengths: countdowns; a round of questions has the first of them, the next round the second, and so on.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [draw(rows, names, length, generator) for length in lengths]
+def write_rows(path: Path, rows: int, names: int, length: int, seed: int) -> None:
+    """Training rows: the thought up to a question, the first to the last in turn, and its answer."""
+    tokens, places = draw(rows, names, length, torch.Generator().manual_seed(seed))
     with path.open("w") as file:
-        for index in range(rows):
-            tokens, places = drawn[index // names % len(lengths)]
-            words = [WORDS[token] for token in tokens[index, : int(places[index % names]) + 1].tolist()]
+        for index, row in enumerate(tokens.tolist()):
+            words = [WORDS[token] for token in row[: int(places[index % names]) + 1]]
             file.write(json.dumps({"problem": words[0], "thought": " ".join(words[1:-1]), "answer": words[-1]}) + "\n")
 
 
@@ -170,8 +164,7 @@ def main() -> None:
     model = build_model(args.seed)
     train(model, args.names, lengths, args.steps, args.batch, args.learning_rate, args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_rows(args.output / "train.jsonl", args.rows, args.names, lengths[:1], args.seed + 1)
-    write_rows(args.output / "mixed.jsonl", args.rows, args.names, lengths, args.seed + 1)
+    write_rows(args.output / "train.jsonl", args.rows, args.names, lengths[0], args.seed + 1)
     write_completions(args.output / "completions.jsonl", args.rows, args.names, lengths, args.seed + 1)
     aside = args.output / f"base.partial-{os.getpid()}"
     model.save_pretrained(aside)
