@@ -1,6 +1,6 @@
 """Bytes counted in training steps beside what `pte_trl.estimate` computes for them; nothing is run.
 
-    python -m benchmarks.estimated        # the newest records of `benchmarks.memory` and `benchmarks.step`
+    python -m benchmarks.estimated        # the newest record of every shape in `memory.json` and `step.json`
 
 Both are of one sample, beyond weights and optimizer: activations, and the gradients of the adapter.
 """
@@ -42,14 +42,16 @@ def computed(settings: dict, arm: str, completion: int) -> float:
 
 
 def rows() -> list[tuple]:
-    """Shape, new tokens, arm, bytes counted and bytes computed."""
+    """Shape, new tokens, arm, bytes counted and bytes computed; a shape in both files is read from the first."""
+    newest: dict[str, tuple[str, dict]] = {}
+    for name, column in reversed(COUNTED.items()):
+        for record in json.loads((RECORDS / f"{name}.json").read_text()):
+            newest[record["settings"]["shape"]] = column, record
     found = []
-    for name, column in COUNTED.items():
-        newest = json.loads((RECORDS / f"{name}.json").read_text())[-1]
-        settings = newest["settings"]
-        for row in newest["rows"]:
+    for shape, (column, record) in newest.items():
+        for row in record["rows"]:
             arm, length = row["arm"], row["completion"]
-            found.append((settings["shape"], length, arm, row[column] * 1e6, computed(settings, arm, length)))
+            found.append((shape, length, arm, row[column] * 1e6, computed(record["settings"], arm, length)))
     return found
 
 
