@@ -8,6 +8,7 @@ ORDER = (
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
     *("lora_c_drawn", "pte_mixed", "pte_drawn", "pte_drawn_gated"),
     *("lora_c_mlp_drawn", "pte_mlp_drawn", "lora_c_mlp_drawn_grpo", "pte_mlp_drawn_grpo"),
+    *("lora_c_short", "pte_short", "lora_c_staged", "pte_staged"),
     *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo"),
     *("recursive_mlp", "mlp", "per_head_mlp"),
 )
@@ -103,6 +104,9 @@ GATED = {"state_update": "sum", "write_gate": "true", "centre": "true"}
 # The same with texts of all lengths; 33 global tokens are 11 for each of SmolLM2's kv heads.
 ANY_LENGTH = {"window": ["8", "100"], "completions": "outputs/study/names/mixed.jsonl"}
 SPLIT = PER_HEAD | {"num_global_tokens": "33", "whiten": "false"}
+# Short texts with many questions first: from texts of all lengths alone no adapter learnt to read the state.
+SHORT = {"window": ["8", "24"], "completions": "outputs/study/names/short.jsonl"}
+SHORT |= {"per_device_train_batch_size": "16", "max_steps": "160", "learning_rate": "3e-3"}
 # A reward alone has nothing to start from there: the base guesses, one of thirty.
 NAMES_ARMS = (
     *SMOLLM2_ARMS,
@@ -113,6 +117,10 @@ NAMES_ARMS = (
     Arm("pte_drawn_gated", "pte", "distill", flags=ANY_WINDOW | GATED),
     Arm("lora_c_mlp_drawn", "lora_c", "distill", flags=LORA_C | ANY_LENGTH | MLP),
     Arm("pte_mlp_drawn", "pte", "distill", flags=ANY_LENGTH | SPLIT | MLP),
+    Arm("lora_c_short", "lora_c", "distill", flags=LORA_C | SHORT | MLP),
+    Arm("lora_c_staged", "lora_c", "distill", "lora_c_short", LORA_C | ANY_LENGTH | MLP),
+    Arm("pte_short", "pte", "distill", flags=SHORT | SPLIT | MLP),
+    Arm("pte_staged", "pte", "distill", "pte_short", ANY_LENGTH | SPLIT | MLP),
 )
 # LoRA_c's loss is stable at the higher rate; PTE's leaps there.
 FAST = LORA_C | {"learning_rate": "2e-3"}
