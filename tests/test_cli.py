@@ -276,7 +276,8 @@ def test_a_recipe_is_estimated_by_what_it_says(name, shape, micro_batch, at_once
     """Read from the file, by the doctor and by the tables, against the same recipe stated by hand."""
     job = recipes.job_of(str(ROOT / f"recipes/{name}.yaml"), "cuda", ranks=8)
     sizes = {"micro_batch": micro_batch, "rollout_batch": at_once}
-    written = given_job(shape, "pte", replay="segments", reference=True, engine_stays=True, **sizes)
+    targets = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    written = given_job(shape, "pte", targets=targets, replay="segments", reference=True, engine_stays=True, **sizes)
     assert estimate(job) == pytest.approx(estimate(written), rel=1e-9)
     assert estimate(paper_job(shape, "pte")) == pytest.approx(estimate(written), rel=1e-9)
 
@@ -298,7 +299,7 @@ def test_which_recipe_fits_a_gpu(tmp_path):
     fit = recipes.fit(str(recipe), [tight], 0)  # where one pass does not fit, the run will choose segments
     assert fit.verdict.endswith(" GB, in segments") and fit.peak < peak
     larger = str(ROOT / "recipes/qwen7b.yaml")  # whose weights alone are 15 GB
-    fit = recipes.fit(larger, [replace(big, free=int(21e9))] * 4, 0)
+    fit = recipes.fit(larger, [replace(big, free=int(23e9))] * 4, 0)
     assert "accelerate_configs/" in fit.verdict or "GB with" in fit.verdict
 
 

@@ -46,7 +46,7 @@ from tests.models import tiny
 from tests.test_trainer import trainer_for
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["q_proj", "o_proj"]
+TARGETS = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the recipes'; recorded counts have q and o
 # Hidden size, MLP, key heads, layers; batch, prompt, completion, W. Heads have 32.
 SHAPES_TRIED = [
     (128, 512, 2, 3, 1, 64, 448, 64),

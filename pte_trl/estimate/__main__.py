@@ -50,15 +50,19 @@ CHANGES = {
 }
 
 
-def job(shape: str | Path, method: str, window: int | None = None, **changes) -> Job:
-    """A job as `GIVEN` has it, rank and modules as in the paper's recipes, with changes.
+def job(
+    shape: str | Path, method: str, window: int | None = None, targets: list[str] | None = None, **changes
+) -> Job:
+    """A job as `GIVEN` has it, of the paper's rank, with changes.
 
     Args:
         shape: a folder of `SHAPES`, or any folder with a config.json.
         window: W; None for 512, or for the full cache of lora.
+        targets: the adapted linears; None for `PteConfig`'s.
     """
     config = AutoConfig.from_pretrained(SHAPES / shape)  # an absolute path stays as it is
-    adapter = PteConfig() if method == "pte" else LoraConfig(r=32, target_modules=["q_proj", "o_proj"])
+    targets = targets or PteConfig().target_modules
+    adapter = PteConfig(target_modules=targets) if method == "pte" else LoraConfig(r=32, target_modules=targets)
     schedule = None if method == "lora" and window is None else Schedule(window or 512)
     return Job(config, count(config), count(config, adapter), method, schedule=schedule, **GIVEN | changes)
 
@@ -80,6 +84,7 @@ def paper_job(shape: str, method: str, **changes) -> Job:
         "rollout_batch": recipe["global_batch"] // GIVEN["ranks"],
         "num_generations": recipe["num_generations"],
         "reference": recipe["beta"] != 0,
+        "targets": recipe["target_modules"],
     }
     if method != "lora":
         read |= {"rollout_batch": recipe["rollout_batch_size"], "engine_stays": True}
