@@ -167,7 +167,13 @@ def test_completions_within_the_length_are_not_cut(tmp_path):
 
 def test_longer_completions_are_cut_and_graded_again_by_one_grader(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("pte_trl.rewards.grader.Grader", lambda: made.append(Grader()) or made[-1])
+
+    class Counted(Grader):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr("pte_trl.rewards.grader.Grader", Counted)
     scores._grader.cache_clear()
     model, tokenizer = build(seed=0)
     model.save_pretrained(tmp_path / "model")
