@@ -13,7 +13,8 @@ from pte_trl.rewards.characters import Unreadable
 from pte_trl.rewards.equality import parse_whole
 from pte_trl.rewards.grader import Grader, check_golds
 from pte_trl.rewards.judging import judge
-from tests.answer_cases import DIFFERENT, EQUAL, KEPT, PROSE, REFUSED
+from tests.answer_cases import DIFFERENT, EQUAL
+from tests.gold_cases import KEPT, PROSE, REFUSED
 
 
 def reason(gold: str, answer: str) -> str:
