@@ -10,7 +10,7 @@ ORDER = (
     *("lora_c_mlp_drawn", "pte_mlp_drawn", "lora_c_mlp_drawn_grpo", "pte_mlp_drawn_grpo"),
     *("lora_c_short", "pte_short", "lora_c_staged", "pte_staged"),
     *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo"),
-    *("recursive_mlp", "mlp", "per_head_mlp"),
+    *("sum_late", "recursive_mlp", "mlp", "per_head_mlp"),
 )
 
 
@@ -76,6 +76,7 @@ LOAD_ARMS = (
     Arm("delta", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "delta"}),
     Arm("per_head", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD),
     Arm("qkvo", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["qkvo"]),
+    Arm("sum_late", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["sum"] | {"distilled_tokens": "after_eviction"}),
     Arm("recursive_mlp", "pte", "distill", flags=WINDOW_DRAWN | MLP),
     Arm("mlp", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"} | MLP),
     Arm("per_head_mlp", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD | MLP),
