@@ -81,14 +81,16 @@ LOAD_ARMS = (
     Arm("mlp", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"} | MLP),
     Arm("per_head_mlp", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD | MLP),
 )
-# Running sums: one adapter for W from 8 to 16, with the encoder and the linears that hold most in the load curves.
+# Running sums: one adapter for W from 8 to 16, with the linears that hold most in the load curves, and distilled for
+# longer than the other arms, whose KL is still falling at 40 steps.
 SUMS_DRAWN = {"window": ["8", "16"]} | MLP
+LONGER = {"max_steps": "300"}
 SUMS_ARMS = (
     *ARMS,
-    Arm("lora_c_mlp_drawn", "lora_c", "distill", flags=SUMS_DRAWN),
+    Arm("lora_c_mlp_drawn", "lora_c", "distill", flags=SUMS_DRAWN | LONGER),
     Arm("lora_c_mlp_drawn_grpo", "lora_c", "grpo", "lora_c_mlp_drawn", SUMS_DRAWN),
-    Arm("pte_mlp_drawn", "pte", "distill", flags=SUMS_DRAWN | PER_HEAD),
-    Arm("pte_mlp_drawn_grpo", "pte", "grpo", "pte_mlp_drawn", SUMS_DRAWN | PER_HEAD),
+    Arm("pte_mlp_drawn", "pte", "distill", flags=SUMS_DRAWN | CHOICES["sum"] | LONGER),
+    Arm("pte_mlp_drawn_grpo", "pte", "grpo", "pte_mlp_drawn", SUMS_DRAWN | CHOICES["sum"]),
 )
 LORA_C = {"alpha": "32"}  # on SmolLM2: LoRA's own scale; the recipe's is PTE's
 SMOLLM2_ARMS = (
