@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from experiments.study.names import NAMES, PAIRS, THINGS, draw, draw_mixed, draw_short, question
+from experiments.study.names import NAMES, PAIRS, SHORT_ROUNDS, THINGS, draw, draw_mixed, draw_short, question
 from experiments.study.recall import build_model, build_tokenizer, countdown
 from experiments.study.recall import draw as draw_digits
 from pte_trl.cache.schedule import Schedule
@@ -55,11 +55,13 @@ def test_mixed_texts_have_all_lengths_and_ask_for_what_they_tell(tokenizer):
 def test_short_texts_ask_for_what_they_tell(tokenizer):
     rng = random.Random(0)
     rows = [draw_short(tokenizer, rng) for _ in range(50)]
-    assert {len(row["asked"]) for row in rows} == set(range(3, 7)) and not any("count" in row["text"] for row in rows)
+    pairs = {len(row["asked"]) // SHORT_ROUNDS for row in rows}
+    assert pairs == set(range(3, 7)) and not any("count" in row["text"] for row in rows)
     for row in rows:
         words = tokenizer.convert_ids_to_tokens(row["completion_ids"])
-        told = {words[4 * n]: words[4 * n + 2] for n in range(len(row["asked"]))}
+        told = {words[4 * n]: words[4 * n + 2] for n in range(len(row["asked"]) // SHORT_ROUNDS)}
         assert all(told[words[at - 2]] == words[at] for at in row["asked"])
+        assert all(words.count(name) == 1 + SHORT_ROUNDS for name in told)
 
 
 def test_a_question_ends_before_its_answer(tokenizer):

@@ -6,9 +6,9 @@ told again in another order.
 train.jsonl and heldout.jsonl are completions to distil on, as `recipes/distill_pte.py --sample_to` writes them, with
 `asked`: the places in the completion of the things that are told again. mixed.jsonl has texts of all lengths, with
 more to remember and less to count, for an adapter that is to serve every window. short.jsonl has texts that do not
-count, after the shortest prompt: most questions for the tokens that they cost. questions.jsonl are those of
-train.jsonl cut off at a thing, for `experiments.study.grpo`. All draw from the same names and things; no held-out text
-is trained on.
+count and tell everything again three times, after the shortest prompt: most questions for the tokens that they cost.
+questions.jsonl are those of train.jsonl cut off at a thing, for `experiments.study.grpo`. All draw from the same names
+and things; no held-out text is trained on.
 What a name likes cannot be known but from the thought: under the window alone a model can only guess, one of thirty,
 unless its layers hand on what they saw.
 """
@@ -32,22 +32,31 @@ THINGS = (
 )
 PAIRS, COUNT = 2, 24  # 8 tokens told, and some 75 of counting
 MIXED_PAIRS, MIXED_COUNT = (2, 8), (3, COUNT)  # drawn evenly, and log-uniformly
-SHORT_PAIRS, SHORT_PROMPT = (3, 6), "<|im_start|>assistant\n"  # SmolLM2's beginning of an answer
+SHORT_PAIRS, SHORT_ROUNDS, SHORT_PROMPT = (3, 6), 3, "<|im_start|>assistant\n"  # SmolLM2's beginning of an answer
 TEST_SEED = 2**31
 
 
-def draw(tokenizer: PreTrainedTokenizerBase, rng: random.Random, pairs: int = PAIRS, count: int = COUNT) -> dict:
-    """One row: prompt, completion_ids, text, asked; without the count if it is to 0."""
+def draw(
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, pairs: int = PAIRS, count: int = COUNT, rounds: int = 1
+) -> dict:
+    """One row: prompt, completion_ids, text, asked.
+
+    Args:
+        count: the last number of the count; 0 leaves it out.
+        rounds: how often everything is told again, in another order each time.
+    """
     pairs = list(zip(rng.sample(NAMES, pairs), rng.sample(THINGS, pairs), strict=True))
     told = "".join(f" {name} likes {thing}." for name, thing in pairs)
-    rng.shuffle(pairs)
     counted = f" Now count: {', '.join(map(str, range(1, count + 1)))}." if count else ""
-    ids = tokenizer(f"{told}{counted} Once more:")["input_ids"]
+    ids = tokenizer(f"{told}{counted}")["input_ids"]
     asked = []
-    for name, thing in pairs:
-        ids += tokenizer(f" {name} likes")["input_ids"]
-        asked.append(len(ids))
-        ids += tokenizer(f" {thing}.")["input_ids"]
+    for _ in range(rounds):
+        rng.shuffle(pairs)
+        ids += tokenizer(" Once more:")["input_ids"]
+        for name, thing in pairs:
+            ids += tokenizer(f" {name} likes")["input_ids"]
+            asked.append(len(ids))
+            ids += tokenizer(f" {thing}.")["input_ids"]
     return {"prompt": PROMPT, "completion_ids": ids, "text": tokenizer.decode(ids), "asked": asked}
 
 
@@ -59,8 +68,8 @@ def draw_mixed(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> dict:
 
 
 def draw_short(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> dict:
-    """As `draw`, without the count and after the shortest prompt."""
-    return draw(tokenizer, rng, rng.randint(*SHORT_PAIRS), 0) | {"prompt": SHORT_PROMPT}
+    """As `draw`, without the count, told again more often and after the shortest prompt."""
+    return draw(tokenizer, rng, rng.randint(*SHORT_PAIRS), 0, SHORT_ROUNDS) | {"prompt": SHORT_PROMPT}
 
 
 def question(tokenizer: PreTrainedTokenizerBase, row: dict, which: int) -> dict:
