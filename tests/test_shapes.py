@@ -32,5 +32,5 @@ def test_the_shape_is_the_published_one_and_takes_the_recipes_adapter(shape):
         adapted = get_peft_model(model, script.adapter_config(args.method))
     assert len(pte_layers(adapted)) == config.num_hidden_layers
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert trainable < 0.01 * billions * 1e9
+    assert trainable < 0.04 * billions * 1e9
     check_fits(script, args, config)
