@@ -50,9 +50,7 @@ CHANGES = {
 }
 
 
-def job(
-    shape: str | Path, method: str, window: int | None = None, targets: list[str] | None = None, **changes
-) -> Job:
+def job(shape: str | Path, method: str, window: int | None = None, targets: list[str] | None = None, **changes) -> Job:
     """A job as `GIVEN` has it, of the paper's rank, with changes.
 
     Args:
