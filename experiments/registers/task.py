@@ -1,7 +1,7 @@
 r"""A register machine modulo 10: registers are worked out in the thought, three early ones are added up at its end.
 
     problem    a3b+2c*3d+1e7f*7 ... z+2. Find G+D+K.
-    solution   a3A3b+2B5c*3C5d+1D6e7E7f*7F9 ... ;G2+D6=8+K5=3;\boxed{3}
+    solution   a3A3b+2B5c*3C5d+1D6e7E7f*7F9 ... ;GG2+DD6=8+KK5=13;\boxed{3}
 
 in words, for a pretrained model,
 
@@ -58,7 +58,11 @@ class Program:
 
 
 def compact(program: Program) -> tuple[str, str]:
-    """Problem and solution for the tiny model: `WORDS` has a token for every line, and one for every value."""
+    """Problem and solution for the tiny model: `WORDS` has a token for every line, every value and every total.
+
+    At the end a register is named before its value is given, so each is one step of attention. Totals are written in
+    full: of a last digit one summand alone says nothing, and the model did not learn it (docs/log.md).
+    """
     names, values = string.ascii_lowercase, program.values
     lines = [
         f"{name}{operation}{number}".replace("=", "")
@@ -67,7 +71,7 @@ def compact(program: Program) -> tuple[str, str]:
     a, b, c = (f"{names[register].upper()}" for register in program.asked)
     x, y, z = (values[register] for register in program.asked)
     worked = "".join(f"{line}{line[0].upper()}{value}" for line, value in zip(lines, values, strict=True))
-    end = f"{a}{x}+{b}{y}={(x + y) % 10}+{c}{z}={program.answer}"
+    end = f"{a}{a}{x}+{b}{b}{y}={x + y}+{c}{c}{z}={x + y + z}"
     return f"{''.join(lines)}. Find {a}+{b}+{c}.", rf"{worked};{end};\boxed{{{program.answer}}}"
 
 
@@ -144,6 +148,6 @@ WORDS = [
     for name in string.ascii_lowercase
     for operation, numbers in OPERATIONS.items()
     for number in numbers
-]
-TINY, LONGEST = Machine(), 80  # a solution has 67 tokens, its end included
+] + [f"={total}" for total in range(ASKED * 9 + 1)]
+TINY, LONGEST = Machine(), 80  # a solution has 68 tokens, its end included
 SMOLLM2 = Machine(chains=4, length=3, after=8, write=in_words)
