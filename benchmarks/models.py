@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import pte_trl
 from pte_trl import PteConfig
+from pte_trl.adapter.settings import MLP_LINEARS
 
 SHAPES = {folder.name: folder for folder in sorted((Path(pte_trl.__file__).parent / "estimate/shapes").iterdir())}
 TARGETS, RANK = ["q_proj", "o_proj"], 32
@@ -22,7 +23,7 @@ ENCODERS = {
     "state_per_head": {"state_per_head": True},
     "centre": {"centre": True},
     "whiten": {"whiten": True},
-    "mlp": {"target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    "mlp": {"target_modules": [*TARGETS, *MLP_LINEARS]},  # as the recipes
 }
 
 
