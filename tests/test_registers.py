@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.registers import shown
+from experiments.registers import shown, texts
 from experiments.registers.task import ASKED, LONGEST, SMOLLM2, TINY, WORDS, Machine, Program, compact, in_words
 from experiments.study.registers import SMOLLM2_WINDOW, WINDOWS
 from experiments.tiny.model import build, build_tokenizer
 from experiments.tiny.task import rows
 from pte_trl.cache.schedule import Schedule
+from pte_trl.training.distill.completions import read_completions
 from tests.forked import python
 from tests.test_study import run
 
@@ -164,6 +165,42 @@ def test_a_model_is_shown_solutions(tmp_path, monkeypatch):
     assert [len((tmp_path / f"out/{name}.jsonl").read_text().splitlines()) for name in ("train", "heldout")] == [4, 2]
     with pytest.raises(SystemExit, match="base is there already"):
         shown.main()
+
+
+@given(SEEDS)
+def test_what_is_told_again_is_what_was_worked_out(seed):
+    row = texts.told_again(TOKENIZER, random.Random(seed))
+    worked, *rounds = row["text"].split(" Again:")
+    values = dict(re.findall(r"([a-z]) =(?:[^.]*\D)? ?(\d)\.", worked))
+    assert len(values) == texts.SHORT.registers and len(rounds) == texts.ROUNDS
+    recalled = [TOKENIZER.decode(row["completion_ids"][at])[-1] for at in row["asked"]]
+    told = [re.findall(r"([a-z]) = (\d)\.", part) for part in rounds]
+    assert all(sorted(part) == sorted(values.items()) for part in told)
+    assert recalled == [value for part in told for _, value in part]
+
+
+@given(SEEDS)
+def test_a_written_solution_knows_where_it_recalls(seed):
+    drawn = SMOLLM2.draw(random.Random(seed))
+    row = texts.solved(TOKENIZER, drawn)
+    values, asked = interpret(drawn["problem"])
+    assert row["prompt"][0]["content"] == drawn["problem"] and row["completion_ids"][-1] == TOKENIZER.eos_token_id
+    assert TOKENIZER.decode(row["completion_ids"][:-1]) == drawn["solution"]
+    assert [int(TOKENIZER.decode(row["completion_ids"][at])) for at in row["asked"]] == [
+        values[name] for name in asked
+    ]
+
+
+def test_texts_are_written_beside_the_problems(tmp_path, monkeypatch):
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    for name in ("train", "heldout"):
+        problems = rows({"train": "train", "heldout": "test"}[name], 5, 1, SMOLLM2)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    argv = ["texts", "--base", str(tmp_path / "base"), "--output", str(tmp_path), "--short", "7", "--heldout", "3"]
+    monkeypatch.setattr(sys, "argv", argv)
+    texts.main()
+    for name, count in (("short", 7), ("heldout_completions", 3), ("train_completions", 5)):
+        assert len(read_completions(str(tmp_path / f"{name}.jsonl"), TOKENIZER)) == count
 
 
 def test_the_base_is_trained_and_kept(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from experiments.rules import makefile
 from experiments.study import curves, load, plan, report
+from experiments.study.arms import REGISTERS_SMOLLM2_ARMS
 from experiments.study.collect import beside, collect
 from experiments.study.evaluate import accuracy
 from experiments.study.recall import (
@@ -237,10 +238,8 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     adapters = seeds * (arms + len(plan.CHOICES) + len(plan.WINDOWS_ARMS) + 1)
     loads = len(load.DIGITS) * (seeds * len(load.LOAD_ARMS) + 1)
     assert sum("experiments.study.evaluate" in line for line in lines) == adapters + 1 + loads
-    assert (
-        sum("pte_trl.inspect.kl" in line for line in lines)
-        == seeds * (len(plan.SMOLLM2_ARMS) + len(plan.NAMES_ARMS) + 2 * len(plan.ARITHMETIC_ARMS)) + 4
-    )
+    on_smollm2 = (plan.SMOLLM2_ARMS, plan.NAMES_ARMS, plan.ARITHMETIC_ARMS, REGISTERS_SMOLLM2_ARMS)
+    assert sum("pte_trl.inspect.kl" in line for line in lines) == seeds * sum(map(len, on_smollm2)) + 4
     place = {
         run: n for n, line in enumerate(lines) for run in [line.split("--output_dir ")[-1]] if "output_dir" in line
     }

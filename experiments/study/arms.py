@@ -8,7 +8,7 @@ ORDER = (
     *("lora_c_distilled", "pte_distilled", "lora_c_distilled_grpo", "pte_distilled_grpo"),
     *("lora_c_drawn", "pte_mixed", "pte_drawn", "pte_drawn_gated"),
     *("lora_c_mlp_drawn", "pte_mlp_drawn", "lora_c_mlp_drawn_grpo", "pte_mlp_drawn_grpo"),
-    *("lora_c_short", "pte_short", "lora_c_staged", "pte_staged"),
+    *("lora_c_short", "pte_short", "lora_c_staged", "pte_staged", "lora_c_staged_grpo", "pte_staged_grpo"),
     *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo"),
     *("sum_late", "recursive_mlp", "mlp", "per_head_mlp"),
 )
@@ -109,7 +109,7 @@ ANY_LENGTH = {"window": ["8", "100"], "completions": "outputs/study/names/mixed.
 SPLIT = PER_HEAD | {"num_global_tokens": "33", "whiten": "false"}
 # Short texts with many questions first: from texts of all lengths alone no adapter learnt to read the state.
 SHORT = {"window": ["8", "24"], "completions": "outputs/study/names/short.jsonl"}
-SHORT |= {"per_device_train_batch_size": "10", "max_steps": "160", "learning_rate": "3e-3"}
+SHORT |= {"per_device_train_batch_size": "10", "max_steps": "400", "learning_rate": "3e-3"}
 SHORT |= {"lr_scheduler_type": "constant_with_warmup"}  # the second stage ends at zero
 # A reward alone has nothing to start from there: the base guesses, one of thirty.
 NAMES_ARMS = (
@@ -130,3 +130,14 @@ NAMES_ARMS = (
 FAST = LORA_C | {"learning_rate": "2e-3"}
 ARITHMETIC_ARMS = (Arm("lora_c_distilled", "lora_c", "distill", flags=FAST), SMOLLM2_ARMS[1], *AFTERWARDS)
 REGISTERS_ARMS = ARMS[3:]  # distilled, and then rewarded
+# Short texts with many questions first, again.
+TOLD_AGAIN = SHORT | {"completions": "outputs/study/registers-smollm2/short.jsonl"}
+TOLD_AGAIN |= {"per_device_train_batch_size": "6"}  # twice as long as those of the facts
+REGISTERS_SMOLLM2_ARMS = (
+    Arm("lora_c_short", "lora_c", "distill", flags=LORA_C | TOLD_AGAIN),
+    Arm("lora_c_staged", "lora_c", "distill", "lora_c_short", LORA_C),
+    Arm("lora_c_staged_grpo", "lora_c", "grpo", "lora_c_staged", LORA_C),
+    Arm("pte_short", "pte", "distill", flags=TOLD_AGAIN | SPLIT),
+    Arm("pte_staged", "pte", "distill", "pte_short", SPLIT),
+    Arm("pte_staged_grpo", "pte", "grpo", "pte_staged", SPLIT),
+)

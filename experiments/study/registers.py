@@ -11,7 +11,7 @@ import os
 
 from experiments.registers.task import LONGEST
 from experiments.rules import Argv, Run, options, python
-from experiments.study.arms import ARITHMETIC_ARMS, REGISTERS_ARMS
+from experiments.study.arms import REGISTERS_ARMS, REGISTERS_SMOLLM2_ARMS
 from experiments.study.runs import DISTILL, GRPO, KL, SEEDS, Study, accuracies
 
 STEPS = os.environ.get("REGISTERS_STEPS", "200")
@@ -49,28 +49,27 @@ def registers() -> Study:
 
 
 def registers_smollm2() -> Study:
-    """SmolLM2 as `arithmetic` in experiments/study/plan.py has it: shown, distilled, rewarded."""
+    """SmolLM2, which has been shown some solutions: distilled on short texts, then on solutions, then rewarded."""
     study = Study("registers-smollm2", chance="0.1")
-    base = f"{study.folder}/base"
+    base, texts = f"{study.folder}/base", f"{study.folder}/train_completions.jsonl"
     show = python("experiments.registers.shown", model=BASE, output=study.folder)
+    write = python("experiments.registers.texts", base=base, output=study.folder)
     study.runs.append(Run(f"{base}/config.json", commands=(show,), present=(f"{BASE}/config.json",)))
+    study.runs.append(Run(texts, (f"{base}/config.json",), (write,)))
+    study.runs.append(Run(f"{study.folder}/heldout_completions.jsonl", (texts,)))
     same = {"model_name_or_path": base, "window": SMOLLM2_WINDOW, "max_prompt_tokens": 320}
     same |= {"max_completion_length": SMOLLM2_LONGEST}
     distill = python(DISTILL, config="recipes/distill_smollm2.yaml", **same)
-    for name, count in (("train", 640), ("heldout", 32)):
-        source = {"dataset_name": f"{study.folder}/{name}.jsonl", "dataset_limit": count}
-        sample = distill + options(**source, sample_to="$@")
-        study.runs.append(Run(f"{study.folder}/{name}_completions.jsonl", (f"{base}/config.json",), (sample,)))
-    train = f"{study.folder}/train_completions.jsonl"
     grpo = python(GRPO, config="recipes/study/arithmetic_grpo.yaml", max_steps=SMOLLM2_GRPO_STEPS, **same)
+    size = {"per_device_train_batch_size": 6, "learning_rate": "2e-3", "max_steps": SMOLLM2_STEPS}
     commands = {
         "grpo": grpo + options(dataset_name=f"{study.folder}/train.jsonl"),
-        "distill": distill + options(completions=train, per_device_train_batch_size=6, max_steps=SMOLLM2_STEPS),
+        "distill": distill + options(completions=texts, **size),
     }
     measure(study, "base-0", None)
     for seed in SEEDS:
-        for arm in ARITHMETIC_ARMS:
-            measure(study, f"{arm.name}-{seed}", study.train(arm, seed, commands[arm.stage], (train,)))
+        for arm in REGISTERS_SMOLLM2_ARMS:
+            measure(study, f"{arm.name}-{seed}", study.train(arm, seed, commands[arm.stage], (texts,)))
     return study
 
 
