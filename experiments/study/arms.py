@@ -109,7 +109,7 @@ ANY_LENGTH = {"window": ["8", "100"], "completions": "outputs/study/names/mixed.
 SPLIT = PER_HEAD | {"num_global_tokens": "33", "whiten": "false"}
 # Short texts with many questions first: from texts of all lengths alone no adapter learnt to read the state.
 SHORT = {"window": ["8", "24"], "completions": "outputs/study/names/short.jsonl"}
-SHORT |= {"per_device_train_batch_size": "10", "max_steps": "400", "learning_rate": "3e-3"}
+SHORT |= {"per_device_train_batch_size": "10", "max_steps": "240", "learning_rate": "3e-3"}
 SHORT |= {"lr_scheduler_type": "constant_with_warmup"}  # the second stage ends at zero
 # A reward alone has nothing to start from there: the base guesses, one of thirty.
 NAMES_ARMS = (
