@@ -29,6 +29,7 @@ class Arm:
     flags: dict = field(default_factory=dict)
 
 
+ATTENTION = ["q_proj", "o_proj"]
 FULL = {"window": "full"}
 ARMS = (
     Arm("lora", "lora", "grpo", flags=FULL),
@@ -66,7 +67,7 @@ WINDOWS_ARMS = (
 )
 PER_HEAD = {"state_update": "sum", "state_per_head": "true"}
 # Linears that read the residual stream behind the attention: a question finds there what was asked.
-MLP = {"target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+MLP = {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
 # What the state can hold: one adapter for all windows, which are drawn per sample (make study-load).
 LOAD_ARMS = (
     Arm("recursive", "pte", "distill", flags=WINDOW_DRAWN),

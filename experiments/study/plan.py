@@ -14,6 +14,7 @@ from experiments.rules import Run, makefile, options, python
 from experiments.study.arms import (
     ARITHMETIC_ARMS,
     ARMS,
+    ATTENTION,
     CHOICES,
     NAMES_ARMS,
     SMOLLM2_ARMS,
@@ -46,6 +47,9 @@ ARITHMETIC_WINDOWS = ("64", "full")  # trained at 64; a solution has some 100 to
 
 RECALL, CHOICES_FOLDER, SUMS = "outputs/study/recall", "outputs/study/choices", "outputs/study/sums"
 NAMES_FOLDER, ARITHMETIC, SMOLLM2 = "outputs/study/names", "outputs/study/arithmetic", "outputs/study/smollm2"
+# What the recipes had when the first arms were recorded; an arm's own flags come behind these.
+RECORDED = {"window": "16", "target_modules": ATTENTION}
+RECORDED_SMOLLM2 = {"window": "64", "target_modules": ATTENTION}
 BASE = "outputs/smollm2-135m"
 BASE_MODEL = f"{BASE}/config.json"
 
@@ -97,7 +101,7 @@ def windows() -> Study:
 def sums() -> Study:
     """The running sums, which can be added up again from the prompt: the milder task."""
     study, present = Study("sums", chance="0.1"), ("$(TINY_BASE)", "$(TINY_DATA)")
-    data = {"dataset_name": "$(TINY_DATA)", "max_steps": SUMS_STEPS}
+    data = {"dataset_name": "$(TINY_DATA)", "max_steps": SUMS_STEPS} | RECORDED
     commands = {  # at the recipe's 1e-3 PTE fell apart
         "grpo": python(GRPO, config="recipes/tiny.yaml", learning_rate="2e-4", **data),
         "distill": python(DISTILL, config="recipes/distill_tiny.yaml", dataset_limit=8192, **data),
@@ -120,7 +124,7 @@ def smollm2() -> Study:
     texts = python("experiments.study.prompts", output=f"{SMOLLM2}/prompts")
     study.runs.append(Run(prompts, commands=(texts,), present=("$(READY)",)))
     study.runs.append(Run(BASE_MODEL, commands=(model,), present=("$(READY)",)))
-    distill = python(DISTILL, config="recipes/distill_smollm2.yaml")
+    distill = python(DISTILL, config="recipes/distill_smollm2.yaml", **RECORDED_SMOLLM2)
     for name, count, length in (("train", SMOLLM2_TEXTS, 256), ("heldout", SMOLLM2_HELDOUT, 384)):
         source = {"dataset_name": f"{SMOLLM2}/prompts/{name}.jsonl", "dataset_limit": count}
         sample = distill + options(**source, max_completion_length=length, sample_to="$@")
@@ -143,7 +147,7 @@ def names() -> Study:
     study.runs += [Run(train, (BASE_MODEL,), (texts,)), Run(heldout, (train,))]
     measure = python(KL, model=BASE, completions=heldout, windows=NAMES_WINDOWS, output="$@")
     study.measure("base-0", (heldout,), measure)
-    size = {"per_device_train_batch_size": 6, "learning_rate": "2e-3", "max_steps": NAMES_STEPS}
+    size = {"per_device_train_batch_size": 6, "learning_rate": "2e-3", "max_steps": NAMES_STEPS} | RECORDED_SMOLLM2
     commands = {
         "grpo": python(GIVEN_THOUGHT, config="recipes/study/names_grpo.yaml", max_steps=NAMES_GRPO_STEPS),
         "distill": python(DISTILL, config="recipes/distill_smollm2.yaml", completions=train, **size),
@@ -161,7 +165,7 @@ def arithmetic() -> Study:
     train, heldout = f"{ARITHMETIC}/train_completions.jsonl", f"{ARITHMETIC}/heldout_completions.jsonl"
     show = python("experiments.study.arithmetic", model=BASE, output=ARITHMETIC)
     study.runs.append(Run(f"{base}/config.json", commands=(show,), present=(BASE_MODEL,)))
-    distill = python(DISTILL, config="recipes/distill_smollm2.yaml", model_name_or_path=base)
+    distill = python(DISTILL, config="recipes/distill_smollm2.yaml", model_name_or_path=base, **RECORDED_SMOLLM2)
     for name, count, target in (("train", 640, train), ("heldout", 32, heldout)):
         source = {"dataset_name": f"{ARITHMETIC}/{name}.jsonl", "dataset_limit": count}
         sample = distill + options(**source, max_completion_length=128, sample_to="$@")
