@@ -1,0 +1,33 @@
+"""The page of results says what the recorded results under docs/results/runs/ give."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.study import report
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "docs/results/runs"
+STUDIES = sorted(folder.name for folder in RUNS.iterdir())
+SHOWN = {"accuracy", "right_asked"}  # the page has the rest in its text
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_row_of_the_records_is_on_the_page(study):
+    page = (ROOT / "docs/results.md").read_text().splitlines()
+    found = report.read(RUNS / study)
+    shown = [metric for metric in found if metric in SHOWN]
+    assert shown
+    for metric in shown:
+        _, _, *rows = report.table(metric, found[metric]).splitlines()
+        assert rows and not [row for row in rows if row not in page]
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_record_says_where_it_comes_from(path):
+    record = json.loads(path.read_text())
+    arm, _, seed = path.stem.rpartition("-")
+    assert arm and seed.isdigit()
+    assert {"date", "commit", "command", "hardware", "threads", "torch"} <= set(record["environment"])
+    assert path.stem in record["environment"]["command"]
