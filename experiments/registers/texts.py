@@ -71,12 +71,11 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=32, help="rows of heldout_completions.jsonl")
     args = parser.parse_args()
     tokenizer, rng = AutoTokenizer.from_pretrained(args.base), random.Random(SEED)
-    rows = {name: map(json.loads, (args.output / f"{name}.jsonl").open()) for name in ("train", "heldout")}
-    heldout = [solved(tokenizer, row) for row, _ in zip(rows["heldout"], range(args.heldout), strict=False)]
+    train, heldout = ((args.output / f"{name}.jsonl").read_text().splitlines() for name in ("train", "heldout"))
     sets = {
         "short": (told_again(tokenizer, rng) for _ in range(args.short)),
-        "heldout_completions": heldout,
-        "train_completions": (solved(tokenizer, row) for row in rows["train"]),
+        "heldout_completions": (solved(tokenizer, json.loads(line)) for line in heldout[: args.heldout]),
+        "train_completions": (solved(tokenizer, json.loads(line)) for line in train),
     }
     for name, content in sets.items():
         (args.output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))

@@ -131,7 +131,7 @@ NAMES_ARMS = (
 FAST = LORA_C | {"learning_rate": "2e-3"}
 ARITHMETIC_ARMS = (Arm("lora_c_distilled", "lora_c", "distill", flags=FAST), SMOLLM2_ARMS[1], *AFTERWARDS)
 REGISTERS_ARMS = ARMS[3:]  # distilled, and then rewarded
-# Short texts with many questions first, again.
+# As SHORT, with registers in place of facts.
 TOLD_AGAIN = SHORT | {"completions": "outputs/study/registers-smollm2/short.jsonl"}
 TOLD_AGAIN |= {"per_device_train_batch_size": "6"}  # twice as long as those of the facts
 REGISTERS_SMOLLM2_ARMS = (
