@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study import report
+from experiments.study import load_report, report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "docs/results/runs"
-STUDIES = sorted(folder.name for folder in RUNS.iterdir())
+LOAD = RUNS / "load"  # a folder for every number of digits and of steps
+STUDIES = sorted(folder.name for folder in RUNS.iterdir() if folder != LOAD)
+RECORDS = sorted(RUNS.glob("**/*-*.json"))
 SHOWN = {"accuracy", "right_asked"}  # the page has the rest in its text
 
 
@@ -24,7 +26,15 @@ def test_every_row_of_the_records_is_on_the_page(study):
         assert rows and not [row for row in rows if row not in page]
 
 
-@pytest.mark.parametrize("path", sorted(RUNS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("steps", sorted({path.parts[-3].removeprefix("steps-") for path in LOAD.glob("*/steps-*/*/*")}))
+def test_the_load_curves_are_those_of_the_records(steps):
+    written = load_report.text(load_report.curves(LOAD, int(steps)), {}, int(steps))
+    assert (ROOT / f"docs/results/load_{steps}.md").read_text() == written
+    page = (ROOT / "docs/results.md").read_text().splitlines()
+    assert not [line for line in written.splitlines() if line.startswith("|") and line not in page]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: "-".join([*path.relative_to(RUNS).parts[:-1], path.stem]))
 def test_a_record_says_where_it_comes_from(path):
     record = json.loads(path.read_text())
     arm, _, seed = path.stem.rpartition("-")

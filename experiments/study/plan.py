@@ -48,8 +48,8 @@ ARITHMETIC_WINDOWS = ("64", "full")  # trained at 64; a solution has some 100 to
 RECALL, CHOICES_FOLDER, SUMS = "outputs/study/recall", "outputs/study/choices", "outputs/study/sums"
 NAMES_FOLDER, ARITHMETIC, SMOLLM2 = "outputs/study/names", "outputs/study/arithmetic", "outputs/study/smollm2"
 # What the recipes had when the first arms were recorded; an arm's own flags come behind these.
-RECORDED = {"window": "16", "target_modules": ATTENTION}
-RECORDED_SMOLLM2 = {"window": "64", "target_modules": ATTENTION}
+RECORDED = {"window": "16", "target_modules": ATTENTION, "state_update": "recursive"}
+RECORDED_SMOLLM2 = {"window": "64", "target_modules": ATTENTION, "state_update": "recursive"}
 BASE = "outputs/smollm2-135m"
 BASE_MODEL = f"{BASE}/config.json"
 

@@ -33,6 +33,7 @@ def registers() -> Study:
     study.runs.append(Run(f"{base}/config.json", commands=(pretrain,), present=("$(READY)",)))
     needs = (f"{base}/config.json",)
     same = {"model_name_or_path": base, "window": WINDOW, "max_completion_length": LONGEST} | data
+    same |= {"state_update": "recursive"}  # as the first runs were recorded; distill_tiny.yaml has the sum since
     commands = {
         "grpo": python(GRPO, config="recipes/tiny.yaml", learning_rate="2e-4", max_steps=GRPO_STEPS, **same),
         "distill": python(DISTILL, config="recipes/distill_tiny.yaml", max_steps=STEPS, **same),
