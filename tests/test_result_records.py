@@ -12,6 +12,7 @@ RUNS = ROOT / "docs/results/runs"
 LOAD = RUNS / "load"  # a folder for every number of digits and of steps
 STUDIES = sorted(folder.name for folder in RUNS.iterdir() if folder != LOAD)
 RECORDS = sorted(RUNS.glob("**/*-*.json"))
+LOAD_STEPS = sorted({path.name.removeprefix("steps-") for path in LOAD.glob("digits-*/steps-*")})
 SHOWN = {"accuracy", "right_asked"}  # the page has the rest in its text
 
 
@@ -26,7 +27,7 @@ def test_every_row_of_the_records_is_on_the_page(study):
         assert rows and not [row for row in rows if row not in page]
 
 
-@pytest.mark.parametrize("steps", sorted({path.parts[-3].removeprefix("steps-") for path in LOAD.glob("*/steps-*/*/*")}))
+@pytest.mark.parametrize("steps", LOAD_STEPS)
 def test_the_load_curves_are_those_of_the_records(steps):
     written = load_report.text(load_report.curves(LOAD, int(steps)), {}, int(steps))
     assert (ROOT / f"docs/results/load_{steps}.md").read_text() == written

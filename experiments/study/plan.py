@@ -49,7 +49,7 @@ RECALL, CHOICES_FOLDER, SUMS = "outputs/study/recall", "outputs/study/choices", 
 NAMES_FOLDER, ARITHMETIC, SMOLLM2 = "outputs/study/names", "outputs/study/arithmetic", "outputs/study/smollm2"
 # What the recipes had when the first arms were recorded; an arm's own flags come behind these.
 RECORDED = {"window": "16", "target_modules": ATTENTION, "state_update": "recursive"}
-RECORDED_SMOLLM2 = {"window": "64", "target_modules": ATTENTION, "state_update": "recursive"}
+RECORDED_SMOLLM2 = RECORDED | {"window": "64", "num_global_tokens": "32", "state_per_head": "false", "whiten": "true"}
 BASE = "outputs/smollm2-135m"
 BASE_MODEL = f"{BASE}/config.json"
 

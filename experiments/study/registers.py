@@ -11,7 +11,7 @@ import os
 
 from experiments.registers.task import LONGEST
 from experiments.rules import Argv, Run, options, python
-from experiments.study.arms import REGISTERS_ARMS, REGISTERS_SMOLLM2_ARMS
+from experiments.study.arms import MLP, REGISTERS_ARMS, REGISTERS_SMOLLM2_ARMS
 from experiments.study.runs import DISTILL, GRPO, KL, SEEDS, Study, accuracies
 
 STEPS = os.environ.get("REGISTERS_STEPS", "200")
@@ -59,7 +59,7 @@ def registers_smollm2() -> Study:
     study.runs.append(Run(texts, (f"{base}/config.json",), (write,)))
     study.runs.append(Run(f"{study.folder}/heldout_completions.jsonl", (texts,)))
     same = {"model_name_or_path": base, "window": SMOLLM2_WINDOW, "max_prompt_tokens": 320}
-    same |= {"max_completion_length": SMOLLM2_LONGEST}
+    same |= {"max_completion_length": SMOLLM2_LONGEST} | MLP
     distill = python(DISTILL, config="recipes/distill_smollm2.yaml", **same)
     grpo = python(GRPO, config="recipes/study/arithmetic_grpo.yaml", max_steps=SMOLLM2_GRPO_STEPS, **same)
     size = {"per_device_train_batch_size": 6, "learning_rate": "2e-3", "max_steps": SMOLLM2_STEPS}
