@@ -35,6 +35,13 @@ def test_the_load_curves_are_those_of_the_records(steps):
     assert not [line for line in written.splitlines() if line.startswith("|") and line not in page]
 
 
+@pytest.mark.parametrize("folder", sorted(LOAD.glob("digits-*/ratio-*")), ids=lambda folder: folder.name)
+def test_every_row_at_another_evict_ratio_is_on_the_page(folder):
+    page = (ROOT / "docs/results.md").read_text().splitlines()
+    _, _, *rows = report.table("accuracy", report.read(folder / "results")["accuracy"]).splitlines()
+    assert rows and not [row for row in rows if row not in page]
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: "-".join([*path.relative_to(RUNS).parts[:-1], path.stem]))
 def test_a_record_says_where_it_comes_from(path):
     record = json.loads(path.read_text())

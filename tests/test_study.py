@@ -84,7 +84,7 @@ def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window, names):
 def test_an_untrained_model_is_at_chance():
     model = build_model(0).eval()
     model.set_attn_implementation("sdpa")
-    assert accuracy(model, 4, 8, countdown(Schedule(8), 4), 500) < 0.2
+    assert accuracy(model, 4, Schedule(8), countdown(Schedule(8), 4), 500) < 0.2
 
 
 def test_the_tokenizer_survives_its_folder(tmp_path):

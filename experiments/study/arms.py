@@ -10,7 +10,7 @@ ORDER = (
     *("lora_c_mlp_drawn", "pte_mlp_drawn", "lora_c_mlp_drawn_grpo", "pte_mlp_drawn_grpo"),
     *("lora_c_short", "pte_short", "lora_c_staged", "pte_staged", "lora_c_staged_grpo", "pte_staged_grpo"),
     *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo"),
-    *("sum_late", "recursive_mlp", "mlp", "per_head_mlp"),
+    *("sum_late", "recursive_mlp", "mlp", "mlp_any_ratio", "per_head_mlp"),
 )
 
 
@@ -81,6 +81,7 @@ LOAD_ARMS = (
     Arm("recursive_mlp", "pte", "distill", flags=WINDOW_DRAWN | MLP),
     Arm("mlp", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"} | MLP),
     Arm("per_head_mlp", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD | MLP),
+    Arm("mlp_any_ratio", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["sum"] | MLP | {"evict_ratio": ["0.1", "0.5"]}),
 )
 # Running sums: one adapter for W from 8 to 16, with the linears that hold most in the load curves, and distilled for
 # longer than the other arms, whose KL is still falling at 40 steps.
