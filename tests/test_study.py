@@ -27,9 +27,15 @@ from experiments.study.recall import (
     write_completions,
     write_rows,
 )
+from pte_trl.adapter.check import check_adapter
 from pte_trl.cache.schedule import Schedule
 from pte_trl.evaluation.records import COMPLETE
+from pte_trl.settings.parsing import parse
+from pte_trl.training.arguments import ADAPTER_KEYS, RecipeArguments
+from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.distill.completions import read_completions
+from pte_trl.training.distill.config import PteDistillConfig
+from pte_trl.training.distill.script import DistillArguments
 from tests.forked import python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +85,33 @@ def test_nothing_but_the_state_leads_from_a_question_to_a_digit(window, names):
     length = countdown(Schedule(window), names)
     assert change(length) == 0
     assert change(length - 1) > 1e-9
+
+
+def continued() -> list:
+    """(training, the training whose adapter it starts from) of every study."""
+    runs = [run for study in plan.studies() for run in study.runs]
+    trained = {run.target.removesuffix("/manifest.json"): run for run in runs if run.target.endswith("/manifest.json")}
+    commands = {name: run.commands[0] for name, run in trained.items() if "--adapter" in run.commands[0]}
+    starts = {name: trained[command[command.index("--adapter") + 1]] for name, command in commands.items()}
+    return [pytest.param(trained[name], start, id=name) for name, start in starts.items()]
+
+
+@pytest.mark.parametrize(("run", "start"), continued())
+def test_a_stage_takes_the_adapter_of_the_stage_before(run, start, monkeypatch):
+    """What a recipe or a flag states of the adapter is what the adapter was made with: else training refuses it."""
+    monkeypatch.chdir(ROOT)
+    made, _ = settings_of(start)
+    script, args = settings_of(run)
+    stated = {key: getattr(script, key) for key in ADAPTER_KEYS if key in script.given}
+    check_adapter(args.method, made.adapter_config(args.method), settings=stated)
+
+
+def settings_of(run) -> tuple:
+    """The parsed arguments of a training."""
+    distils = plan.DISTILL in run.commands[0]
+    classes = (DistillArguments, PteDistillConfig) if distils else (RecipeArguments, PteGRPOConfig)
+    command = run.commands[0]
+    return parse(classes, list(command[command.index("--config") :]))
 
 
 def test_an_untrained_model_is_at_chance():

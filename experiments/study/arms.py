@@ -81,7 +81,9 @@ LOAD_ARMS = (
     Arm("recursive_mlp", "pte", "distill", flags=WINDOW_DRAWN | MLP),
     Arm("mlp", "pte", "distill", flags=WINDOW_DRAWN | {"state_update": "sum"} | MLP),
     Arm("per_head_mlp", "pte", "distill", flags=WINDOW_DRAWN | PER_HEAD | MLP),
-    Arm("mlp_any_ratio", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["sum"] | MLP | {"evict_ratio": ["0.1", "0.5"]}),
+    Arm(
+        "mlp_any_ratio", "pte", "distill", flags=WINDOW_DRAWN | CHOICES["sum"] | MLP | {"evict_ratio": ["0.1", "0.5"]}
+    ),
 )
 # Running sums: one adapter for W from 8 to 16, with the linears that hold most in the load curves, and distilled for
 # longer than the other arms, whose KL is still falling at 40 steps.
