@@ -83,7 +83,7 @@ AT_3B = "--shape qwen2.5-3b --prompt 512 --window 512"
 STEPS = (
     Step(
         *("exact", "Are tokens, log-probs and gradients right on this device?"),
-        *("exact", "--seconds 100", "--dtypes float32 --cells 1"),
+        *("exact", "--seconds 80", "--dtypes float32 --cells 1"),
         takes=60,
         limit=110,
     ),

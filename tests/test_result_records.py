@@ -13,33 +13,31 @@ LOAD = RUNS / "load"  # a folder for every number of digits and of steps
 STUDIES = sorted(folder.name for folder in RUNS.iterdir() if folder != LOAD)
 RECORDS = sorted(RUNS.glob("**/*-*.json"))
 LOAD_STEPS = sorted({path.name.removeprefix("steps-") for path in LOAD.glob("digits-*/steps-*")})
+PAGE = (ROOT / "docs/results.md").read_text().splitlines()
 SHOWN = {"accuracy", "right_asked"}  # the page has the rest in its text
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_row_of_the_records_is_on_the_page(study):
-    page = (ROOT / "docs/results.md").read_text().splitlines()
     found = report.read(RUNS / study)
     shown = [metric for metric in found if metric in SHOWN]
     assert shown
     for metric in shown:
         _, _, *rows = report.table(metric, found[metric]).splitlines()
-        assert rows and not [row for row in rows if row not in page]
+        assert rows and not [row for row in rows if row not in PAGE]
 
 
 @pytest.mark.parametrize("steps", LOAD_STEPS)
 def test_the_load_curves_are_those_of_the_records(steps):
     written = load_report.text(load_report.curves(LOAD, int(steps)), {}, int(steps))
     assert (ROOT / f"docs/results/load_{steps}.md").read_text() == written
-    page = (ROOT / "docs/results.md").read_text().splitlines()
-    assert not [line for line in written.splitlines() if line.startswith("|") and line not in page]
+    assert not [line for line in written.splitlines() if line.startswith("|") and line not in PAGE]
 
 
 @pytest.mark.parametrize("folder", sorted(LOAD.glob("digits-*/ratio-*")), ids=lambda folder: folder.name)
 def test_every_row_at_another_evict_ratio_is_on_the_page(folder):
-    page = (ROOT / "docs/results.md").read_text().splitlines()
     _, _, *rows = report.table("accuracy", report.read(folder / "results")["accuracy"]).splitlines()
-    assert rows and not [row for row in rows if row not in page]
+    assert rows and not [row for row in rows if row not in PAGE]
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: "-".join([*path.relative_to(RUNS).parts[:-1], path.stem]))

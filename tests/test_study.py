@@ -108,9 +108,9 @@ def test_a_stage_takes_the_adapter_of_the_stage_before(run, start, monkeypatch):
 
 def settings_of(run) -> tuple:
     """The parsed arguments of a training."""
-    distils = plan.DISTILL in run.commands[0]
-    classes = (DistillArguments, PteDistillConfig) if distils else (RecipeArguments, PteGRPOConfig)
     command = run.commands[0]
+    distils = plan.DISTILL in command
+    classes = (DistillArguments, PteDistillConfig) if distils else (RecipeArguments, PteGRPOConfig)
     return parse(classes, list(command[command.index("--config") :]))
 
 
