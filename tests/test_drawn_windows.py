@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -145,6 +146,13 @@ def test_every_evaluation_of_a_training_draws_alike():
     assert schedules_for(process(rank=1, training=False), prompts[4:10], 2) == one[4:10]
 
 
+def test_rows_of_an_evaluation_that_have_one_prompt_draw_for_their_completions():
+    prompts, completions = [[7]] * 12, [[number] for number in range(12)]
+    drawn = schedules_for(process(training=False), prompts, completion_ids=completions)
+    assert len(set(drawn)) > 6
+    assert schedules_for(process(rank=1, training=False), prompts[4:], completion_ids=completions[4:]) == drawn[4:]
+
+
 # ---- rollouts ----------------------------------------------------------------------------------------------------
 
 
@@ -205,15 +213,20 @@ def test_grpo_draws_for_a_group_and_resumes_bit_by_bit(tmp_path, monkeypatch):
         assert found == [sum(windows) / 4, min(windows), max(windows)]
 
 
-def test_a_distillation_draws_for_a_sample(tmp_path, monkeypatch):
-    """Prompts and completions of several lengths; tokens after a sample's own first eviction alone are in the loss."""
-    settings = DRAWN | {"per_device_train_batch_size": 8, "distilled_tokens": "after_eviction"}
-    trainer = distill(tmp_path, "pte", **settings)
+@pytest.mark.parametrize("accumulated", [1, 2, 4])
+def test_a_distillation_draws_for_a_sample(accumulated, tmp_path, monkeypatch):
+    """Prompts and completions of several lengths; tokens after a sample's own first eviction alone are in the loss.
+
+    Micro-batches, sorted by W, have different numbers of them, and the logged mean is that of all tokens.
+    """
+    size = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
+    trainer = distill(tmp_path, "pte", **DRAWN | size, distilled_tokens="after_eviction")
     scored = watched(trainer, monkeypatch)
     trainer.train()
-    assert len(scored) == 2 and all(len(set(batch)) > 4 for batch in scored)
+    steps = [sorted(chain(*scored[at : at + accumulated])) for at in range(0, len(scored), accumulated)]
+    assert len(steps) == 2 and all(len(step) == 8 and len(set(step)) > 4 for step in steps)
     assert logged(trainer, "loss") == pytest.approx(logged(trainer, "kl_after_eviction"), rel=1e-2)
-    assert logged(trainer, "rollout/window_max") == [max(batch)[0] for batch in scored]
+    assert logged(trainer, "rollout/window_max") == [max(step)[0] for step in steps]
 
 
 def test_a_batch_in_which_nothing_was_evicted_has_a_loss_of_zero(tmp_path):

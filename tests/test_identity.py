@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import fields
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from pte_trl.runtime.identity import (
     training_identity,
     verdict_versions,
 )
-from pte_trl.runtime.resume import differences, starting_point
+from pte_trl.runtime.resume import FREE, as_read, differences, starting_point
 from pte_trl.training.arguments import RecipeArguments
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.described import recipe_settings
@@ -198,6 +199,18 @@ def test_a_distillation_is_not_the_finished_run_of_a_grpo(tmp_path):
     script = RecipeArguments(model_name_or_path="m")
     settings = [recipe_settings(script, cls(**common)) for cls in (PteGRPOConfig, PteDistillConfig)]
     assert "config_class: 'PteGRPOConfig' -> 'PteDistillConfig'" in differences(*settings)
+
+
+@pytest.mark.parametrize("config", [PteGRPOConfig, PteDistillConfig])
+def test_a_key_that_was_not_set_and_now_is_makes_another_run(config, tmp_path):
+    """Whatever is None by default, `budget` for one, which takes the place of `window`."""
+    args = config(window=8, output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    before = as_read(recipe_settings(RecipeArguments(model_name_or_path="m"), args))
+    unset = [f.name for f in fields(args) if getattr(args, f.name) is None and not FREE.fullmatch(f.name)]
+    assert "budget" in unset and len(unset) > 20
+    for key in unset:
+        assert differences(before, before | {key: 64}) == [f"{key}: None -> 64"]
+        assert differences(before | {key: 64}, before) == [f"{key}: 64 -> None"]
 
 
 def test_what_follows_from_the_global_batch_is_no_other_setting():

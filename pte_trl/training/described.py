@@ -11,10 +11,11 @@ from pte_trl.runtime.identity import training_identity
 
 
 def stated(args) -> dict:
-    """The settings of a trainer's config that are not None."""
-    settings = {key: value for key, value in args.to_dict().items() if value is not None}
-    # A distillation shares most of its keys with a GRPO, and is another run.
-    return settings | {"config_class": type(args).__name__}
+    """The settings of a trainer's config, None among them: a run that resumes must not have a value there.
+
+    A distillation shares most of its keys with a GRPO, and is another run.
+    """
+    return args.to_dict() | {"config_class": type(args).__name__}
 
 
 def recipe_settings(script, args) -> dict:

@@ -28,6 +28,25 @@ class TrainerMetrics:
         if not value.isnan().all():
             metrics_of(self)[name].append(value.nanmean().item())
 
+    def _record_means(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Means over all tokens (or samples) of a logging step, on all processes and in all its micro-batches.
+
+        TRL averages a list with equal weights, but micro-batches have different numbers of tokens. So the list keeps
+        one number, the mean so far.
+
+        Args:
+            sums: by name the sum of this process's values, and their number; a mean of none is not recorded.
+        """
+        mode, metrics = self.model.training, metrics_of(self)
+        pairs = torch.stack([torch.stack([total.double(), count.double()]) for total, count in sums.values()])
+        found = self.accelerator.gather(pairs.unsqueeze(0)).sum(0).tolist()
+        for name, pair in zip(sums, found, strict=True):
+            # TRL clears its metrics when it logs them.
+            before = self._counted[mode, name] if metrics.get(name) else (0.0, 0.0)
+            total, count = self._counted[mode, name] = (before[0] + pair[0], before[1] + pair[1])
+            if count:
+                metrics[name] = [total / count]
+
     def _record_max(self, name: str, value: float | Tensor, pick: Callable = max) -> None:
         """The largest over processes and over the logging step: TRL averages a list, so the list keeps one number.
 
@@ -71,9 +90,10 @@ class GrpoMetrics(TrainerMetrics):
         The KL is the non-negative estimate exp(d) - d - 1 with d = replay - rollout, as TRL's.
         """
         d = (replayed - samples["sampling_per_token_logps"])[samples["completion_mask"].bool()].double()
-        # Of no token, where `mask_truncated_completions` leaves none, the mean is NaN: this process has no number.
-        self._record("mismatch/mean", d.abs().mean())
-        self._record("mismatch/kl", (d.exp() - d - 1).mean())
+        tokens = torch.tensor(d.numel(), device=d.device)  # none where `mask_truncated_completions` leaves none
+        self._record_means(
+            {"mismatch/mean": (d.abs().sum(), tokens), "mismatch/kl": ((d.exp() - d - 1).sum(), tokens)}
+        )
         self._record_max("mismatch/max", d.abs().max() if d.numel() else math.nan)
 
     def _record_attention(self, prompt_mask: Tensor, completion_mask: Tensor) -> None:

@@ -4,7 +4,11 @@ TRL shuffles a rollout and cuts it into micro-batches. Where W follows from the 
 have several W: the replay pads every sample to the most evictions and to the largest E of its micro-batch, and
 segments run once for each schedule. So samples are put in the order of their W first. A micro-batch then holds
 completions of one prompt, or of prompts of like length, as the paper's window ("the longest question of the
-micro-batch") has it, or of like draws. The sum of the gradients of an optimizer step is the same.
+micro-batch") has it, or of like draws.
+
+Where one optimizer step trains on the whole rollout, its gradient is the same, except under `loss_type: bnpo`, which
+divides by the tokens of a micro-batch. Where several steps share a rollout, a sample may move to another of them;
+TRL's shuffling moves samples between them, too.
 """
 
 from collections.abc import Callable

@@ -74,6 +74,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         allow_cudnn(self.args.cudnn_attention)
         self.engine_cache, self.max_prompt_tokens, self.rollout_count = EngineCache(), None, RolloutCount()
         self.step_beside_engine: float | None = None
+        self._counted: dict[tuple[bool, str], tuple[float, float]] = {}  # of `_record_means`
         if self.bounded:
             quiet_router(self.model)
         for layer in pte_layers(self.model):

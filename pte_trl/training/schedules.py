@@ -21,15 +21,18 @@ class RolloutCount:
         return self.count
 
 
-def schedules_for(trainer, prompt_ids: list[list[int]], group: int = 1) -> list[Schedule]:
+def schedules_for(
+    trainer, prompt_ids: list[list[int]], group: int = 1, completion_ids: list[list[int]] | None = None
+) -> list[Schedule]:
     """The schedule of every sample of a rollout on this process.
 
-    In an evaluation of the trainer a draw is decided by the seed and the prompt, so that all of them draw alike.
+    In an evaluation of the trainer a draw is decided by the seed and the row's tokens, so that all of them draw alike.
 
     Args:
         trainer: of a bounded method, about to sample completions of these prompts.
         prompt_ids: token ids of each prompt; one that has several completions comes so often, one after another.
         group: samples in a row that have one prompt, and get one draw.
+        completion_ids: of a dataset that brings its completions; its rows may all have one prompt.
     """
     policy, seed = trainer.args.cache_policy, trainer.args.seed
     if not policy.drawn:
@@ -41,5 +44,6 @@ def schedules_for(trainer, prompt_ids: list[list[int]], group: int = 1) -> list[
         first = trainer.accelerator.process_index * len(prompt_ids)
         keys = [f"{rollout} {(first + place) // group}" for place in range(len(prompt_ids))]
     else:
-        keys = [f"{seed} evaluation {ids}" for ids in prompt_ids]
+        rows = prompt_ids if completion_ids is None else zip(prompt_ids, completion_ids, strict=True)
+        keys = [f"{seed} evaluation {row}" for row in rows]
     return [policy.draw(key).schedule(len(ids)) for key, ids in zip(keys, prompt_ids, strict=True)]

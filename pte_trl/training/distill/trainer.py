@@ -15,7 +15,6 @@ from trl import DistillationTrainer
 
 from pte_trl.cache.policy import FULL_CACHE
 from pte_trl.cache.schedule import Schedule, packed, unpacked
-from pte_trl.compat.trl import metrics_of
 from pte_trl.training.distill.config import PteDistillConfig
 from pte_trl.training.distill.divergence import divergence
 from pte_trl.training.distill.policies import evictions_seen, hidden_states
@@ -51,12 +50,12 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
         super().__init__(*args, **kwargs)
         self._given: list[list[int]] | None = None  # completions that the dataset brings
         self._schedules: list[Schedule] = []
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     # ---- completions ---------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs) -> list[list[int]]:
-        self._schedules = schedules_for(self, prompt_ids)
+        self._schedules = schedules_for(self, prompt_ids, completion_ids=self._given)
         self._record_windows(self._schedules)
         if self._given is not None:
             return [ids[: self.max_completion_length] for ids in self._given]
@@ -99,22 +98,18 @@ class PteDistillationTrainer(BoundedTrainer, DistillationTrainer):
         counted = distilled.sum()
         whole = counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         evictions = (inputs["evictions"] * real).amax(1).sum()
-        pairs = {
+        self._sums = {
             "kl": (found.kl.sum(), real.sum()),
             "kl_after_eviction": (found.kl[late].sum(), late.sum()),
             "top1_agreement": (found.agrees.sum(), real.sum()),
             "top1_agreement_after_eviction": (found.agrees[late].sum(), late.sum()),
             "rollout/evictions": (evictions, torch.tensor(len(real), device=ids.device)),
         }
-        self._sums = {name: torch.stack([total.float(), count.float()]) for name, (total, count) in pairs.items()}
         # One product: every rank has a graph, also where it has no token to distil.
         return (found.loss * distilled).sum() / whole, found.entropy[distilled].sum(), counted
 
     def compute_loss(self, model, *args, **kwargs):
         loss = super().compute_loss(model, *args, **kwargs)
-        metrics = metrics_of(self)
-        for name, pair in self._sums.items():  # outside of the wrapper, where processes may wait for each other
-            total, count = self.accelerator.gather(pair.unsqueeze(0)).sum(0).tolist()
-            metrics[name].append(total / count if count else float("nan"))  # TRL leaves NaN out of its means
+        self._record_means(self._sums)  # outside of the wrapper, where processes may wait for each other
         self._record_updates(model)
         return loss
