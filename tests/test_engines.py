@@ -36,6 +36,9 @@ OPTIONS = (
     "--optim sgd --learning_rate 1.0 --max_grad_norm 0.5 --grader_workers 1 --save_strategy no --whiten true"
 )
 WALK = "--target_modules q_proj k_proj v_proj o_proj"  # how often k_proj is called follows from the evictions
+# W and E of a group's own, under an encoder with every parameter that an option brings.
+DRAWN = "--window 7 12 --evict_ratio 0.2 0.9 --state_update gated_sum --write_gate true --state_per_head true"
+EXPECTED = {"": "one", WALK: "walk", DRAWN: "drawn"}  # what changes a run -> where one process has it
 CHECKPOINTED = "--gradient_checkpointing true"
 SEGMENTS = "--replay segments --segment_length 5"
 
@@ -95,14 +98,15 @@ def reports_of(folder: Path, name: str, processes: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def one_process(folder):
-    """options -> the report of one process, whose run is in folder / "one" or folder / "walk"."""
+    """options -> folder and report of the run of one process that has them, as far as they are in EXPECTED."""
     done = {}
 
     def run(options: str) -> tuple[Path, dict]:
-        name = "walk" if WALK in options else "one"
+        change = next((change for change in (WALK, DRAWN) if change in options), "")
+        name = EXPECTED[change]
         if name not in done:
             launcher = [*ACCELERATE, "--config_file", str(CONFIGS / "single_gpu.yaml")]
-            finish(folder / f"{name}.log", start(folder, name, launcher, 1, WALK if name == "walk" else ""))
+            finish(folder / f"{name}.log", start(folder, name, launcher, 1, change))
             (done[name],) = reports_of(folder, name, 1)
             assert done[name]["wrapper"] == "PeftModelForCausalLM" and done[name]["world"] == 1
         return folder / name, done[name]
@@ -157,6 +161,9 @@ def assert_same_run(reports: list[dict], folder: Path, expected: dict, expected_
         pytest.param("zero3", "", marks=pytest.mark.thorough),
         pytest.param("zero3", f"{WALK} {CHECKPOINTED}", marks=pytest.mark.thorough),  # tests/test_lockstep.py has it
         ("fsdp2", f"{WALK} {CHECKPOINTED}"),
+        ("zero3", DRAWN),
+        *(pytest.param(config, DRAWN, marks=pytest.mark.thorough) for config in ("ddp", "zero2", "fsdp2")),
+        pytest.param("zero3", f"{DRAWN} {SEGMENTS}", marks=pytest.mark.thorough),
         # tests/test_lockstep.py has both without a trainer
         pytest.param("zero3", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),
         pytest.param("fsdp2", f"{SEGMENTS} {CHECKPOINTED}", marks=pytest.mark.thorough),

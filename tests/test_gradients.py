@@ -29,6 +29,8 @@ VARIANTS = {
     "qo-whitened": {"target_modules": QO, "whiten": True},
     "qo-column-row": {"target_modules": QO, "read": "column", "normalisation": "row"},
     **{name: {"target_modules": QO, **option} for name, option in OPTIONS.items()},
+    # Where k and v are adapted they change what the next eviction encodes: the states are then set one by one.
+    **{f"qkvo {name}": {"target_modules": ATTENTION, **option} for name, option in OPTIONS.items()},
 }
 
 
