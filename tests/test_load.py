@@ -11,7 +11,7 @@ import pytest
 from experiments.rules import Run
 from experiments.study import load_report, show
 from experiments.study.arms import LOAD_ARMS
-from experiments.study.load import LONGEST, WINDOWS, load
+from experiments.study.load import LONGEST, RATIO_ARMS, RATIOS, WINDOWS, load
 from experiments.study.recall import LONGEST as LONGEST_COUNTDOWN
 from experiments.study.recall import countdown
 from experiments.study.runs import SEEDS, Study
@@ -34,7 +34,10 @@ def test_every_arm_has_its_runs():
         for arm in LOAD_ARMS:
             for seed in SEEDS:
                 assert f"study-load-digits-{digits}-steps-400-{arm.name}-{seed}" in targets
-    assert len(study.results) == 4 * (len(LOAD_ARMS) * len(SEEDS) + 1)
+            for ratio in RATIOS:
+                assert f"study-load-digits-{digits}-steps-400-ratio-{ratio}-mlp-{seed}" in targets
+    measured = (len(LOAD_ARMS) + len(RATIOS) * len(RATIO_ARMS)) * len(SEEDS)
+    assert len(study.results) == 4 * (measured + 1)
     trainings = [run for run in study.runs if show.steps_of(run) == 400]
     assert trainings and all(" --window 6 16 " in " ".join(run.commands[0]) for run in trainings)
 

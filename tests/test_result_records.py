@@ -34,7 +34,7 @@ def test_the_load_curves_are_those_of_the_records(steps):
     assert not [line for line in written.splitlines() if line.startswith("|") and line not in PAGE]
 
 
-@pytest.mark.parametrize("folder", sorted(LOAD.glob("digits-*/ratio-*")), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", sorted(LOAD.glob("digits-*/steps-*/ratio-*")), ids=lambda folder: folder.name)
 def test_every_row_at_another_evict_ratio_is_on_the_page(folder):
     _, _, *rows = report.table("accuracy", report.read(folder / "results")["accuracy"]).splitlines()
     assert rows and not [row for row in rows if row not in PAGE]

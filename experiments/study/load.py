@@ -6,8 +6,9 @@
     make plan-study-load                              # lists the runs, and what the rest will take
 
 The task is that of `experiments.study.recall`, with a base model for every number of digits. An adapter is distilled
-with W drawn per sample and countdowns for all windows, and measured at each. ARMS, DIGITS and SEEDS leave runs out,
-and change none; the table has what there is. STEPS is part of a run's name. Standard library only.
+with W drawn per sample and countdowns for all windows, and measured at each; two arms are measured at other evict
+ratios as well. ARMS, DIGITS and SEEDS leave runs out, and change none; the table has what there is. STEPS is part of a
+run's name. Standard library only.
 """
 
 import os
@@ -23,6 +24,7 @@ STEPS = os.environ.get("STEPS", "400")
 BASE_STEPS = os.environ.get("LOAD_BASE_STEPS")
 OUTPUT = os.environ.get("RESULTS", "docs/results")
 WINDOWS = ("8", "12", "16")  # measured at; training draws from 6 to 16
+RATIOS, RATIO_ARMS = ("0.1", "0.5"), ("mlp", "mlp_any_ratio")  # measured at these evict ratios besides 0.25
 ROWS = 25_600  # texts of 200 steps; then they are seen again
 LONGEST = 96  # tokens of a thought of ten digits, and some more
 
@@ -69,8 +71,11 @@ def add(study: Study, digits: str) -> None:
     for seed in SEEDS:
         for arm in LOAD_ARMS:
             run = study.train(arm, seed, command, needs, folder=f"{folder}/steps-{STEPS}")
-            name, result = f"{arm.name}-{seed}", measure + options(adapter=run)
-            study.measure(name, (f"{run}/manifest.json",), result, folder=f"{folder}/steps-{STEPS}")
+            name, trained, result = f"{arm.name}-{seed}", (f"{run}/manifest.json",), measure + options(adapter=run)
+            study.measure(name, trained, result, folder=f"{folder}/steps-{STEPS}")
+            for ratio in RATIOS if arm.name in RATIO_ARMS else ():
+                at_ratio = result + options(evict_ratio=ratio)
+                study.measure(name, trained, at_ratio, folder=f"{folder}/steps-{STEPS}/ratio-{ratio}")
 
 
 def base_steps(digits: str) -> str:
