@@ -269,7 +269,8 @@ def test_the_plan_is_one_that_make_reads(tmp_path):
     lines = shown.stdout.splitlines()
     seeds, arms = len(plan.SEEDS), len(plan.ARMS)
     adapters = seeds * (arms + len(plan.CHOICES) + len(plan.WINDOWS_ARMS) + 1)
-    loads = len(load.DIGITS) * (seeds * len(load.LOAD_ARMS) + 1)
+    at_ratios = len(load.RATIOS) * len(load.RATIO_ARMS)
+    loads = len(load.DIGITS) * (seeds * (len(load.LOAD_ARMS) + at_ratios) + 1)
     assert sum("experiments.study.evaluate" in line for line in lines) == adapters + 1 + loads
     on_smollm2 = (plan.SMOLLM2_ARMS, plan.NAMES_ARMS, plan.ARITHMETIC_ARMS, REGISTERS_SMOLLM2_ARMS)
     assert sum("pte_trl.inspect.kl" in line for line in lines) == seeds * sum(map(len, on_smollm2)) + 4
