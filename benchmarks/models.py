@@ -23,6 +23,7 @@ ENCODERS = {
     "state_per_head": {"state_per_head": True},
     "centre": {"centre": True},
     "whiten": {"whiten": True},
+    "qkvo": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "mlp": {"target_modules": [*TARGETS, *MLP_LINEARS]},  # as the recipes
 }
 

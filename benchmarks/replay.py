@@ -38,7 +38,7 @@ ARMS = {
     "pte qkvo": ("pte", ATTENTION, True, "lora qkvo"),
 }
 USUAL = list(ARMS)
-ARMS |= {f"pte {name}": (f"pte {name}", FEW, True, "lora") for name in ENCODERS}
+ARMS |= {f"pte {name}": (f"pte {name}", FEW, True, "lora") for name in ENCODERS if f"pte {name}" not in ARMS}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
