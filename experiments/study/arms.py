@@ -9,6 +9,7 @@ ORDER = (
     *("lora_c_drawn", "pte_mixed", "pte_drawn", "pte_drawn_gated"),
     *("lora_c_mlp_drawn", "pte_mlp_drawn", "lora_c_mlp_drawn_grpo", "pte_mlp_drawn_grpo"),
     *("lora_c_short", "pte_short", "lora_c_staged", "pte_staged", "lora_c_staged_grpo", "pte_staged_grpo"),
+    *("lora_c_staged_long", "pte_staged_long"),
     *("recursive", "sum", "write_gate", "gated_sum", "delta", "per_head", "qkvo"),
     *("sum_late", "recursive_mlp", "mlp", "mlp_any_ratio", "per_head_mlp"),
 )
@@ -137,11 +138,14 @@ REGISTERS_ARMS = ARMS[3:]  # distilled, and then rewarded
 # As SHORT, with registers in place of facts.
 TOLD_AGAIN = SHORT | {"completions": "outputs/study/registers-smollm2/short.jsonl"}
 TOLD_AGAIN |= {"per_device_train_batch_size": "6"}  # twice as long as those of the facts
+LONG = {"max_steps": "300"}  # of solutions; after a hundred the KL of one seed of PTE in three had not begun to fall
 REGISTERS_SMOLLM2_ARMS = (
     Arm("lora_c_short", "lora_c", "distill", flags=LORA_C | TOLD_AGAIN),
     Arm("lora_c_staged", "lora_c", "distill", "lora_c_short", LORA_C),
     Arm("lora_c_staged_grpo", "lora_c", "grpo", "lora_c_staged", LORA_C),
+    Arm("lora_c_staged_long", "lora_c", "distill", "lora_c_short", LORA_C | LONG),
     Arm("pte_short", "pte", "distill", flags=TOLD_AGAIN | SPLIT),
     Arm("pte_staged", "pte", "distill", "pte_short", SPLIT),
     Arm("pte_staged_grpo", "pte", "grpo", "pte_staged", SPLIT),
+    Arm("pte_staged_long", "pte", "distill", "pte_short", SPLIT | LONG),
 )
