@@ -183,7 +183,10 @@ def test_training_from_python(problems):
     shorter = 'max_steps=2, max_completion_length=40, logging_steps=1, use_cpu=True, bf16=False, report_to="none"'
     block = blocks("python")[0].replace("Qwen/Qwen2.5-3B-Instruct", "outputs/tiny-base")
     names = {}
-    exec(block.replace("window=512", f"window=8, {shorter}").replace("qwen3b-pte", "from-python"), names)
+    assert "window=512, max_completion_length=3072" in block  # with TRL's 512 tokens nothing would be evicted
+    block = block.replace("window=512, max_completion_length=3072", f"window=8, {shorter}")
+    exec(block.replace("qwen3b-pte", "from-python"), names)
+    assert Path("outputs/from-python/adapter_config.json").exists()
     steps = [entry for entry in names["trainer"].state.log_history if "reward" in entry]
     assert [entry["step"] for entry in steps] == [1, 2]
     assert all(entry["rollout/evictions"] > 0 and entry["mismatch/max"] < 1e-3 for entry in steps)
