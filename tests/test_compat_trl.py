@@ -219,6 +219,16 @@ def test_a_linear_with_lora():
     assert all(hasattr(linear, name) for name in names)
 
 
+@about("peft.ModulesToSaveWrapper")
+def test_a_module_that_is_trained_whole():
+    model = tiny()
+    untouched = model.lm_head
+    wrapper = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ).base_model.lm_head
+    assert isinstance(wrapper, peft.ModulesToSaveWrapper) and wrapper.original_module is untouched
+
+
 @about("peft.check_target_module_exists")
 def test_target_modules_are_found_by_pefts_rules():
     config = PteConfig(target_modules=["q_proj", "o_proj"], exclude_modules=["0.self_attn.q_proj"])

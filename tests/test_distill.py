@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from experiments.tiny.model import build, build_tokenizer
 from experiments.tiny.task import DIFFICULTIES, rows
+from pte_trl import PteConfig
 from pte_trl.cache.schedule import Schedule
 from pte_trl.settings.parsing import parse
 from pte_trl.training.arguments import RecipeArguments
@@ -269,6 +270,31 @@ def test_only_tokens_after_an_eviction(tmp_path):
     trainer = distiller(tmp_path, distilled_tokens="after_eviction")
     trainer.train()
     assert logged(trainer, "loss") == pytest.approx(logged(trainer, "kl_after_eviction"), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [PteConfig(rank=4, num_global_tokens=4, modules_to_save=["lm_head"]), LoraConfig(target_modules="lm_head")],
+)
+def test_the_teacher_has_the_base_models_head(adapter):
+    """Whatever is put around it; and no gradient reaches a trained head through the teacher."""
+    model = get_peft_model(tiny(tie_word_embeddings=False), adapter)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lm_head" in name and p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(9, model.config.hidden_size, dtype=torch.float64)
+    student, teacher = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.no_grad(), model.disable_adapter():
+        t = model.get_output_embeddings()(x).log_softmax(-1)
+    with torch.no_grad():
+        s = head(x).log_softmax(-1)
+    assert (s - t).abs().max() > 0.01
+    found = divergence(student, teacher, head)
+    assert (found.kl - (t.exp() * (t - s)).sum(-1)).abs().max() < 1e-12
+    found.loss.sum().backward()
+    assert teacher.grad is None and student.grad.norm() > 0
 
 
 def test_accumulation_takes_the_same_step(tmp_path):

@@ -201,6 +201,15 @@ def test_a_distillation_is_not_the_finished_run_of_a_grpo(tmp_path):
     assert "config_class: 'PteGRPOConfig' -> 'PteDistillConfig'" in differences(*settings)
 
 
+def test_what_is_written_into_a_config_later_changes_no_setting(tmp_path):
+    """TRL does so under ZeRO-3."""
+    common = {"window": 8, "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    args = PteGRPOConfig(**common, gradient_checkpointing_kwargs={"use_reentrant": False})
+    before = recipe_settings(RecipeArguments(model_name_or_path="m"), args)
+    args.gradient_checkpointing_kwargs["use_reentrant"] = True
+    assert before["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+
+
 @pytest.mark.parametrize("config", [PteGRPOConfig, PteDistillConfig])
 def test_a_key_that_was_not_set_and_now_is_makes_another_run(config, tmp_path):
     """Whatever is None by default, `budget` for one, which takes the place of `window`."""

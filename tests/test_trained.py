@@ -188,6 +188,16 @@ def test_a_finished_run_that_cannot_be_read_is_said_so(tmp_path, file, content):
         is_finished(args, {"method": "pte"})
 
 
+def test_epochs_decide_whether_a_run_is_finished_only_where_they_decided_its_length(tmp_path):
+    settings = {"method": "pte", "num_train_epochs": 3.0}
+    args = SimpleNamespace(output_dir=str(tmp_path), resume="auto", max_steps=-1, process_index=0)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    for steps in (-1, 2):
+        before = settings | {"max_steps": steps}
+        (tmp_path / "manifest.json").write_text(json.dumps({"settings": before}))
+        assert is_finished(args, settings | {"max_steps": -1}) is (steps == -1)
+
+
 # ---- completions -----------------------------------------------------------------------------------------------
 
 

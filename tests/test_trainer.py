@@ -141,7 +141,7 @@ def test_what_is_logged(tmp_path, monkeypatch):
         assert 0.9 * m * m <= 2 * k <= 1.1 * m * w
     token = 2 * 3 * 2 * 8 * 4  # keys and values of 3 layers with 2 heads of 8 numbers of 4 bytes
     state = 3 * 4 * 4 * 4  # S of 3 layers, 4 times 4 numbers of 4 bytes
-    prompt = longest_prompt(trainer)
+    prompt = longest_prompt(trainer, trainer.train_dataset)
     for held in logged(trainer, "rollout/cache_bytes_per_sample"):
         assert (held - state) % token == 0 and window < (held - state) / token <= aligned(prompt + window)
     sampled, took = [sum(map(len, batch)) for batch in seen], logged(trainer, "step_time")

@@ -141,8 +141,30 @@ OVERRIDES: dict[str, dict[str, Override]] = {
         "_run_epoch": Override(
             TRAINER,
             ("model", "epoch", "train_dataloader"),
-            "a run resumed after its last step would make one more",
-            ("test_resume.py::test_a_killed_run_goes_on_as_if_it_had_not_been",),
+            "a run resumed after its last step would make one more, and one resumed in a later epoch take the first "
+            "one's order",
+            (
+                "test_resume.py::test_a_killed_run_goes_on_as_if_it_had_not_been",
+                "test_checkpoints.py::test_a_run_resumed_in_a_later_epoch_sees_the_same_prompts",
+            ),
+        ),
+        "_get_train_sampler": Override(
+            GRPO,
+            (),
+            "keeps the sampler, whose draws for earlier epochs a resumed run repeats; returns it",
+            ("test_checkpoints.py::test_a_run_resumed_in_a_later_epoch_sees_the_same_prompts",),
+        ),
+        "_determine_best_metric": Override(
+            TRAINER,
+            ("metrics", "trial"),
+            "returns whether to save under `save_strategy: best`, so also what a signal or the clock has asked for",
+            ("test_checkpoints.py::test_a_signal_saves_although_the_step_is_not_the_best",),
+        ),
+        "_push_from_checkpoint": Override(
+            TRAINER,
+            ("checkpoint_folder",),
+            "uploads a checkpoint from its final place, not from partial/",
+            ("test_checkpoints.py::test_what_is_pushed_is_there_when_it_is_read",),
         ),
     },
     "pte_trl.adapter.model:PteModel": {

@@ -5,6 +5,7 @@ from peft.tuners.tuners_utils import check_target_module_exists  # which linears
 from peft.utils import (
     CONFIG_NAME,  # file of an adapter's configuration in its folder
     SAFETENSORS_WEIGHTS_NAME,  # file of its weights
+    ModulesToSaveWrapper,  # what stands for a module of `modules_to_save`; `original_module` is the base model's
     register_peft_method,  # PEFT's own way in: get, save and load then know the method by its name
 )
 
@@ -12,6 +13,7 @@ __all__ = [
     "CONFIG_NAME",
     "SAFETENSORS_WEIGHTS_NAME",
     "LoraLinear",
+    "ModulesToSaveWrapper",
     "add_member",
     "check_target_module_exists",
     "register_peft_method",

@@ -72,7 +72,7 @@ class AtomicCheckpoints(Trainer):
     """
 
     settings: dict = {}  # noqa: RUF012 (replaced, never changed)
-    _saving = False
+    _saving, _sampler = False, None
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
@@ -84,14 +84,16 @@ class AtomicCheckpoints(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(output_dir / name)
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:
+                # transformers names the place where it has written the best checkpoint, and records it there.
+                self.state.best_model_checkpoint = str(output_dir / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                self.state.save_to_json(str(output_dir / PARTIAL / name / "trainer_state.json"))
                 about = {"step": self.state.global_step, **world(self.args), "settings": self.settings}
                 seal(output_dir / PARTIAL / name, about)
                 publish(output_dir / PARTIAL / name, output_dir / name)
@@ -102,7 +104,19 @@ class AtomicCheckpoints(Trainer):
             raise Fault(self._save_message(output_dir, name, error)) from error
         finally:
             self._saving = False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
         self.accelerator.wait_for_everyone()  # no rank may leave, and so end the others, before the rename
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Uploads read the files later, from another thread: of a checkpoint in its final place, then.
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        # With `save_strategy: best` the answer replaces what callbacks have asked for, at a signal or by the clock.
+        asked = self.control.should_save
+        return super()._determine_best_metric(*args, **kwargs) or asked
 
     def _prepare_for_training(self, *args, **kwargs):
         try:
@@ -118,9 +132,18 @@ class AtomicCheckpoints(Trainer):
         with tensors_only():
             return super()._load_best_model()
 
-    def _run_epoch(self, *args, **kwargs):
+    def _get_train_sampler(self, *args, **kwargs):
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
+    def _run_epoch(self, *args, epoch: int, epochs_trained: int, **kwargs):
+        if epoch == epochs_trained and self._sampler is not None:
+            # TRL's sampler draws the order of an epoch when it begins, from a generator that no checkpoint has: a run
+            # that resumes draws those of the earlier epochs first.
+            for _ in range(epochs_trained):
+                next(iter(self._sampler), None)
         if self.state.global_step < self.state.max_steps:
-            return super()._run_epoch(*args, **kwargs)
+            return super()._run_epoch(*args, epoch=epoch, epochs_trained=epochs_trained, **kwargs)
         # Killed after the last checkpoint: transformers would train one step more before it looks at max_steps.
         self.control.should_training_stop = True
 

@@ -71,8 +71,9 @@ def is_finished(args, settings: dict) -> bool:
     refuse_differences(f"{folder} holds a finished run", differences(before, settings))
     if args.max_steps > 0:
         finished = read_object(folder / "trainer_state.json", "global_step") >= args.max_steps
-    else:
-        finished = before.get("num_train_epochs") == settings["num_train_epochs"]
+    else:  # the number of epochs decided nothing where `max_steps` did
+        finished = before.get("max_steps", -1) <= 0
+        finished &= before.get("num_train_epochs") == settings["num_train_epochs"]
     if finished and args.process_index == 0:
         print(f"{folder} holds this run, finished; resume=never trains it anew")
     return finished

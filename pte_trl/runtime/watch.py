@@ -71,6 +71,13 @@ class StopOnTerm(TrainerCallback):
         self._before = {}
 
 
+class StepsOfThisLaunch(TrainerCallback):
+    """Logs, saves and evaluates as often as this launch says: a checkpoint brings the numbers of the earlier one."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+
 class SaveByTime(TrainerCallback):
     """Saves a checkpoint at the end of the first generation batch that ends `minutes` after the last checkpoint.
 

@@ -7,6 +7,7 @@ from statistics import fmean
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch import nn
 
 from pte_trl.adapter.calibration import fit, measure
@@ -87,9 +88,9 @@ def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
             model.to(home)
 
 
-def longest_prompt(trainer, batch: int = 1000) -> int:
-    """Tokens of the longest prompt of the training set, as the trainer tokenizes them."""
-    prompts, longest = trainer.train_dataset.select_columns("prompt"), 0
+def longest_prompt(trainer, rows: Dataset, batch: int = 1000) -> int:
+    """Tokens of the longest prompt of a dataset, as the trainer tokenizes them."""
+    prompts, longest = rows.select_columns("prompt"), 0
     for start in range(0, len(prompts), batch):
         ids = tokenize_prompts(trainer, list(prompts[start : start + batch]["prompt"]))
         longest = max(longest, *map(len, ids))

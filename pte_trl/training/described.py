@@ -1,5 +1,6 @@
 """What checkpoints and manifests record of a run: its settings, and hashes of what it is made of."""
 
+import copy
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ def stated(args) -> dict:
 
     A distillation shares most of its keys with a GRPO, and is another run.
     """
-    return args.to_dict() | {"config_class": type(args).__name__}
+    # A copy: TRL writes into dictionaries of its config later, and a resumed run would differ from itself.
+    return copy.deepcopy(args.to_dict()) | {"config_class": type(args).__name__}
 
 
 def recipe_settings(script, args) -> dict:

@@ -16,6 +16,12 @@ from pte_trl.runtime.efficiency import TFLOPS_METRIC, attention_tflops, visible_
 logger = get_logger(__name__)
 
 
+def sampled_tokens(output: dict[str, Tensor], pad_token_id: int) -> Tensor:
+    """(batch, completion): where a completion has a token, also one that `mask_truncated_completions` leaves out."""
+    mask = output["completion_mask"].bool()
+    return torch.where(mask.any(1, keepdim=True), mask, output["completion_ids"] != pad_token_id)
+
+
 class TrainerMetrics:
     """Methods of a TRL trainer that put numbers among its metrics; TRL averages them over a logging step."""
 

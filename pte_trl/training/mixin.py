@@ -28,7 +28,7 @@ from pte_trl.runtime.startup import StartupGuard
 from pte_trl.runtime.together import on_main
 from pte_trl.runtime.trackers import tolerate_trackers
 from pte_trl.runtime.trained import check_finished
-from pte_trl.runtime.watch import RankWatch, SaveByTime, StopOnTerm
+from pte_trl.runtime.watch import RankWatch, SaveByTime, StepsOfThisLaunch, StopOnTerm
 from pte_trl.training.calibrate import calibrate_encoders, is_fresh, longest_prompt
 from pte_trl.training.described import trainer_settings
 from pte_trl.training.given import check_data, check_given, check_reward_models, loaded_here
@@ -86,7 +86,7 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         self._guard = StartupGuard(self, None)
         minutes = self.args.save_minutes
         timed = [SaveByTime(minutes, batch_steps(self.args))] if minutes else []
-        for callback in (self.stop, RankWatch(), self._guard, *timed):
+        for callback in (StepsOfThisLaunch(), self.stop, RankWatch(), self._guard, *timed):
             self.add_callback(callback)
         tolerate_trackers(self)
 
@@ -175,9 +175,14 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         """Tokens; None if unknown: streamed data, and `lora`, whose prompts TRL handles."""
         if self.max_prompt_tokens is not None or not (self.bounded and isinstance(self.train_dataset, Dataset)):
             return self.max_prompt_tokens
-        longest = on_main(lambda: longest_prompt(self))
-        self.args.cache_policy.at(1, 1).schedule(longest)  # refuses a budget that it would fill
+        longest, evaluated = on_main(lambda: (longest_prompt(self, self.train_dataset), self._longest_evaluated()))
+        self.args.cache_policy.at(1, 1).schedule(max(longest, evaluated))  # refuses a budget that it would fill
         return longest
+
+    def _longest_evaluated(self) -> int:
+        """Tokens of the longest prompt of the sets for evaluations, as far as it is known."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        return max((longest_prompt(self, rows) for rows in sets.values() if isinstance(rows, Dataset)), default=0)
 
 
 def load_if_named(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pte_trl.runtime.sharding import call_inside
 from pte_trl.training.config import PteGRPOConfig
 from pte_trl.training.finite import FiniteGrpo
 from pte_trl.training.generation import trainer_rollout
-from pte_trl.training.metrics import GrpoMetrics
+from pte_trl.training.metrics import GrpoMetrics, sampled_tokens
 from pte_trl.training.micro_batches import prepared_by_window
 from pte_trl.training.mixin import BoundedTrainer
 from pte_trl.training.replays import check_dropout, dropouts, settled, stated, step_beside_engine
@@ -105,13 +105,13 @@ class PteGRPOTrainer(GrpoMetrics, FiniteGrpo, BoundedTrainer, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
+        sampled = sampled_tokens(output, self.processing_class.pad_token_id)
         texts = self.processing_class.batch_decode(
-            [ids[keep.bool()] for ids, keep in zip(output["completion_ids"], output["completion_mask"], strict=True)],
-            skip_special_tokens=True,
+            [ids[keep] for ids, keep in zip(output["completion_ids"], sampled, strict=True)], skip_special_tokens=True
         )
         self._record("completions/format_rate", sum(has_boxed(t, self.answer_after) for t in texts) / len(texts))
         self._warn_without_signal()
-        self._record_attention(output["prompt_mask"], output["completion_mask"])
+        self._record_attention(output["prompt_mask"], sampled)
         if self.bounded:
             output.update(self._samples)
             if "old_per_token_logps" in output:

@@ -9,8 +9,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from pte_trl.compat.peft import ModulesToSaveWrapper
 
 LOGITS = 2**23  # of one part, tokens times vocabulary: 32 MiB in float32
 
@@ -44,7 +47,7 @@ def divergence(
 
     Args:
         student, teacher: (tokens, hidden) last hidden states; no gradient flows into the teacher's.
-        head: (…, hidden) -> (…, vocabulary), of both.
+        head: (…, hidden) -> (…, vocabulary). The teacher reads its own through the base model's, without an adapter.
         beta: 0 is KL(teacher || student), 1 is KL(student || teacher); between them, with the mixture
             m = (1 - beta) student + beta teacher, beta KL(teacher || m) + (1 - beta) KL(student || m), as in TRL.
         logits: tokens times vocabulary of one part.
@@ -58,7 +61,9 @@ def divergence(
 
 
 def _part(student: Tensor, teacher: Tensor, head: nn.Module, beta: float, temperature: float) -> tuple[Tensor, ...]:
-    s, t = (_log_probs(head(hidden), temperature) for hidden in (student, teacher))
+    s = _log_probs(head(student), temperature)
+    with torch.no_grad():
+        t = _log_probs(base_of(head)(teacher), temperature)
     forward = _kl(t, s)
     if beta == 0:
         loss = forward
@@ -71,6 +76,13 @@ def _part(student: Tensor, teacher: Tensor, head: nn.Module, beta: float, temper
         entropy = -(s.exp() * s).sum(-1)
         agrees = (s.argmax(-1) == t.argmax(-1)).to(s.dtype)
     return loss, forward.detach(), entropy, agrees
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base model's module inside what PEFT has put around it (`modules_to_save`, LoRA)."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.original_module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:
