@@ -36,7 +36,7 @@ OPTIONS = (
     "--optim sgd --learning_rate 1.0 --max_grad_norm 0.5 --grader_workers 1 --save_strategy no --whiten true"
 )
 WALK = "--target_modules q_proj k_proj v_proj o_proj"  # how often k_proj is called follows from the evictions
-# W and E of a group's own, under an encoder with every parameter that an option brings.
+# W and E of a group's own; the encoder has a forget gate, a write gate and a state for every kv head.
 DRAWN = "--window 7 12 --evict_ratio 0.2 0.9 --state_update gated_sum --write_gate true --state_per_head true"
 EXPECTED = {"": "one", WALK: "walk", DRAWN: "drawn"}  # what changes a run -> where one process has it
 CHECKPOINTED = "--gradient_checkpointing true"
