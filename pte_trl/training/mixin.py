@@ -180,7 +180,9 @@ class BoundedTrainer(TrainerMetrics, AtomicCheckpoints):
         return longest
 
     def _longest_evaluated(self) -> int:
-        """Tokens of the longest prompt of the sets for evaluations, as far as it is known."""
+        """Tokens of the longest prompt of the sets for evaluations, as far as it is known; 0 where no budget asks."""
+        if self.args.budget is None:
+            return 0
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         return max((longest_prompt(self, rows) for rows in sets.values() if isinstance(rows, Dataset)), default=0)
 
